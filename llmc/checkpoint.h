@@ -1,0 +1,58 @@
+// Models in and out: Hugging Face folders, GGUF files, and our own model.bin.
+#ifndef QLLM_CHECKPOINT_H
+#define QLLM_CHECKPOINT_H
+#include "common.h"
+#include "gguf.h"
+#include "llama.h"
+#include "quant.h"
+#include "safetensors.h"
+#include "tokenizer.h"
+
+typedef enum { MODEL_HF, MODEL_GGUF, MODEL_BIN } ModelKind;
+
+// An open model. Tensors stay in their mapped files until read.
+typedef struct {
+    ModelKind kind;
+    char path[1024];
+    LlamaConfig config;
+    QuantPlan plan;                      // of model.bin; none elsewhere
+    bool packed;                         // quantized tensors are stored as codes
+    Tokenizer *tokenizer;                // NULL when the model carries none
+    Safetensors *files; int n_files;     // HF: shards; BIN: one
+    Gguf gguf;
+} ModelFile;
+
+// path: a folder with config.json, a .gguf file, or a model.bin. Checks that every tensor of the configuration is there
+// with its shape and a readable dtype, and that there is none too many (rotary inv_freq buffers aside).
+int model_open(ModelFile *m, const char *path, Err *err);
+void model_close(ModelFile *m);
+
+// Rows [row0, row0 + n) of parameter p as f32 (packed tensors: their dequantized values). GGUF's q/k row permutation is
+// undone. NaN and infinite values are E_FORMAT, naming the tensor and the row.
+int model_read_rows(const ModelFile *m, const Param *p, int64_t row0, int64_t n, float *out, Err *err);
+
+// A packed tensor of a model.bin: pointers into the map; scales and zeros widened to f32 (malloc'ed, owned by the caller).
+typedef struct { const uint8_t *codes; float *scale, *zero; int64_t n_scales; } PackedTensor;
+// Returns 1 and fills t if p is stored packed, 0 if it is stored as floats, negative on error.
+int model_packed(const ModelFile *m, const Param *p, PackedTensor *t, Err *err);
+void packed_tensor_free(PackedTensor *t);
+
+// Where the writers take the values from: `rows` of p starting at row0 as f32 into out; returns 0 or an error.
+typedef int (*RowSource)(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err);
+
+// model.bin with float tensors of dtype (DT_BF16 or DT_F32). The plan is stored: ./quantize reads it from there.
+int model_write_bin(const char *path, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table,
+                    const Tokenizer *tok, DType dtype, RowSource source, void *ctx, Err *err);
+// model.bin with the plan's tensors packed (codes, bf16 scales, zero points) and the others as dtype. The codes are those
+// of fake quantization: quant.h on bf16(value). report, if not NULL, is called once a tensor with its error statistics.
+typedef struct { const Param *p; const QuantSpec *spec; double sqnr_db, max_abs_err, amax; size_t bytes, float_bytes; } PackReport;
+int model_write_packed(const char *path, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table,
+                       const Tokenizer *tok, DType dtype, RowSource source, void *ctx,
+                       void (*report)(void *ctx, const PackReport *r), void *report_ctx, Err *err);
+// A Hugging Face folder that transformers loads: config.json, generation_config.json, model.safetensors (shards above 4 GiB
+// with an index), tokenizer.json, tokenizer_config.json. Written aside as DIR.tmp-PID and renamed.
+int model_write_hf(const char *dir, const LlamaConfig *c, const ParamTable *table, const Tokenizer *tok, DType dtype,
+                   RowSource source, void *ctx, Err *err);
+// RowSource over an open model (ctx is the ModelFile).
+int model_row_source(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err);
+#endif

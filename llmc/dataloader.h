@@ -1,0 +1,42 @@
+// Text to batches. Sources: .txt, .jsonl (field `text` of each line), .bin token shards in llm.c's two formats
+// (magic 20240520 version 1 with u16 tokens, 20240801 version 7 with u32 tokens; 256 int32 header words, [2] = count).
+// Text is tokenized once, in parallel, and cached next to the output folder under a key of content and tokenizer.
+#ifndef QLLM_DATALOADER_H
+#define QLLM_DATALOADER_H
+#include "common.h"
+#include "tokenizer.h"
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// All tokens of a source, one after another; documents of .jsonl are separated by eos (bos first where the tokenizer has one).
+typedef struct { const int32_t *tokens; size_t n; FileMap map; int32_t *owned; uint64_t hash; } TokenData;
+
+// path may be a file, a folder of shards, or a pattern ("data/*.bin"). cache_dir NULL: no cache. Every id is checked
+// against V. Empty sources and sources shorter than two tokens are E_USAGE.
+int token_data_load(TokenData *d, const char *path, const Tokenizer *tok, int V, const char *cache_dir, Err *err);
+void token_data_free(TokenData *d);
+
+// Batches of B sequences of T+1 tokens. The data are cut into windows of T tokens (the target of the last is the first of
+// the next); windows are visited in an order shuffled by (seed, epoch); the tail shorter than a window is dropped.
+// When the data hold fewer than one window, one window of what there is, padded with target -1, is made.
+typedef struct {
+    const TokenData *data;
+    int B, T;
+    bool shuffle;
+    uint64_t seed;
+    uint64_t position;                   // windows handed out so far: all of the state a checkpoint needs
+    uint64_t n_windows;
+    uint32_t *order; uint64_t order_epoch;
+} DataLoader;
+
+int dataloader_init(DataLoader *dl, const TokenData *data, int B, int T, bool shuffle, uint64_t seed, Err *err);
+void dataloader_free(DataLoader *dl);
+// tokens, targets: (B, T) i32. Samples are split by their global index: rank r of R takes sequences r, r+R, ...
+void dataloader_next(DataLoader *dl, int32_t *tokens, int32_t *targets);
+void dataloader_seek(DataLoader *dl, uint64_t position);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

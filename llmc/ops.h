@@ -1,0 +1,159 @@
+// The operations. Every operation is declared and documented here once; llmc/cpu/NAME.c and llmc/cuda/NAME.cu implement
+// it. Model code calls ops->NAME and never sees a device, a rank or a stream.
+//
+// Conventions: outputs first, then inputs, then sizes. X means floatX (bf16, or f32 when built with PRECISION=fp32),
+// statistics, losses, gradients of parameters and master weights are f32. N = B*T tokens. Tensors are row-major and do not
+// overlap unless said. Every operation is deterministic: the same inputs give the same bits, whatever the number of
+// threads. Pointers are device memory of the same backend. Sizes are checked when the model is built, so operations do
+// not fail for them; what a library or the system refuses is kept as the backend's first error, which device_error()
+// returns once a step.
+//
+// Activation fake quantization belongs to the operation that produces a linear's input: where `act` is not NULL and has
+// bits, each row (token) of the output, first rounded to X, is quantized and dequantized by quant.h with the row's own
+// scale (and zero point), rounded to X. `mask`, when not NULL, receives one byte an element: 1 where the code lay within
+// [qmin, qmax] before clamping (what --ste clip multiplies the gradient with).
+#ifndef QLLM_OPS_H
+#define QLLM_OPS_H
+#include "common.h"
+#include "quant.h"
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// What changes from step to step. Lives in device memory; operations read it through a pointer, so that a step can be
+// captured as a graph and skipped without the host looking.
+typedef struct {
+    int32_t t;              // optimizer steps done, this one included: 1 at the first update (skipped ones do not count)
+    float lr;
+    float grad_scale;       // multiplies summed gradients: clip / tokens; written by global_norm
+    float norm;             // global gradient norm before clipping, of the mean gradient; written by global_norm
+    int32_t skip;           // 1: loss or norm is not finite, updates leave everything as it is; written by global_norm
+    double loss_sum;        // sum of token losses since state_begin; written by loss_accumulate
+    int64_t tokens;         // tokens that count in loss_sum
+    uint64_t seed;          // for stochastic rounding
+} StepState;
+
+typedef struct { float beta1, beta2, eps, weight_decay; } AdamWParams;
+
+typedef struct Ops {
+    const char *name;       // "cpu", "cuda", "cudasim"
+
+    // --- embedding -----------------------------------------------------------------------------------------------
+    // out (N, C) X = wte[tokens[n]]; wte (V, C) X; tokens (N) i32 in [0, V).
+    void (*embedding_forward)(floatX *out, const int32_t *tokens, const floatX *wte, size_t N, int C, int V);
+    // dwte (V, C) f32 += dout (N, C) X scattered by token, tokens ascending by position.
+    void (*embedding_backward)(float *dwte, const floatX *dout, const int32_t *tokens, size_t N, int C, int V);
+
+    // --- normalization -------------------------------------------------------------------------------------------
+    // rmsnorm_fq_forward: residual add, RMSNorm and activation fake quantization in one pass.
+    //   res (N, C) X = bf(x + delta)          delta may be NULL, then res may be NULL too and x is normalized itself
+    //   rstd (N) f32 = 1 / sqrt(mean(res^2) + eps)    may be NULL
+    //   y (N, C) X   = fq(X(res * rstd * weight))     f32 inside, one rounding to X before fq
+    // The sum of squares is f32 in 16 partial sums (element c goes to sum c mod 16), folded as a tree. res may be x.
+    void (*rmsnorm_fq_forward)(floatX *res, floatX *y, float *rstd, uint8_t *mask, const floatX *x, const floatX *delta,
+                               const floatX *weight, size_t N, int C, float eps, const QuantSpec *act);
+    // dres (N, C) X = bf(dres + dx); dweight (C) f32 += ; dy (N, C) X gradient of y, x = the normalized tensor (res above).
+    // mask (N, C) or NULL multiplies dy.
+    void (*rmsnorm_backward)(floatX *dres, float *dweight, const floatX *dy, const uint8_t *mask, const floatX *x,
+                             const floatX *weight, const float *rstd, size_t N, int C);
+
+    // --- linear --------------------------------------------------------------------------------------------------
+    // linear_forward: y (N, OC) X = X( (x (N, C) X) . (w (OC, C) X)^T * wscale ), f32 accumulation.
+    // wscale (OC) f32 or NULL: per-row scale of a weight that works as its integer codes. ldy >= OC: row stride of y.
+    // Bits of a row do not depend on N or on the number of threads.
+    void (*linear_forward)(floatX *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC);
+    // The same with f32 output, for logits.
+    void (*linear_forward_f32)(float *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC);
+    // dx (N, C) X = (dy (N, OC) X * wscale) . w; wscale folds into dy, rounded to X, in dy_scaled (N, OC) X scratch
+    // (NULL when wscale is NULL).
+    void (*linear_backward_input)(floatX *dx, const floatX *dy, const floatX *w, const float *wscale, floatX *dy_scaled,
+                                  size_t N, int C, int OC);
+    // dw (OC, C) f32 = dy^T . x when accumulate is false, += when true.
+    void (*linear_backward_weight)(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC, bool accumulate);
+
+    // --- attention -----------------------------------------------------------------------------------------------
+    // rope: rotates heads in place. x (N, ldx) X: NH_rot heads of HS each at the start of each row (q heads then k heads);
+    // element i and i + HS/2 form a pair (Hugging Face's rotate_half). Position of row n is pos0 + n % T.
+    // cos_t, sin_t (>= pos0 + T, HS/2) f32. inverse rotates back (the backward).
+    void (*rope)(floatX *x, const float *cos_t, const float *sin_t, size_t N, int T, int pos0, int ldx, int NH_rot, int HS,
+                 bool inverse);
+    // attention_forward: causal softmax(q k^T / sqrt(HS)) v, grouped-query: query head h reads key head h / (NH / NKV).
+    //   o (B, T, NH*HS) X, row stride ldo;  lse (B, NH, T) f32 log-sum-exp of the scaled scores, or NULL
+    //   q (B, T, NH*HS) X, row stride ldq;  k, v (B, Tk, NKV*HS) X, row stride ldkv, batch stride skv elements
+    // Query t stands at position Tk - T + t and sees keys 0..that. Online softmax over key tiles that start at multiples
+    // of a fixed size, so the bits of a row depend neither on T nor on B. Never [T, T] in memory.
+    void (*attention_forward)(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, int B, int T, int Tk,
+                              int NH, int NKV, int HS, int ldo, int ldq, int ldkv, size_t skv);
+    // attention_backward: dqkv (B*T, (NH+2*NKV)*HS) X from do, for a packed qkv of the same shape (q heads, k heads, v heads).
+    void (*attention_backward)(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *o, const float *lse, int B,
+                               int T, int NH, int NKV, int HS);
+    // fakequant_forward: y (N, C) X = fq(x (N, C) X) by row; y may be x. For producers that do not see a whole token.
+    void (*fakequant_forward)(floatX *y, uint8_t *mask, const floatX *x, size_t N, int C, const QuantSpec *act);
+    // dx (N, C) X *= mask.
+    void (*mask_backward)(floatX *dx, const uint8_t *mask, size_t N, int C);
+
+    // --- feed-forward --------------------------------------------------------------------------------------------
+    // y (N, FF) X = fq(X(silu(gate) * up)), gateup (N, 2*FF) X holds gate then up in each row. f32 inside.
+    void (*swiglu_fq_forward)(floatX *y, uint8_t *mask, const floatX *gateup, size_t N, int FF, const QuantSpec *act);
+    // dgateup (N, 2*FF) X from dy (N, FF) X, times mask where given; dgateup may be gateup.
+    void (*swiglu_backward)(floatX *dgateup, const floatX *dy, const uint8_t *mask, const floatX *gateup, size_t N, int FF);
+
+    // --- loss ----------------------------------------------------------------------------------------------------
+    // classifier: cross entropy of logits (n, V) f32 against targets (n) i32, a target < 0 not counting.
+    //   losses (n) f32 = log-sum-exp - logit[target], 0 where the target does not count
+    //   dlogits (n, V) X = softmax - onehot, 0 where the target does not count; NULL: losses only.
+    void (*classifier)(float *losses, floatX *dlogits, const float *logits, const int32_t *targets, size_t n, int V);
+    // state->loss_sum += sum of losses in order, in double; state->tokens += number of targets >= 0.
+    void (*loss_accumulate)(StepState *state, const float *losses, const int32_t *targets, size_t N);
+
+    // --- update --------------------------------------------------------------------------------------------------
+    // state->norm = sqrt(sum grad^2) / tokens, grad_scale = min(1, max_norm / norm) / tokens (max_norm <= 0: no clipping),
+    // skip = loss or norm not finite. grad (n) f32. Blocks of fixed size are summed in double, in order.
+    void (*global_norm)(StepState *state, const float *grad, size_t n, float max_norm);
+    // adamw_fq: AdamW on a (rows, cols) tensor and its requantized working copy in the same pass.
+    //   f32 throughout: p -= lr*wd*p; m += (1-b1)(g-m); v += (1-b2)(g*g-v); p -= lr*(m/bc1) / (sqrt(v)/sqrt(bc2) + eps)
+    //   then work, wscale as weight_fq below. Nothing changes when state->skip.
+    void (*adamw_fq)(float *master, float *m, float *v, floatX *work, float *wscale, const float *grad,
+                     const StepState *state, const AdamWParams *h, const QuantSpec *wq, int64_t rows, int64_t cols);
+    // sgd_fq: buf = momentum*buf + (g + wd*p) (torch.optim.SGD, no dampening); p -= lr*buf.
+    void (*sgd_fq)(float *master, float *buf, floatX *work, float *wscale, const float *grad, const StepState *state,
+                   float momentum, float weight_decay, const QuantSpec *wq, int64_t rows, int64_t cols);
+    // weight_fq: working values from masters; the one operation behind switching fake quantization on and off.
+    //   w16 = bf16(master). wq NULL or bits == 0: work = X(master), wscale = 1.
+    //   quant_works_as_codes(wq): work = code, wscale[row] = scale. Otherwise work = bf16(dequantized value), wscale = 1.
+    // wscale (rows) f32 may be NULL when no row scale is wanted.
+    void (*weight_fq)(floatX *work, float *wscale, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
+    // weight_ste_mask: --ste clip. grad (rows, cols) f32 = 0 where bf16(master)'s code lies outside [qmin, qmax] unclamped.
+    void (*weight_ste_mask)(float *grad, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
+
+    // --- serving -------------------------------------------------------------------------------------------------
+    // dequant_rows: working values (rows, cols) X and wscale (rows) f32 or NULL of packed codes (quant.h), exactly those
+    // weight_fq wrote in training. codes: rows of quant_row_bytes; scale, zero f32, one a block, (rows/b0, cols/b1);
+    // zero NULL when symmetric. The tensor starts at a block boundary.
+    void (*dequant_rows)(floatX *work, float *wscale, const uint8_t *codes, const float *scale, const float *zero,
+                         const QuantSpec *wq, int64_t rows, int64_t cols);
+    // qmatvec_forward: y (N, OC) X = x (N, C) X . w^T for few tokens, straight from packed codes: bound by the codes' bytes.
+    // Group sums are f32 of bf16 x times integer code, scaled once a group (so it differs from the trained arithmetic by
+    // f32 rounding: |err| <= C * 2^-23 * sum |x w| plus one rounding to X).
+    void (*qmatvec_forward)(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
+                            const QuantSpec *wq, size_t N, int C, int OC);
+} Ops;
+
+// One entry an operation, for tests that must cover all of them: X(name).
+#define QLLM_OPS(X) \
+    X(embedding_forward) X(embedding_backward) X(rmsnorm_fq_forward) X(rmsnorm_backward) X(linear_forward) \
+    X(linear_forward_f32) X(linear_backward_input) X(linear_backward_weight) X(rope) X(attention_forward) \
+    X(attention_backward) X(fakequant_forward) X(mask_backward) X(swiglu_fq_forward) X(swiglu_backward) X(classifier) \
+    X(loss_accumulate) X(global_norm) X(adamw_fq) X(sgd_fq) X(weight_fq) X(weight_ste_mask) X(dequant_rows) \
+    X(qmatvec_forward)
+
+extern const Ops *ops;      // the backend that device_init chose
+extern const Ops ops_cpu;   // llmc/cpu/
+
+// The backend's first error since the last call, 0 if none (device.c forwards to it; operations report through this).
+void ops_set_error(int code, const char *fmt, ...);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,167 @@
+// Quantization schemes: one type for what is trained, converted, stored and served, and the exact scalar
+// arithmetic behind it. Source: torchao's quant_primitives (affine quantization) and its QAT package;
+// doc/numerics.md states every rounding.
+//
+// Names: bits, group_size, scale (real units per step), zero_point (in codes, or in real units in the float
+// domain), amax. A value x and its code q:  x ~ (q - zero_point) * scale      (integer domain)
+//                                          x ~ (q - mid) * scale + zero_point (float domain, mid = 2^(bits-1))
+#ifndef QLLM_QUANT_H
+#define QLLM_QUANT_H
+#include "common.h"
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { QG_TENSOR, QG_CHANNEL, QG_GROUP, QG_BLOCK, QG_TOKEN } QuantGranularity;   // CHANNEL: a row of (OC, C)
+typedef enum { QM_SYMMETRIC, QM_SYMMETRIC_NO_CLIP, QM_ASYMMETRIC } QuantMapping;
+typedef enum { QZ_INT, QZ_FLOAT } QuantZeroPoint;
+typedef enum { QD_F32, QD_BF16 } QuantDType;       // the dtype whose rounding every step of the qparams follows
+
+// How one tensor is quantized. bits == 0 means not at all. Plain data: the CUDA kernels take it by value.
+typedef struct {
+    int bits;                 // 2..8, or 0
+    int is_unsigned;          // codes 0..2^bits-1 instead of -2^(bits-1)..2^(bits-1)-1
+    int qmin, qmax;           // inclusive; may be narrower than the type, as int8dq's -127..127
+    QuantGranularity gran;
+    int group;                // QG_GROUP: values along the row that share a scale
+    int block[2];             // QG_BLOCK: rows, columns
+    QuantMapping mapping;
+    QuantZeroPoint zero;      // QZ_FLOAT: asymmetric, not pulled to zero (tinygemm)
+    float eps;                // smallest scale
+} QuantSpec;
+
+// Weight and input-activation quantization of a linear.
+typedef struct { QuantSpec weight, act; } QuantScheme;
+
+typedef struct {
+    float scale;
+    float zp;                 // integer domain: an integer value held as float (0 when symmetric); float domain: real units
+} QParams;
+
+// ---------------------------------------------------------------------------------------------
+// Scalar arithmetic. D is the dtype of the data: QD_BF16 rounds after each operation as eager PyTorch does on
+// bf16 tensors, QD_F32 does not. Scales are held and used as f32 in both cases (their values are bf16 values for
+// QD_BF16).
+
+QHD float quant_round_d(float v, QuantDType d) { return d == QD_BF16 ? bf16_round(v) : v; }
+QHD float quant_clampf(float v, float lo, float hi) { return v < lo ? lo : v > hi ? hi : v; }   // NaN passes
+QHD float quant_mid(const QuantSpec *s) { return (float)((s->qmax + s->qmin + 1) / 2); }
+
+// Scale and zero point of a block with minimum mn and maximum mx (spec of torchao choose_qparams_affine).
+// An all-zero block gets scale eps; a block with infinities gets an infinite scale and decodes to NaN.
+QHD QParams quant_choose(float mn, float mx, const QuantSpec *s, QuantDType d) {
+    QParams p;
+    float range = (float)(s->qmax - s->qmin);
+    if (s->zero == QZ_FLOAT) {
+        float scale = quant_round_d(quant_round_d(mx - mn, d) / range, d);
+        p.scale = scale < s->eps ? quant_round_d(s->eps, d) : scale;
+        p.zp = quant_round_d(mn + quant_round_d(p.scale * quant_mid(s), d), d);
+        return p;
+    }
+    mn = mn < 0.0f ? mn : 0.0f;
+    mx = mx > 0.0f ? mx : 0.0f;
+    if (s->mapping == QM_ASYMMETRIC) {
+        p.scale = quant_round_d(quant_round_d(mx - mn, d) / range, d);
+        if (p.scale < s->eps) p.scale = quant_round_d(s->eps, d);
+        float r = (float)s->qmin - rintf(quant_round_d(mn / p.scale, d));
+        p.zp = quant_clampf(quant_round_d(r, d), (float)s->qmin, (float)s->qmax);
+        return p;
+    }
+    if (s->mapping == QM_SYMMETRIC_NO_CLIP) {
+        float smin = quant_round_d(mn / (float)s->qmin, d), smax = quant_round_d(mx / (float)s->qmax, d);
+        p.scale = smin > smax ? smin : smax;
+    } else {
+        float a = -mn > mx ? -mn : mx;
+        p.scale = quant_round_d(a / (range * 0.5f), d);
+    }
+    if (p.scale < s->eps) p.scale = quant_round_d(s->eps, d);
+    p.zp = s->is_unsigned ? quant_mid(s) : 0.0f;
+    return p;
+}
+
+// The value before clamping, still a float: what --ste clip tests against [qmin, qmax].
+QHD float quant_unclamped(float x, QParams p, const QuantSpec *s, QuantDType d) {
+    if (s->zero == QZ_FLOAT) {
+        float m = quant_round_d(p.zp - quant_round_d(p.scale * quant_mid(s), d), d);
+        return rintf(quant_round_d(quant_round_d(x - m, d) / p.scale, d));
+    }
+    return rintf(x * (1.0f / p.scale)) + p.zp;
+}
+
+// Code of x; NaN gets the code of zero.
+QHD int quant_code(float x, QParams p, const QuantSpec *s, QuantDType d) {
+    float q = quant_clampf(quant_unclamped(x, p, s, d), (float)s->qmin, (float)s->qmax);
+    return q == q ? (int)q : (s->zero == QZ_FLOAT ? s->qmin : (int)p.zp);
+}
+
+// Value of a code, rounded once to d. Float domain: one fused multiply-add, as the serving kernels do.
+QHD float quant_dequant(float code, QParams p, const QuantSpec *s, QuantDType d) {
+    if (s->zero == QZ_FLOAT) return quant_round_d(fmaf(code - quant_mid(s), p.scale, p.zp), d);
+    return quant_round_d((code - p.zp) * p.scale, d);
+}
+
+// quantize and dequantize in one, NaN kept.
+QHD float quant_fake(float x, QParams p, const QuantSpec *s, QuantDType d) {
+    float q = quant_clampf(quant_unclamped(x, p, s, d), (float)s->qmin, (float)s->qmax);
+    return quant_dequant(q, p, s, d);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Tensors (host reference; the wings have fast twins that give the same bits).
+
+// Rows and columns that share one (scale, zero point) in a (rows, cols) tensor. E_SHAPE if they do not divide.
+int quant_block_shape(const QuantSpec *s, int64_t rows, int64_t cols, int64_t block[2], Err *err);
+// Shape of the scales: rows/block[0] by cols/block[1].
+// quant_tensor: codes (rows, cols) int16, qparams (rows/b0, cols/b1); w (rows, cols) f32 holding values of d.
+int quant_tensor(int16_t *codes, QParams *qp, const float *w, int64_t rows, int64_t cols, const QuantSpec *s,
+                 QuantDType d, Err *err);
+// Symmetric per-channel weights work as their codes, with the row's scale applied to the accumulator.
+bool quant_works_as_codes(const QuantSpec *weight);
+
+// Packed codes. One row is a little-endian stream of `bits`-bit fields, two's complement when signed, each row
+// starting at a byte: code c occupies bits [c*bits, (c+1)*bits). For 4 bits even c is the low nibble:
+//   byte        0           1           2           3
+//   bits    7..4 3..0   7..4 3..0   7..4 3..0   7..4 3..0
+//   holds    c1   c0     c3   c2     c5   c4     c7   c6        c0 = -3 (0xD), c1 = 5 -> byte 0 = 0x5D
+size_t quant_row_bytes(int bits, int64_t cols);
+void quant_pack_row(uint8_t *dst, const int16_t *codes, int64_t cols, int bits);
+void quant_unpack_row(int16_t *codes, const uint8_t *src, int64_t cols, const QuantSpec *s);
+
+// ---------------------------------------------------------------------------------------------
+// Names. Presets are torchao's: none, int8wo, int8dq, int4wo-G, 8da4w-G, and intB-G for weight-only symmetric
+// groups of any width (int3-32). G in 2..; the group must divide the row.
+
+int quant_scheme_from_name(QuantScheme *out, const char *name, Err *err);
+// "int4,group=32,symmetric" | "uint4,group=64,float" | "int8,token,asymmetric" | "int8,channel" | "int5,block=2x16" | "none"
+int quant_spec_parse(QuantSpec *out, const char *text, bool is_activation, Err *err);
+// The inverse: writes the canonical text of a spec ("none" for bits == 0).
+void quant_spec_text(char *buf, size_t size, const QuantSpec *s);
+bool quant_spec_equal(const QuantSpec *a, const QuantSpec *b);
+
+// Which scheme each tensor gets: a default for linears, one for the embedding, one for a tied head, and rules by
+// name pattern (fnmatch on the tensor's Hugging Face name), the last match winning.
+#define QUANT_MAX_RULES 16
+typedef struct { char pattern[96]; QuantScheme scheme; } QuantRule;
+typedef struct {
+    char name[64];                       // short name for files and tables: "8da4w-32", "none", "custom"
+    QuantScheme linear;
+    QuantSpec embedding;
+    QuantSpec tied_head;                 // bits == 0: the head of a tied table stays in floatX
+    int n_rules;
+    QuantRule rules[QUANT_MAX_RULES];
+} QuantPlan;
+
+void quant_plan_none(QuantPlan *p);
+// Parses one rule "PATTERN=SCHEME" or "PATTERN=WEIGHTSPEC;ACTSPEC".
+int quant_plan_add_rule(QuantPlan *p, const char *text, Err *err);
+// Scheme of the linear called `name`.
+QuantScheme quant_plan_linear(const QuantPlan *p, const char *name);
+bool quant_plan_is_none(const QuantPlan *p);
+// JSON text in and out (for model.bin's metadata); from_json refuses anything out of range.
+char *quant_plan_to_json(const QuantPlan *p);                                     // malloc'ed
+int quant_plan_from_json(QuantPlan *p, const char *text, size_t len, Err *err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,66 @@
+// Scalar arithmetic that CPU, GPU and simulator share bit for bit. Read by the C compiler, by nvcc and by the
+// host C++ compiler of the simulator. Compiled without contraction: where a fused multiply-add is meant, fmaf stands.
+#ifndef QLLM_SCALAR_H
+#define QLLM_SCALAR_H
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __CUDACC__
+#define QHD static __host__ __device__ __forceinline__
+#else
+#define QHD static inline
+#endif
+
+typedef uint16_t bf16;   // the upper half of an f32
+typedef uint16_t f16;    // IEEE binary16
+
+QHD uint32_t f32_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+QHD float f32_from_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+
+QHD float bf16_to_f32(bf16 h) { return f32_from_bits((uint32_t)h << 16); }
+
+// Nearest even; NaN stays NaN (quiet), overflow goes to infinity as in IEEE.
+QHD bf16 bf16_from_f32(float f) {
+    uint32_t u = f32_bits(f);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (bf16)((u >> 16) | 0x40u);
+    return (bf16)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+// f32 rounded to the nearest bf16 value, as f32.
+QHD float bf16_round(float f) { return bf16_to_f32(bf16_from_f32(f)); }
+
+QHD float f16_to_f32(f16 h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exp = (h >> 10) & 0x1fu, man = h & 0x3ffu;
+    if (exp == 0x1f) return f32_from_bits(sign | 0x7f800000u | (man << 13));
+    if (exp) return f32_from_bits(sign | ((exp + 112u) << 23) | (man << 13));
+    float sub = (float)man * 5.9604644775390625e-8f;   // subnormal: man * 2^-24, exact
+    return sign ? -sub : sub;
+}
+
+// f32 to f16, nearest even, overflow to infinity.
+QHD f16 f16_from_f32(float f) {
+    uint32_t u = f32_bits(f), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+    if (a > 0x7f800000u) return (f16)(sign | 0x7e00u);
+    if (a >= 0x477ff000u) return (f16)(sign | 0x7c00u);          // rounds to 65536 or more
+    if (a >= 0x38800000u) {                                      // normal f16
+        uint32_t r = a + 0xfffu + ((a >> 13) & 1u);
+        return (f16)(sign | ((r - 0x38000000u) >> 13));
+    }
+    float scaled = f32_from_bits(a) * 16777216.0f;               // in units of 2^-24, exact
+    return (f16)(sign | (uint32_t)rintf(scaled));
+}
+
+// The build's type of activations and working weights.
+#ifdef PRECISION_FP32
+typedef float floatX;
+#define FLOATX_NAME "fp32"
+QHD float x2f(floatX x) { return x; }
+QHD floatX f2x(float f) { return f; }
+#else
+typedef bf16 floatX;
+#define FLOATX_NAME "bf16"
+QHD float x2f(floatX x) { return bf16_to_f32(x); }
+QHD floatX f2x(float f) { return bf16_from_f32(f); }
+#endif
+#endif
