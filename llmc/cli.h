@@ -17,8 +17,10 @@ typedef struct {
 #define STRING_LIST_MAX 64
 typedef struct { const char *item[STRING_LIST_MAX]; int n; } StringList;   // an option that may be given several times
 
-// A positional argument is stored in *positional (NULL: none allowed). --name value and --name=value both work; a flag
-// takes no value, and --no-name turns it off. Unknown or malformed input is E_USAGE and names the closest option.
+// A positional argument is stored in *positional (NULL: none allowed); behind "--" everything is positional. --name value
+// and --name=value both work; a flag takes no value, and --no-name turns it off. Given twice, the last one counts (lists
+// collect). Unknown or malformed input is E_USAGE and names the closest option. Ranges are inclusive; numbers are plain
+// decimals, NaN and infinities refused.
 // -h or --help prints the help and exits 0; --version prints the version and exits 0.
 // summary: lines printed above the options ("usage: ...").
 int cli_parse(const Option *options, int n, const char *summary, const char **positional, int argc, char **argv, Err *err);

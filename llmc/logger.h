@@ -3,9 +3,17 @@
 #define QLLM_LOGGER_H
 #include "common.h"
 
-// JSON lines, appended to PATH, flushed at each end.
-typedef struct { FILE *f; bool first; } JsonLog;
-int jsonlog_open(JsonLog *l, const char *path, bool append, Err *err);   // path NULL: a log that writes nothing
+// v as a JSON string, quotes included. Control characters become escapes and bytes that are no UTF-8 become U+FFFD, so
+// that whatever a user typed yields a line that a strict parser reads. NULL is written as null.
+void json_write_string(FILE *f, const char *v);
+// v in the fewest digits that read back as the same double; NaN and infinities become null.
+void json_write_double(FILE *f, double v);
+
+// JSON lines: {"event": "step", "time": 1700000000.123, ...}, flushed at each end. A line that cannot be written (no space
+// left) is reported on stderr once and ends the log: a run of days does not die for its diary.
+typedef struct { FILE *f; char path[1024]; } JsonLog;
+// path NULL: a log that writes nothing. Appending first removes a half line that a killed run left at the end.
+int jsonlog_open(JsonLog *l, const char *path, bool append, Err *err);
 void jsonlog_begin(JsonLog *l, const char *event);                       // {"event": "...", "time": ...
 void jsonlog_num(JsonLog *l, const char *key, double v);                 // NaN and infinities become null
 void jsonlog_int(JsonLog *l, const char *key, long long v);
@@ -14,7 +22,7 @@ void jsonlog_raw(JsonLog *l, const char *key, const char *json);         // alre
 void jsonlog_end(JsonLog *l);
 void jsonlog_close(JsonLog *l);
 
-// "12.3 MB", "1.50 GiB", "1h02m", "39.7k": into buf, which is returned.
+// "12.3 MB" (powers of 1000), "39.7k", "1h02m": into buf, which is returned. "?" for NaN, infinite or negative values.
 const char *fmt_bytes(char buf[32], double bytes);
 const char *fmt_count(char buf[32], double n);
 const char *fmt_time(char buf[32], double seconds);
