@@ -1,0 +1,80 @@
+// Inside the CPU wing: the operations' names, and what several of them share. Semantics are documented in ops.h.
+#ifndef QLLM_CPU_H
+#define QLLM_CPU_H
+#include "ops.h"
+#include "vec.h"
+
+void cpu_embedding_forward(floatX *out, const int32_t *tokens, const floatX *wte, size_t N, int C, int V);
+void cpu_embedding_backward(float *dwte, const floatX *dout, const int32_t *tokens, size_t N, int C, int V);
+void cpu_rmsnorm_fq_forward(floatX *res, floatX *y, float *rstd, uint8_t *mask, const floatX *x, const floatX *delta,
+                            const floatX *weight, size_t N, int C, float eps, const QuantSpec *act);
+void cpu_rmsnorm_backward(floatX *dres, float *dweight, const floatX *dy, const uint8_t *mask, const floatX *x,
+                          const floatX *weight, const float *rstd, size_t N, int C);
+void cpu_linear_forward(floatX *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC);
+void cpu_linear_forward_f32(float *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC);
+void cpu_linear_backward_input(floatX *dx, const floatX *dy, const floatX *w, const float *wscale, floatX *dy_scaled,
+                               size_t N, int C, int OC);
+void cpu_linear_backward_weight(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC, bool accumulate);
+void cpu_rope(floatX *x, const float *cos_t, const float *sin_t, size_t N, int T, int pos0, int ldx, int NH_rot, int HS,
+              bool inverse);
+void cpu_attention_forward(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, int B, int T, int Tk,
+                           int NH, int NKV, int HS, int ldo, int ldq, int ldkv, size_t skv);
+void cpu_attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *o, const float *lse, int B,
+                            int T, int NH, int NKV, int HS);
+void cpu_fakequant_forward(floatX *y, uint8_t *mask, const floatX *x, size_t N, int C, const QuantSpec *act);
+void cpu_mask_backward(floatX *dx, const uint8_t *mask, size_t N, int C);
+void cpu_swiglu_fq_forward(floatX *y, uint8_t *mask, const floatX *gateup, size_t N, int FF, const QuantSpec *act);
+void cpu_swiglu_backward(floatX *dgateup, const floatX *dy, const uint8_t *mask, const floatX *gateup, size_t N, int FF);
+void cpu_classifier(float *losses, floatX *dlogits, const float *logits, const int32_t *targets, size_t n, int V);
+void cpu_loss_accumulate(StepState *state, const float *losses, const int32_t *targets, size_t N);
+void cpu_global_norm(StepState *state, const float *grad, size_t n, float max_norm);
+void cpu_adamw_fq(float *master, float *m, float *v, floatX *work, float *wscale, const float *grad,
+                  const StepState *state, const AdamWParams *h, const QuantSpec *wq, int64_t rows, int64_t cols);
+void cpu_sgd_fq(float *master, float *buf, floatX *work, float *wscale, const float *grad, const StepState *state,
+                float momentum, float weight_decay, const QuantSpec *wq, int64_t rows, int64_t cols);
+void cpu_weight_fq(floatX *work, float *wscale, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
+void cpu_weight_ste_mask(float *grad, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
+void cpu_dequant_rows(floatX *work, float *wscale, const uint8_t *codes, const float *scale, const float *zero,
+                      const QuantSpec *wq, int64_t rows, int64_t cols);
+void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
+                         const QuantSpec *wq, size_t N, int C, int OC);
+
+// Below this many elements an operation runs on the calling thread: waking the others costs some microseconds.
+#define CPU_MIN_PARALLEL 16384
+
+// dtype of the activations for quant.h.
+#ifdef PRECISION_FP32
+#define QD_X QD_F32
+#else
+#define QD_X QD_BF16
+#endif
+
+// What quantizing the values of one block needs, from its scale and zero point.
+typedef struct { v16 scale, inv, zp, mid, m, lo, hi, nan_code; } BlockQuant;
+
+VEC BlockQuant block_quant(QParams p, const QuantSpec *s, QuantDType d) {
+    float mid = quant_mid(s);
+    BlockQuant b = {.scale = v16_set1(p.scale), .inv = v16_set1(1.0f / p.scale), .zp = v16_set1(p.zp),
+                    .mid = v16_set1(mid), .lo = v16_set1((float)s->qmin), .hi = v16_set1((float)s->qmax)};
+    b.m = v16_set1(quant_round_d(p.zp - quant_round_d(p.scale * mid, d), d));
+    b.nan_code = s->zero == QZ_FLOAT ? b.lo : b.zp;
+    return b;
+}
+VEC v16 v16_round_d(v16 v, QuantDType d) { return d == QD_BF16 ? v16_bf16_round(v) : v; }
+// quant_unclamped, quant_clampf and quant_dequant of quant.h, sixteen at a time: the same bits.
+VEC v16 v16_unclamped(v16 x, const BlockQuant *b, bool zero_is_float, QuantDType d) {
+    if (zero_is_float) return v16_rint(v16_round_d(v16_round_d(x - b->m, d) / b->scale, d));
+    return v16_rint(x * b->inv) + b->zp;
+}
+VEC v16 v16_clamp_code(v16 u, const BlockQuant *b) { return v16_min(b->hi, v16_max(b->lo, u)); }
+VEC v16 v16_dequant(v16 q, const BlockQuant *b, bool zero_is_float, QuantDType d) {
+    if (zero_is_float) return v16_round_d(v16_fma(q - b->mid, b->scale, b->zp), d);
+    return v16_round_d((q - b->zp) * b->scale, d);
+}
+
+// Activation fake quantization of one row (C) X whose values span [mn, mx] (NaN left out of it; of f32 values before
+// their rounding to X is as good: rounding keeps order). y may be x. For operations that have just written the row:
+// it is read back from the nearest cache, so that quantizing costs no memory traffic.
+void fakequant_row(floatX *y, uint8_t *mask, const floatX *x, int C, float mn, float mx, const QuantSpec *act);
+static inline bool quant_is_on(const QuantSpec *s) { return s && s->bits; }
+#endif
