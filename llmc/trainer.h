@@ -1,0 +1,49 @@
+// What both trainers do around the model: signals, the memory plan, the step line, and checkpoints that can be resumed.
+// The algorithm itself (forward, backward, update, the step loop) is spelled out in the trainers.
+#ifndef QLLM_TRAINER_H
+#define QLLM_TRAINER_H
+#include "llama.h"
+#include "logger.h"
+#include "quant.h"
+
+// SIGINT and SIGTERM ask the loop to save and leave; a second one ends the process at once.
+void trainer_catch_signals(void);
+int trainer_signal(void);                      // the signal that came, or 0
+
+// The memory plan, printed before anything is allocated.
+typedef struct { const char *what; double fixed, per_sequence; } MemoryItem;   // bytes
+// Prints the table for batches of B, its total beside the machine's memory, and the largest batch that fits; returns the total.
+double memory_plan_print(const MemoryItem *items, int n, int B, FILE *out);
+
+// The step line and its JSON twin.
+typedef struct {
+    JsonLog *json;
+    double flops_per_token, peak;              // peak <= 0: utilization is not printed
+    const char *peak_source;
+    int steps;                                 // of the whole run, for the time left
+    double ema_seconds;
+} StepLog;
+typedef struct { int step; double loss, norm, lr, seconds; int64_t tokens; bool skipped; } StepReport;   // step counts from 1
+void steplog_print(StepLog *log, const StepReport *r, bool show);
+
+// Everything that a run needs to go on bit for bit.
+typedef struct {
+    int64_t step;                              // optimizer steps done, skipped ones included
+    int64_t t;                                 // AdamW's step count: updates that were made
+    uint64_t loader_position;                  // windows handed out
+    int64_t tokens, skipped;
+    uint64_t data_hash, seed;
+    int T;
+} TrainProgress;
+
+// Optimizer state arrays beside the masters: AdamW has two (m, v), SGD one. All (n_elements) f32 in device memory.
+typedef struct { const char *name; float *data; } StateArray;
+
+// Writes OUT/step-N/ (aside, synced, renamed), then OUT/latest; removes all but the newest `keep` (0: keep all).
+int train_state_save(const char *out, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
+                     const ParamTable *table, const StateArray *arrays, int n_arrays, int keep, Err *err);
+// Loads the checkpoint that OUT/latest names. Configuration, scheme, T, data and seed must be those of this run.
+// Returns 1 if one was loaded, 0 if there is none.
+int train_state_load(const char *out, TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
+                     const ParamTable *table, const StateArray *arrays, int n_arrays, Err *err);
+#endif

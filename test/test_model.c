@@ -1,0 +1,368 @@
+// The whole model: logits, loss and every gradient against PyTorch's (dev/ref/gen_llama.py), gradients against finite
+// differences, and the equalities that must hold to the bit: recomputation, straight-through gradients, validation state.
+#include "test_common.h"
+#define main train_main
+#include "../train_llama_qat.c"
+#undef main
+#include "llmc/json.h"
+
+typedef struct { Llama m; Acts s; int B, T; } Fixture;
+
+static void setup_options(void) {
+    Err err = {0};
+    char *argv[] = {"test"};
+    if (cli_parse(options, N_OPTIONS, "", NULL, 1, argv, &err) < 0) fail_msg("%s", err.text);
+    if (device_init("cpu", 0, &err) < 0) fail_msg("%s", err.text);
+}
+
+static void fixture_init(Fixture *f, const LlamaConfig *c, const QuantPlan *plan, int B, int T, bool recompute, bool clip) {
+    Err err = {0};
+    memset(f, 0, sizeof *f);
+    f->B = B; f->T = T;
+    Llama *m = &f->m;
+    m->c = *c;
+    if (plan) m->plan = *plan; else quant_plan_none(&m->plan);
+    if (param_table_build(&m->table, &m->c, &m->plan, &err) < 0) fail_msg("%s", err.text);
+    size_t n = m->table.n_elements;
+    Arena a = {.err = &err};
+    m->master = take(&a, n, 4, "");
+    m->grad = take(&a, n, 4, "");
+    m->m = take(&a, n, 4, "");
+    m->v = take(&a, n, 4, "");
+    m->work = take(&a, n, sizeof(floatX), "");
+    m->wscale = take(&a, m->table.n_rows, 4, "");
+    m->cos_t = take(&a, (size_t)T * c->HS / 2, 4, "");
+    m->sin_t = take(&a, (size_t)T * c->HS / 2, 4, "");
+    llama_rope_table(m->cos_t, m->sin_t, c, T);
+    if (tied_views_differ(m)) m->head = take(&a, (size_t)c->V * c->C, sizeof(floatX), "");
+    else m->head = w(m, -1, c->tied ? ROLE_EMBED : ROLE_HEAD);
+    if (!c->tied && quant_works_as_codes(&param_get(&m->table, -1, ROLE_HEAD)->scheme.weight))
+        m->head_scale = m->wscale + param_get(&m->table, -1, ROLE_HEAD)->row_offset;
+    take_acts(&a, &f->s, m, B, T, recompute, clip);
+    if (a.rc < 0) fail_msg("%s", err.text);
+}
+
+static void fixture_free(Fixture *f) {
+    Llama *m = &f->m;
+    Acts *s = &f->s;
+    void *own[] = {m->master, m->grad, m->m, m->v, m->wscale, m->cos_t, m->sin_t, s->x_final, s->lnf, s->rstdf, s->maskf,
+                   s->delta, s->logits, s->dlogits, s->losses, s->tokens, s->targets, s->dres, s->dc, s->dwide, s->dffn,
+                   s->scaled, s->state};
+    for (int l = 0; l < m->c.L; l++) {
+        BlockActs *k = &s->block[l];
+        device_free(k->x);
+        if (l && s->recompute) continue;
+        void *b[] = {k->ln1, k->rstd1, k->qkv, k->att, k->attq == k->att ? NULL : k->attq, k->lse, k->x2, k->ln2, k->rstd2,
+                     k->gateup, k->ffn, k->mask1, k->mask_att, k->mask2, k->mask_ffn};
+        for (size_t i = 0; i < sizeof b / sizeof *b; i++) device_free(b[i]);
+    }
+    if (tied_views_differ(m)) device_free(m->head);
+    device_free(m->work);
+    for (size_t i = 0; i < sizeof own / sizeof *own; i++) device_free(own[i]);
+    free(s->block);
+    param_table_free(&m->table);
+}
+
+static double fixture_loss(Fixture *f, bool backward) {
+    Err err = {0};
+    *f->s.state = (StepState){.t = 1};
+    if (backward) llama_zero_grad(&f->m);
+    llama_forward(&f->m, &f->s);
+    llama_loss(&f->m, &f->s, backward, false);
+    if (backward) llama_backward(&f->m, &f->s, false);
+    if (device_sync(&err) < 0) fail_msg("%s", err.text);
+    return f->s.state->loss_sum / (double)f->s.state->tokens;
+}
+
+static void random_tokens(Fixture *f) {
+    for (size_t i = 0; i < f->s.N; i++) {
+        f->s.tokens[i] = (int32_t)(philox(7, 1, i).v[0] % (uint32_t)f->m.c.V);
+        f->s.targets[i] = i % 7 == 3 ? -1 : (int32_t)(philox(7, 2, i).v[0] % (uint32_t)f->m.c.V);
+    }
+}
+
+static void random_weights(Fixture *f, float scale) {
+    for (int i = 0; i < f->m.table.n; i++) {
+        const Param *p = &f->m.table.p[i];
+        size_t n = (size_t)(p->rows * p->cols);
+        param_init_random(f->m.master + p->offset, p, &f->m.c, 11, 0, n);
+        for (size_t k = 0; k < n; k++) f->m.master[p->offset + k] *= p->rows == 1 ? 1.0f : scale;
+    }
+}
+
+static LlamaConfig small_config(bool tied) {
+    return (LlamaConfig){.C = 32, .L = 2, .NH = 4, .NKV = 2, .HS = 8, .FF = 64, .V = 67, .max_T = 64, .norm_eps = 1e-5f,
+                         .rope_theta = 10000, .rope_factor = 1, .tied = tied, .bos = -1};
+}
+
+// ---------------------------------------------------------------------------------------------
+
+// fp32: both sides sum the same products in another order; a value that is a sum of n terms moves by about
+// sqrt(n) * 2^-24 relative to the largest, and 2 layers chain some 30 such sums: 2e-5 of the tensor's norm is ample and
+// far below what a wrong term would make. bf16: every activation is rounded to 2^-9 relative, some 20 roundings deep,
+// averaging: 3 % of the norm, and a cosine that stays within 1e-3 of 1.
+static const double tensor_tolerance = sizeof(floatX) == 4 ? 2e-5 : 6e-2;
+
+static void check_tensor(const char *what, const float *ours, const float *ref, size_t n) {
+    double diff = 0, norm = 0;
+    for (size_t i = 0; i < n; i++) {
+        diff += ((double)ours[i] - ref[i]) * ((double)ours[i] - ref[i]);
+        norm += (double)ref[i] * ref[i];
+    }
+    if (!(sqrt(diff) <= tensor_tolerance * sqrt(norm) + 1e-12))
+        fail_msg("%s: |ours - reference| = %g of |reference| = %g; allowed %g", what, sqrt(diff), sqrt(norm), tensor_tolerance);
+}
+
+static int32_t int_at(const StTensor *t, size_t i) {
+    if (t->dtype == DT_I64) { int64_t v; memcpy(&v, t->data + 8 * i, 8); return (int32_t)v; }
+    int32_t v; memcpy(&v, t->data + 4 * i, 4); return v;
+}
+
+static void golden(const char *path) {
+    Err err = {0};
+    Safetensors st;
+    if (safetensors_open(&st, path, &err) < 0) fail_msg("%s", err.text);
+    LlamaConfig c;
+    const char *config = safetensors_meta(&st, "config");
+    assert_non_null(config);
+    if (llama_config_from_json(&c, config, strlen(config), &err) < 0) fail_msg("%s", err.text);
+    const StTensor *tokens = safetensors_find(&st, "tokens"), *targets = safetensors_find(&st, "targets");
+    const StTensor *logits = safetensors_find(&st, "logits"), *loss = safetensors_find(&st, "loss");
+    assert_true(tokens && targets && logits && loss);
+    Fixture f;
+    fixture_init(&f, &c, NULL, (int)tokens->shape[0], (int)tokens->shape[1], false, false);
+    for (size_t i = 0; i < f.s.N; i++) { f.s.tokens[i] = int_at(tokens, i); f.s.targets[i] = int_at(targets, i); }
+    for (int i = 0; i < f.m.table.n; i++) {
+        const Param *p = &f.m.table.p[i];
+        const StTensor *t = safetensors_find(&st, p->name);
+        if (!t) fail_msg("golden %s has no %s", path, p->name);
+        convert_to_f32(f.m.master + p->offset, t->data, t->dtype, (size_t)(p->rows * p->cols));
+    }
+    llama_requantize(&f.m, false);
+    double ours = fixture_loss(&f, true);
+    float ref_loss;
+    convert_to_f32(&ref_loss, loss->data, loss->dtype, 1);
+    if (!(fabs(ours - ref_loss) <= tensor_tolerance * 0.1 * ref_loss)) fail_msg("%s: loss %.7f, reference %.7f", path, ours, (double)ref_loss);
+    assert_true(f.s.N <= (size_t)f.s.chunk);   // so that all logits are still there
+    check_tensor("logits", f.s.logits, (const float *)logits->data, f.s.N * (size_t)c.V);
+    for (int i = 0; i < f.m.table.n; i++) {
+        const Param *p = &f.m.table.p[i];
+        char name[128];
+        snprintf(name, sizeof name, "grad.%s", p->name);
+        const StTensor *t = safetensors_find(&st, name);
+        if (!t) fail_msg("golden %s has no %s", path, name);
+        size_t n = (size_t)(p->rows * p->cols);
+        float *g = xmalloc(n * 4);
+        for (size_t k = 0; k < n; k++) g[k] = f.m.grad[p->offset + k] / (float)f.s.state->tokens;
+        check_tensor(name, g, (const float *)t->data, n);
+        free(g);
+    }
+    fixture_free(&f);
+    safetensors_close(&st);
+}
+
+static void test_golden_gqa(void **u) { (void)u; golden("test/golden/llama_gqa.safetensors"); }
+static void test_golden_tied(void **u) { (void)u; golden("test/golden/llama_tied.safetensors"); }
+static void test_golden_llama3_rope(void **u) { (void)u; golden("test/golden/llama_rope_llama3.safetensors"); }
+static void test_golden_linear_rope(void **u) { (void)u; golden("test/golden/llama_rope_linear.safetensors"); }
+static void test_golden_head_dim(void **u) { (void)u; golden("test/golden/llama_head_dim.safetensors"); }
+
+// Directional derivatives, one parameter tensor at a time: (L(w + e d) - L(w - e d)) / 2e against grad . d.
+// fp32 losses carry about 1e-7 relative noise: with e = 1e-2 along a unit direction the quotient is good to 5e-5
+// absolute, the truncation error is e^2/6 times a third derivative of order one.
+static void test_finite_differences(void **u) {
+    (void)u;
+    if (sizeof(floatX) != 4) { print_message("skipped: only in the fp32 build\n"); skip(); }
+    for (int tied = 0; tied < 2; tied++) {
+        LlamaConfig c = small_config(tied);
+        Fixture f;
+        fixture_init(&f, &c, NULL, 2, 13, false, false);
+        random_weights(&f, 8);
+        random_tokens(&f);
+        llama_requantize(&f.m, false);
+        fixture_loss(&f, true);
+        double tokens = (double)f.s.state->tokens;
+        for (int i = 0; i < f.m.table.n; i++) {
+            const Param *p = &f.m.table.p[i];
+            size_t n = (size_t)(p->rows * p->cols);
+            double norm = 0, dot = 0;
+            float *d = xmalloc(n * 4), *keep = xmalloc(n * 4), *at = f.m.master + p->offset;
+            memcpy(keep, at, n * 4);
+            // Half random, half along the gradient, so that the derivative is not lost in noise.
+            double gnorm = 0;
+            for (size_t k = 0; k < n; k++) gnorm += (double)f.m.grad[p->offset + k] * f.m.grad[p->offset + k];
+            gnorm = sqrt(gnorm / (double)n) + 1e-20;
+            for (size_t k = 0; k < n; k++) {
+                d[k] = philox_uniform(philox(3, (uint64_t)i, k).v[0]) - 0.5f + 0.5f * (float)(f.m.grad[p->offset + k] / gnorm);
+                norm += (double)d[k] * d[k];
+            }
+            norm = sqrt(norm);
+            for (size_t k = 0; k < n; k++) { d[k] = (float)(d[k] / norm); dot += (double)d[k] * f.m.grad[p->offset + k] / tokens; }
+            float e = 1e-2f;
+            for (size_t k = 0; k < n; k++) at[k] = keep[k] + e * d[k];
+            llama_requantize(&f.m, false);
+            double plus = fixture_loss(&f, false);
+            for (size_t k = 0; k < n; k++) at[k] = keep[k] - e * d[k];
+            llama_requantize(&f.m, false);
+            double minus = fixture_loss(&f, false);
+            memcpy(at, keep, n * 4);
+            double numeric = (plus - minus) / (2 * (double)e);
+            if (fabs(numeric - dot) > 1e-4 + 5e-3 * fabs(dot)) fail_msg("%s: gradient . d = %g, finite difference %g", p->name, dot, numeric);
+            free(d); free(keep);
+        }
+        fixture_free(&f);
+    }
+}
+
+static QuantPlan plan_named(const char *scheme, const char *embedding) {
+    Err err = {0};
+    QuantPlan plan;
+    quant_plan_none(&plan);
+    snprintf(plan.name, sizeof plan.name, "%s", scheme);
+    if (quant_scheme_from_name(&plan.linear, scheme, &err) < 0) fail_msg("%s", err.text);
+    if (embedding && quant_spec_parse(&plan.embedding, embedding, false, &err) < 0) fail_msg("%s", err.text);
+    return plan;
+}
+
+static const char *schemes[] = {"none", "int8wo", "int8dq", "int4wo-32", "8da4w-32", "int3-16", "int2-8"};
+#define N_SCHEMES (sizeof schemes / sizeof *schemes)
+
+// Recomputation changes memory, not one bit of loss or gradient.
+static void test_recompute_equal(void **u) {
+    (void)u;
+    for (size_t i = 0; i < N_SCHEMES; i++)
+        for (int clip = 0; clip < 2; clip++) {
+            QuantPlan plan = plan_named(schemes[i], NULL);
+            LlamaConfig c = small_config(i & 1);
+            c.L = 3;
+            Fixture a, b;
+            fixture_init(&a, &c, &plan, 2, 21, false, clip);
+            fixture_init(&b, &c, &plan, 2, 21, true, clip);
+            random_weights(&a, 4); random_weights(&b, 4);
+            random_tokens(&a); random_tokens(&b);
+            llama_requantize(&a.m, true); llama_requantize(&b.m, true);
+            double la = fixture_loss(&a, true), lb = fixture_loss(&b, true);
+            assert_memory_equal(&la, &lb, sizeof la);
+            assert_memory_equal(a.m.grad, b.m.grad, a.m.table.n_elements * 4);
+            fixture_free(&a); fixture_free(&b);
+        }
+}
+
+// Weight-only fake quantization with straight-through gradients: loss and gradients are those of the float model whose
+// masters are the fake-quantized values.
+static void test_straight_through(void **u) {
+    (void)u;
+    QuantPlan plan = plan_named("int4wo-32", "int4,group=32");
+    LlamaConfig c = small_config(false);
+    Fixture a, b;
+    fixture_init(&a, &c, &plan, 2, 16, false, false);
+    fixture_init(&b, &c, NULL, 2, 16, false, false);
+    random_weights(&a, 4); random_tokens(&a); random_tokens(&b);
+    llama_requantize(&a.m, true);
+    for (size_t i = 0; i < a.m.table.n_elements; i++) b.m.master[i] = x2f(a.m.work[i]);
+    llama_requantize(&b.m, false);
+    double la = fixture_loss(&a, true), lb = fixture_loss(&b, true);
+    assert_memory_equal(&la, &lb, sizeof la);
+    assert_memory_equal(a.m.grad, b.m.grad, a.m.table.n_elements * 4);
+    fixture_free(&a); fixture_free(&b);
+}
+
+// Masters that drift from the working copy would train one model and serve another: after an update the working values
+// are what rebuilding them from the masters gives, for every scheme; switching off and on again changes nothing.
+static void test_update_keeps_working_values(void **u) {
+    (void)u;
+    for (size_t i = 0; i < N_SCHEMES; i++)
+        for (int kind = 0; kind < 2; kind++) {
+            QuantPlan plan = plan_named(schemes[i], i % 3 ? NULL : "int4,group=32");
+            LlamaConfig c = small_config(i & 1);
+            Fixture f;
+            fixture_init(&f, &c, &plan, 1, 16, false, true);
+            random_weights(&f, 4); random_tokens(&f);
+            llama_requantize(&f.m, true);
+            fixture_loss(&f, true);
+            f.s.state->lr = 1e-2f;
+            UpdateParams up = {.kind = kind ? OPTIM_SGD : OPTIM_ADAMW, .adamw = {0.9f, 0.999f, 1e-8f, 0}, .momentum = 0.9f,
+                               .weight_decay = 0.1f, .clip = 1, .ste_clip = true};
+            llama_update(&f.m, f.s.state, &up);
+            size_t n = f.m.table.n_elements * sizeof(floatX), rows = f.m.table.n_rows * 4;
+            floatX *work = memcpy(xmalloc(n), f.m.work, n);
+            float *scale = memcpy(xmalloc(rows), f.m.wscale, rows);
+            llama_requantize(&f.m, false);
+            llama_requantize(&f.m, true);
+            assert_memory_equal(work, f.m.work, n);
+            assert_memory_equal(scale, f.m.wscale, rows);
+            free(work); free(scale);
+            fixture_free(&f);
+        }
+}
+
+// Gradients of two micro-steps add up to those of one batch of both (another order of summation over tokens).
+static void test_accumulation(void **u) {
+    (void)u;
+    LlamaConfig c = small_config(true);
+    Fixture both, one;
+    fixture_init(&both, &c, NULL, 2, 16, false, false);
+    fixture_init(&one, &c, NULL, 1, 16, false, false);
+    random_weights(&both, 4); random_weights(&one, 4);
+    random_tokens(&both);
+    llama_requantize(&both.m, false); llama_requantize(&one.m, false);
+    fixture_loss(&both, true);
+    *one.s.state = (StepState){.t = 1};
+    llama_zero_grad(&one.m);
+    for (int micro = 0; micro < 2; micro++) {
+        memcpy(one.s.tokens, both.s.tokens + micro * 16, 64);
+        memcpy(one.s.targets, both.s.targets + micro * 16, 64);
+        llama_forward(&one.m, &one.s);
+        llama_loss(&one.m, &one.s, true, micro > 0);
+        llama_backward(&one.m, &one.s, micro > 0);
+    }
+    assert_int_equal(one.s.state->tokens, both.s.state->tokens);
+    assert_true(fabs(one.s.state->loss_sum - both.s.state->loss_sum) < 1e-9 * both.s.state->loss_sum);
+    // fp32 sums of 32 terms in another order: 32 * 2^-24 of the largest partial sum.
+    check_tensor("accumulated gradients", one.m.grad, both.m.grad, both.m.table.n_elements);
+    fixture_free(&both); fixture_free(&one);
+}
+
+// A NaN anywhere in the gradients leaves masters, moments and working values as they are.
+static void test_skip_on_nan(void **u) {
+    (void)u;
+    QuantPlan plan = plan_named("8da4w-32", NULL);
+    LlamaConfig c = small_config(true);
+    Fixture f;
+    fixture_init(&f, &c, &plan, 1, 16, false, false);
+    random_weights(&f, 4); random_tokens(&f);
+    llama_requantize(&f.m, true);
+    fixture_loss(&f, true);
+    f.m.grad[f.m.table.n_elements / 2] = NAN;
+    f.s.state->lr = 1;
+    size_t n = f.m.table.n_elements;
+    float *master = memcpy(xmalloc(n * 4), f.m.master, n * 4);
+    floatX *work = memcpy(xmalloc(n * sizeof(floatX)), f.m.work, n * sizeof(floatX));
+    UpdateParams up = {.kind = OPTIM_ADAMW, .adamw = {0.9f, 0.999f, 1e-8f, 0}, .weight_decay = 0.1f, .clip = 1};
+    llama_update(&f.m, f.s.state, &up);
+    assert_int_equal(f.s.state->skip, 1);
+    assert_memory_equal(master, f.m.master, n * 4);
+    assert_memory_equal(work, f.m.work, n * sizeof(floatX));
+    for (size_t i = 0; i < n; i++) assert_true(f.m.m[i] == 0 && f.m.v[i] == 0);
+    free(master); free(work);
+    fixture_free(&f);
+}
+
+int main(int argc, char **argv) {
+    setup_options();
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_golden_gqa),
+        cmocka_unit_test(test_golden_tied),
+        cmocka_unit_test(test_golden_llama3_rope),
+        cmocka_unit_test(test_golden_linear_rope),
+        cmocka_unit_test(test_golden_head_dim),
+        cmocka_unit_test(test_finite_differences),
+        cmocka_unit_test(test_recompute_equal),
+        cmocka_unit_test(test_straight_through),
+        cmocka_unit_test(test_update_keeps_working_values),
+        cmocka_unit_test(test_accumulation),
+        cmocka_unit_test(test_skip_on_nan),
+    };
+    if (argc > 1) cmocka_set_test_filter(argv[1]);
+    return cmocka_run_group_tests(tests, NULL, NULL) != 0;
+}

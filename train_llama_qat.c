@@ -1,0 +1,751 @@
+// train_llama_qat: fine-tunes or pretrains a Llama with quantization-aware training.
+//
+// The whole algorithm is in this file: forward, backward, update and the step loop. Read it from top to bottom.
+// `ops->NAME` are the operations (llmc/ops.h says what each computes); what surrounds the model (signals, memory plan,
+// logs, checkpoints) is in llmc/trainer.h.
+//
+// How fake quantization works here. A linear computes y = fq_a(x) . fq_w(W)^T, where fq quantizes and dequantizes:
+//   - weights: the optimizer's pass that updates the fp32 masters also writes the working copy, which holds the
+//     fake-quantized values. A forward pass never quantizes a weight.
+//   - activations: the operation that produces a linear's input writes it fake-quantized (rmsnorm_fq, swiglu_fq; the
+//     attention output, whose blocks never see a whole token, takes fakequant_forward).
+//   - gradients pass straight through both (--ste clip zeroes them where a value was clipped).
+// So QAT costs what plain training costs, plus arithmetic on data that is in cache anyway.
+//
+// Letters: B batch, T sequence length, N = B*T tokens, C width, NH query heads, NKV key/value heads, HS head size,
+// FF feed-forward width, V vocabulary, L layers. d before a name is its gradient, l_ its slice for one layer.
+// floatX is bf16, or fp32 when built with PRECISION=fp32.
+#include <stdlib.h>
+#include <string.h>
+#include "llmc/checkpoint.h"
+#include "llmc/cli.h"
+#include "llmc/dataloader.h"
+#include "llmc/device.h"
+#include "llmc/llama.h"
+#include "llmc/logger.h"
+#include "llmc/ops.h"
+#include "llmc/schedule.h"
+#include "llmc/tokenizer.h"
+#include "llmc/trainer.h"
+
+// ---------------------------------------------------------------------------------------------
+// The model: parameters
+
+typedef enum { OPTIM_ADAMW, OPTIM_SGD } Optim;
+
+typedef struct {
+    LlamaConfig c;
+    QuantPlan plan;
+    ParamTable table;        // name, shape, scheme and offset of every parameter, in the order of the arenas
+    bool fake_quant;         // whether working values are fake-quantized now (--fake-quant-after, validation without)
+
+    // Arenas of table.n_elements; a parameter lies at its offset in each.
+    float *master;           // f32: what the optimizer updates
+    float *grad;             // f32: summed over the tokens of a step
+    float *m, *v;            // f32: AdamW's moments (SGD: m is the momentum buffer, v is not there)
+    floatX *work;            // what the matmuls read: fake-quantized values, or codes where the row scale is applied after
+    float *wscale;           // (table.n_rows): that row scale; 1 elsewhere
+
+    // A tied table has two working views. They differ only when the embedding or the head is quantized.
+    floatX *head;            // (V, C)
+    float *head_scale;       // (V) or NULL
+
+    float *cos_t, *sin_t;    // (T, HS/2)
+} Llama;
+
+static floatX *w(const Llama *m, int l, ParamRole r) { return m->work + param_get(&m->table, l, r)->offset; }
+static float *dw(const Llama *m, int l, ParamRole r) { return m->grad + param_get(&m->table, l, r)->offset; }
+
+// Row scales of a linear whose working values are codes; NULL where they are plain values. `last` ends a fused linear.
+static const float *wscale(const Llama *m, int l, ParamRole first, ParamRole last) {
+    if (!m->fake_quant) return NULL;
+    for (int r = first; r <= (int)last; r++)
+        if (quant_works_as_codes(&param_get(&m->table, l, (ParamRole)r)->scheme.weight))
+            return m->wscale + param_get(&m->table, l, first)->row_offset;
+    return NULL;
+}
+
+// How the input of a linear is fake-quantized; NULL: not at all.
+static const QuantSpec *act(const Llama *m, int l, ParamRole r) {
+    const Param *p = param_get(&m->table, l, r);
+    return m->fake_quant && p && p->scheme.act.bits ? &p->scheme.act : NULL;
+}
+
+static const QuantSpec *wq(const Llama *m, const Param *p) { return m->fake_quant ? &p->scheme.weight : NULL; }
+
+static bool tied_views_differ(const Llama *m) {
+    return m->c.tied && (m->plan.embedding.bits || m->plan.tied_head.bits);
+}
+
+// Rebuilds all working values from the masters, with fake quantization on or off.
+static void llama_requantize(Llama *m, bool fake_quant) {
+    m->fake_quant = fake_quant;
+    for (int i = 0; i < m->table.n; i++) {
+        const Param *p = &m->table.p[i];
+        ops->weight_fq(m->work + p->offset, m->wscale + p->row_offset, m->master + p->offset, wq(m, p), p->rows, p->cols);
+    }
+    if (tied_views_differ(m))
+        ops->weight_fq(m->head, m->head_scale, m->master + param_get(&m->table, -1, ROLE_EMBED)->offset,
+                       fake_quant ? &m->plan.tied_head : NULL, m->c.V, m->c.C);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The model: activations
+
+// What the backward of one block reads.
+typedef struct {
+    floatX *x;               // (N, C)              residual stream entering the block
+    floatX *ln1;             // (N, C)              fq(rmsnorm(x)): input of q, k, v
+    float *rstd1;            // (N)
+    floatX *qkv;             // (N, (NH+2*NKV)*HS)  after rope: q heads, k heads, v heads
+    floatX *att;             // (N, NH*HS)          attention output, before quantization
+    floatX *attq;            // (N, NH*HS)          fq(att): input of o; the same memory as att without quantization
+    float *lse;              // (B, NH, T)          log-sum-exp of the attention scores
+    floatX *x2;              // (N, C)              residual stream after attention
+    floatX *ln2;             // (N, C)              fq(rmsnorm(x2)): input of gate, up
+    float *rstd2;            // (N)
+    floatX *gateup;          // (N, 2*FF)
+    floatX *ffn;             // (N, FF)             fq(silu(gate)*up): input of down
+    uint8_t *mask1, *mask_att, *mask2, *mask_ffn;   // --ste clip: 1 where the code was not clipped; else NULL
+} BlockActs;
+
+typedef struct {
+    int B, T, chunk;         // chunk: rows of logits at a time
+    size_t N;
+    bool recompute;          // --recompute block: only x is kept for each block, the rest is computed again
+    BlockActs *block;        // (L)
+    floatX *x_final;         // (N, C)   residual stream after the last block
+    floatX *lnf;             // (N, C)   fq(rmsnorm(x_final)): input of the head
+    float *rstdf;            // (N)
+    uint8_t *maskf;
+    floatX *delta;           // (N, C)   output of o or down, added to the residual by the next norm
+    float *logits;           // (chunk, V) f32
+    floatX *dlogits;         // (chunk, V)
+    float *losses;           // (N)
+    int32_t *tokens, *targets;   // (N)
+    // backward
+    floatX *dres;            // (N, C)   gradient of the residual stream
+    floatX *dc;              // (N, max(C, NH*HS))   gradient of a norm's or attention's output
+    floatX *dwide;           // (N, max(2*FF, (NH+2*NKV)*HS))
+    floatX *dffn;            // (N, FF)
+    floatX *scaled;          // (max(N * widest linear, chunk * V)) row scales folded into a gradient; NULL if never needed
+    StepState *state;
+} Acts;
+
+// One place says what is allocated: called once to add up the plan, once to allocate.
+typedef struct { bool plan; double bytes; Err *err; int rc; } Arena;
+
+static void *take(Arena *a, size_t n, size_t size, const char *what) {
+    void *p = NULL;
+    size_t bytes;
+    if (!mul_size(n, size, &bytes)) bytes = SIZE_MAX;
+    a->bytes += (double)bytes;
+    if (!a->plan && a->rc == 0) a->rc = device_alloc(&p, bytes, what, a->err);
+    return p;
+}
+
+static void take_block(Arena *a, BlockActs *k, const Llama *m, size_t N, bool clip) {
+    const LlamaConfig *c = &m->c;
+    size_t NHS = (size_t)c->NH * c->HS, X = sizeof(floatX);
+    bool any_act = m->plan.linear.act.bits != 0 || m->plan.n_rules > 0;
+    k->x = take(a, N * c->C, X, "activations");
+    k->ln1 = take(a, N * c->C, X, "activations");
+    k->rstd1 = take(a, N, 4, "activations");
+    k->qkv = take(a, N * (NHS + 2 * (size_t)c->NKV * c->HS), X, "activations");
+    k->att = take(a, N * NHS, X, "activations");
+    k->attq = any_act ? take(a, N * NHS, X, "activations") : k->att;
+    k->lse = take(a, N * c->NH, 4, "activations");
+    k->x2 = take(a, N * c->C, X, "activations");
+    k->ln2 = take(a, N * c->C, X, "activations");
+    k->rstd2 = take(a, N, 4, "activations");
+    k->gateup = take(a, N * 2 * c->FF, X, "activations");
+    k->ffn = take(a, N * c->FF, X, "activations");
+    if (clip && any_act) {
+        k->mask1 = take(a, N * c->C, 1, "masks");
+        k->mask_att = take(a, N * NHS, 1, "masks");
+        k->mask2 = take(a, N * c->C, 1, "masks");
+        k->mask_ffn = take(a, N * c->FF, 1, "masks");
+    }
+}
+
+static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+
+static bool any_row_scale(const Llama *m) {
+    for (int i = 0; i < m->table.n; i++)
+        if (quant_works_as_codes(&m->table.p[i].scheme.weight)) return true;
+    return quant_works_as_codes(&m->plan.tied_head);
+}
+
+// Activations for batches of (B, T); recompute keeps one full block for all layers.
+static void take_acts(Arena *a, Acts *s, const Llama *m, int B, int T, bool recompute, bool clip) {
+    const LlamaConfig *c = &m->c;
+    size_t N = (size_t)B * T, X = sizeof(floatX), NHS = (size_t)c->NH * c->HS, QKV = NHS + 2 * (size_t)c->NKV * c->HS;
+    s->B = B; s->T = T; s->N = N; s->recompute = recompute;
+    s->chunk = N < 512 ? (int)N : 512;
+    if (!s->block) s->block = xcalloc((size_t)c->L, sizeof *s->block);
+    for (int l = 0; l < c->L; l++) {
+        if (l > 0 && recompute) {
+            s->block[l] = s->block[0];
+            s->block[l].x = take(a, N * c->C, X, "activations");
+        } else {
+            take_block(a, &s->block[l], m, N, clip);
+        }
+    }
+    s->x_final = take(a, N * c->C, X, "activations");
+    s->lnf = take(a, N * c->C, X, "activations");
+    s->rstdf = take(a, N, 4, "activations");
+    if (clip && !c->tied) s->maskf = take(a, N * c->C, 1, "masks");
+    s->delta = take(a, N * c->C, X, "activations");
+    s->logits = take(a, (size_t)s->chunk * c->V, 4, "logits");
+    s->dlogits = take(a, (size_t)s->chunk * c->V, X, "logits");
+    s->losses = take(a, N, 4, "losses");
+    s->tokens = take(a, N, 4, "tokens");
+    s->targets = take(a, N, 4, "tokens");
+    s->dres = take(a, N * c->C, X, "gradients of activations");
+    s->dc = take(a, N * max_size(c->C, NHS), X, "gradients of activations");
+    s->dwide = take(a, N * max_size(2 * (size_t)c->FF, QKV), X, "gradients of activations");
+    s->dffn = take(a, N * c->FF, X, "gradients of activations");
+    if (any_row_scale(m))
+        s->scaled = take(a, max_size(N * max_size(2 * (size_t)c->FF, max_size(QKV, c->C)), (size_t)s->chunk * c->V), X, "scaled gradients");
+    s->state = take(a, 1, sizeof(StepState), "step state");
+}
+
+// ---------------------------------------------------------------------------------------------
+// Forward
+
+// Everything of block l after its first residual add; also what --recompute runs again.
+static void block_forward(const Llama *m, const Acts *s, int l, floatX *x_prev, bool add_delta) {
+    const LlamaConfig *c = &m->c;
+    const BlockActs *k = &s->block[l];
+    int NHS = c->NH * c->HS, KVS = c->NKV * c->HS, QKV = NHS + 2 * KVS;
+
+    // attention: x -> rmsnorm -> q,k,v -> rope -> causal softmax(q k^T) v -> o
+    ops->rmsnorm_fq_forward(add_delta ? k->x : NULL, k->ln1, k->rstd1, k->mask1, add_delta ? x_prev : k->x,
+                            add_delta ? s->delta : NULL, w(m, l, ROLE_NORM1), s->N, c->C, c->norm_eps, act(m, l, ROLE_Q));
+    ops->linear_forward(k->qkv, k->ln1, w(m, l, ROLE_Q), wscale(m, l, ROLE_Q, ROLE_V), s->N, c->C, QKV);
+    ops->rope(k->qkv, m->cos_t, m->sin_t, s->N, s->T, 0, QKV, c->NH + c->NKV, c->HS, false);
+    ops->attention_forward(k->att, k->lse, k->qkv, k->qkv + NHS, k->qkv + NHS + KVS, s->B, s->T, s->T, c->NH, c->NKV, c->HS,
+                           NHS, QKV, QKV, (size_t)s->T * QKV);
+    const floatX *o_in = k->att;
+    if (act(m, l, ROLE_O)) {
+        ops->fakequant_forward(k->attq, k->mask_att, k->att, s->N, NHS, act(m, l, ROLE_O));
+        o_in = k->attq;
+    }
+    ops->linear_forward(s->delta, o_in, w(m, l, ROLE_O), wscale(m, l, ROLE_O, ROLE_O), s->N, NHS, c->C);
+
+    // feed-forward: x2 = x + o -> rmsnorm -> gate, up -> silu(gate) * up -> down
+    ops->rmsnorm_fq_forward(k->x2, k->ln2, k->rstd2, k->mask2, k->x, s->delta, w(m, l, ROLE_NORM2), s->N, c->C, c->norm_eps,
+                            act(m, l, ROLE_GATE));
+    ops->linear_forward(k->gateup, k->ln2, w(m, l, ROLE_GATE), wscale(m, l, ROLE_GATE, ROLE_UP), s->N, c->C, 2 * c->FF);
+    ops->swiglu_fq_forward(k->ffn, k->mask_ffn, k->gateup, s->N, c->FF, act(m, l, ROLE_DOWN));
+}
+
+// tokens -> lnf, the input of the head.
+static void llama_forward(const Llama *m, const Acts *s) {
+    const LlamaConfig *c = &m->c;
+    ops->embedding_forward(s->block[0].x, s->tokens, w(m, -1, ROLE_EMBED), s->N, c->C, c->V);
+    for (int l = 0; l < c->L; l++) {
+        // The residual add of the block before is done by this block's first norm, in the same pass.
+        block_forward(m, s, l, l ? s->block[l - 1].x2 : NULL, l > 0);
+        ops->linear_forward(s->delta, s->block[l].ffn, w(m, l, ROLE_DOWN), wscale(m, l, ROLE_DOWN, ROLE_DOWN), s->N, c->FF, c->C);
+    }
+    ops->rmsnorm_fq_forward(s->x_final, s->lnf, s->rstdf, s->maskf, s->block[c->L - 1].x2, s->delta, w(m, -1, ROLE_FINAL_NORM),
+                            s->N, c->C, c->norm_eps, act(m, -1, ROLE_HEAD));
+}
+
+// Head and loss in chunks of rows, so that the logits are never whole. With `backward`, also the head's gradient and
+// dc = gradient of lnf. The gradients are sums over tokens; the update divides by their number.
+static void llama_loss(const Llama *m, const Acts *s, bool backward, bool accumulate) {
+    const LlamaConfig *c = &m->c;
+    float *dhead = dw(m, -1, c->tied ? ROLE_EMBED : ROLE_HEAD);
+    for (size_t i = 0; i < s->N; i += (size_t)s->chunk) {
+        size_t n = s->N - i < (size_t)s->chunk ? s->N - i : (size_t)s->chunk;
+        const floatX *x = s->lnf + i * c->C;
+        ops->linear_forward_f32(s->logits, x, m->head, m->head_scale, n, c->C, c->V);
+        ops->classifier(s->losses + i, backward ? s->dlogits : NULL, s->logits, s->targets + i, n, c->V);
+        if (!backward) continue;
+        ops->linear_backward_weight(dhead, s->dlogits, x, n, c->C, c->V, accumulate || i > 0);
+        ops->linear_backward_input(s->dc + i * c->C, s->dlogits, m->head, m->head_scale, m->head_scale ? s->scaled : NULL, n, c->C, c->V);
+    }
+    ops->loss_accumulate(s->state, s->losses, s->targets, s->N);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Backward
+
+// A linear's two gradients: dx = dy . W (NULL: not wanted), dW (+)= dy^T . x.
+static void linear_backward(const Llama *m, const Acts *s, floatX *dx, const floatX *dy, const floatX *x, int l, ParamRole first,
+                            ParamRole last, int C, int OC, bool accumulate) {
+    const float *scale = wscale(m, l, first, last);
+    ops->linear_backward_weight(dw(m, l, first), dy, x, s->N, C, OC, accumulate);
+    ops->linear_backward_input(dx, dy, w(m, l, first), scale, scale ? s->scaled : NULL, s->N, C, OC);
+}
+
+// The mirror image of llama_forward and llama_loss. accumulate: add to the gradients (later micro-steps of a step).
+static void llama_backward(const Llama *m, const Acts *s, bool accumulate) {
+    const LlamaConfig *c = &m->c;
+    int NHS = c->NH * c->HS, QKV = NHS + 2 * c->NKV * c->HS;
+
+    device_zero(s->dres, s->N * (size_t)c->C * sizeof(floatX));
+    ops->rmsnorm_backward(s->dres, dw(m, -1, ROLE_FINAL_NORM), s->dc, act(m, -1, ROLE_HEAD) ? s->maskf : NULL, s->x_final,
+                          w(m, -1, ROLE_FINAL_NORM), s->rstdf, s->N, c->C);
+    for (int l = c->L - 1; l >= 0; l--) {
+        const BlockActs *k = &s->block[l];
+        if (s->recompute && l < c->L - 1) block_forward(m, s, l, NULL, false);
+
+        linear_backward(m, s, s->dffn, s->dres, k->ffn, l, ROLE_DOWN, ROLE_DOWN, c->FF, c->C, accumulate);
+        ops->swiglu_backward(s->dwide, s->dffn, act(m, l, ROLE_DOWN) ? k->mask_ffn : NULL, k->gateup, s->N, c->FF);
+        linear_backward(m, s, s->dc, s->dwide, k->ln2, l, ROLE_GATE, ROLE_UP, c->C, 2 * c->FF, accumulate);
+        ops->rmsnorm_backward(s->dres, dw(m, l, ROLE_NORM2), s->dc, act(m, l, ROLE_GATE) ? k->mask2 : NULL, k->x2,
+                              w(m, l, ROLE_NORM2), k->rstd2, s->N, c->C);
+
+        bool quantized_o = act(m, l, ROLE_O) != NULL;
+        linear_backward(m, s, s->dc, s->dres, quantized_o ? k->attq : k->att, l, ROLE_O, ROLE_O, NHS, c->C, accumulate);
+        if (quantized_o && k->mask_att) ops->mask_backward(s->dc, k->mask_att, s->N, NHS);
+        ops->attention_backward(s->dwide, s->dc, k->qkv, k->att, k->lse, s->B, s->T, c->NH, c->NKV, c->HS);
+        ops->rope(s->dwide, m->cos_t, m->sin_t, s->N, s->T, 0, QKV, c->NH + c->NKV, c->HS, true);
+        linear_backward(m, s, s->dc, s->dwide, k->ln1, l, ROLE_Q, ROLE_V, c->C, QKV, accumulate);
+        ops->rmsnorm_backward(s->dres, dw(m, l, ROLE_NORM1), s->dc, act(m, l, ROLE_Q) ? k->mask1 : NULL, k->x,
+                              w(m, l, ROLE_NORM1), k->rstd1, s->N, c->C);
+    }
+    ops->embedding_backward(dw(m, -1, ROLE_EMBED), s->dres, s->tokens, s->N, c->C, c->V);
+}
+
+// Norms' and the embedding's gradients are added to, linears' are overwritten by the first micro-step.
+static void llama_zero_grad(const Llama *m) {
+    for (int i = 0; i < m->table.n; i++) {
+        const Param *p = &m->table.p[i];
+        bool norm = p->role == ROLE_NORM1 || p->role == ROLE_NORM2 || p->role == ROLE_FINAL_NORM;
+        if (norm || (p->role == ROLE_EMBED && !m->c.tied))
+            device_zero(m->grad + p->offset, (size_t)p->rows * (size_t)p->cols * sizeof(float));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Update
+
+typedef struct { Optim kind; AdamWParams adamw; float momentum, weight_decay, clip; bool ste_clip; } UpdateParams;
+
+// Gradient norm and clipping, then one pass over each parameter that updates the master and writes its working values.
+static void llama_update(const Llama *m, StepState *state, const UpdateParams *u) {
+    if (u->ste_clip && m->fake_quant)
+        for (int i = 0; i < m->table.n; i++) {
+            const Param *p = &m->table.p[i];
+            if (p->scheme.weight.bits)
+                ops->weight_ste_mask(m->grad + p->offset, m->master + p->offset, &p->scheme.weight, p->rows, p->cols);
+        }
+    ops->global_norm(state, m->grad, m->table.n_elements, u->clip);
+    for (int i = 0; i < m->table.n; i++) {
+        const Param *p = &m->table.p[i];
+        size_t o = p->offset;
+        if (u->kind == OPTIM_ADAMW) {
+            AdamWParams h = u->adamw;
+            h.weight_decay = p->decay ? u->weight_decay : 0.0f;
+            ops->adamw_fq(m->master + o, m->m + o, m->v + o, m->work + o, m->wscale + p->row_offset, m->grad + o, state, &h,
+                          wq(m, p), p->rows, p->cols);
+        } else {
+            ops->sgd_fq(m->master + o, m->m + o, m->work + o, m->wscale + p->row_offset, m->grad + o, state, u->momentum,
+                        p->decay ? u->weight_decay : 0.0f, wq(m, p), p->rows, p->cols);
+        }
+    }
+    if (tied_views_differ(m))
+        ops->weight_fq(m->head, m->head_scale, m->master + param_get(&m->table, -1, ROLE_EMBED)->offset,
+                       m->fake_quant ? &m->plan.tied_head : NULL, m->c.V, m->c.C);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Options
+
+static struct {
+    const char *model, *init, *tokenizer, *train_data, *val_data, *scheme, *weight, *activation, *embedding, *head, *out, *device;
+    StringList rules;
+    int ste, fake_quant_after, optimizer, schedule, warmup, decay_steps, steps, B, T, grad_accum, val_every, val_batches,
+        save_every, keep, recompute, threads, max_skips, log_every;
+    int64_t seed;
+    double lr, min_lr, weight_decay, beta1, beta2, eps, momentum, clip;
+    bool resume, hf;
+} run;
+
+static const Option options[] = {
+    // name            type        where              default   allowed                       help
+    {"--model",        OPT_STRING, &run.model,        NULL,     NULL, "model to start from: Hugging Face folder, .gguf or model.bin"},
+    {"--init",         OPT_STRING, &run.init,         NULL,     NULL, "start from random weights of a named shape: tiny, 1M, 5M, 135M, 1B, ..."},
+    {"--tokenizer",    OPT_STRING, &run.tokenizer,    NULL,     NULL, "tokenizer.json, or \"bytes\" (default: the model's own; bytes with --init)"},
+    {"--train-data",   OPT_STRING, &run.train_data,   NULL,     NULL, ".txt, .jsonl or token shards (.bin): a file, folder or pattern"},
+    {"--val-data",     OPT_STRING, &run.val_data,     NULL,     NULL, "held-out data of the same kinds"},
+    {"--out",          OPT_STRING, &run.out,          "run",    NULL, "folder for logs, checkpoints and model.bin"},
+    {"--scheme",       OPT_STRING, &run.scheme,       NULL,     NULL, "none, int8wo, int8dq, int4wo-G, 8da4w-G, intB-G (default: the model's, else 8da4w-32)"},
+    {"--weight",       OPT_STRING, &run.weight,       NULL,     NULL, "general form for linears, e.g. int4,group=32,symmetric"},
+    {"--activation",   OPT_STRING, &run.activation,   NULL,     NULL, "and their inputs, e.g. int8,token,asymmetric"},
+    {"--embedding",    OPT_STRING, &run.embedding,    NULL,     NULL, "quantize the embedding table, e.g. int4,group=32"},
+    {"--head",         OPT_STRING, &run.head,         NULL,     NULL, "quantize a tied head (an untied one follows --scheme)"},
+    {"--rule",         OPT_LIST,   &run.rules,        NULL,     NULL, "PATTERN=SCHEME for linears whose name matches; may be repeated, the last match wins"},
+    {"--ste",          OPT_ENUM,   &run.ste,          "pass",   "pass,clip", "gradient of clipped values: passed through, or zero"},
+    {"--fake-quant-after", OPT_INT, &run.fake_quant_after, "0", "0..", "train in float for this many steps first"},
+    {"--optimizer",    OPT_ENUM,   &run.optimizer,    "adamw",  "adamw,sgd", "update rule"},
+    {"--lr",           OPT_FLOAT,  &run.lr,           "2e-5",   "0..10", "peak learning rate"},
+    {"--min-lr",       OPT_FLOAT,  &run.min_lr,       "0",      "0..10", "final learning rate of cosine, linear and wsd"},
+    {"--schedule",     OPT_ENUM,   &run.schedule,     "cosine", "constant,cosine,linear,wsd", "after the warmup"},
+    {"--warmup",       OPT_INT,    &run.warmup,       "0",      "0..", "steps of linear warmup"},
+    {"--decay-steps",  OPT_INT,    &run.decay_steps,  "0",      "0..", "wsd: steps of final decay (0: a fifth of all)"},
+    {"--steps",        OPT_INT,    &run.steps,        "100",    "1..100000000", "optimizer steps of the whole run"},
+    {"--batch",        OPT_INT,    &run.B,            "4",      "1..65536", "sequences in a micro-batch, B"},
+    {"--seq-len",      OPT_INT,    &run.T,            "512",    "1..131072", "tokens in a sequence, T"},
+    {"--grad-accum",   OPT_INT,    &run.grad_accum,   "1",      "1..65536", "micro-batches in a step; gradients are weighted by tokens"},
+    {"--weight-decay", OPT_FLOAT,  &run.weight_decay, "0.01",   "0..10", "decoupled (adamw) or L2 (sgd); norms do not decay"},
+    {"--beta1",        OPT_FLOAT,  &run.beta1,        "0.9",    "0..0.9999", "AdamW"},
+    {"--beta2",        OPT_FLOAT,  &run.beta2,        "0.999",  "0..0.999999", "AdamW"},
+    {"--eps",          OPT_FLOAT,  &run.eps,          "1e-8",   "0..1", "AdamW"},
+    {"--momentum",     OPT_FLOAT,  &run.momentum,     "0.9",    "0..0.9999", "SGD"},
+    {"--clip",         OPT_FLOAT,  &run.clip,         "1",      "0..1e9", "largest gradient norm (0: no clipping)"},
+    {"--recompute",    OPT_ENUM,   &run.recompute,    "none",   "none,block", "what the backward computes again instead of keeping"},
+    {"--val-every",    OPT_INT,    &run.val_every,    "100",    "0..", "validate every so many steps (0: only at the end)"},
+    {"--val-batches",  OPT_INT,    &run.val_batches,  "0",      "0..", "batches of a validation on the way (0: all; the last is always over all)"},
+    {"--save-every",   OPT_INT,    &run.save_every,   "0",      "0..", "write a checkpoint every so many steps (0: only when stopped)"},
+    {"--keep",         OPT_INT,    &run.keep,         "1",      "0..", "checkpoints kept (0: all)"},
+    {"--resume",       OPT_FLAG,   &run.resume,       "0",      NULL, "go on from the newest checkpoint in --out, bit for bit"},
+    {"--hf",           OPT_FLAG,   &run.hf,           "0",      NULL, "at the end also write OUT/hf, a folder for transformers"},
+    {"--seed",         OPT_INT64,  &run.seed,         "1337",   "0..", "of weights, data order and rounding"},
+    {"--max-skips",    OPT_INT,    &run.max_skips,    "10",     "1..", "stop after so many steps in a row without a finite loss and norm"},
+    {"--log-every",    OPT_INT,    &run.log_every,    "1",      "1..", "print every so many steps (all of them are logged)"},
+    {"--device",       OPT_STRING, &run.device,       "auto",   NULL, "auto or cpu"},
+    {"--threads",      OPT_INT,    &run.threads,      "0",      "0..4096", "CPU threads (0: all cores)"},
+};
+#define N_OPTIONS ((int)(sizeof options / sizeof *options))
+
+// The scheme: from the general form, else by name, else the model's own, else 8da4w-32.
+static int plan_from_options(QuantPlan *plan, const QuantPlan *models_own, Err *err) {
+    int rc = 0;
+    bool general = run.weight || run.activation;
+    if (general && run.scheme) return err_set(err, E_USAGE, "--scheme %s and --weight or --activation exclude each other", run.scheme);
+    quant_plan_none(plan);
+    if (general) {
+        snprintf(plan->name, sizeof plan->name, "custom");
+        if (run.weight) rc = quant_spec_parse(&plan->linear.weight, run.weight, false, err);
+        if (rc == 0 && run.activation) rc = quant_spec_parse(&plan->linear.act, run.activation, true, err);
+    } else if (!run.scheme && models_own && !quant_plan_is_none(models_own)) {
+        *plan = *models_own;
+    } else {
+        const char *name = run.scheme ? run.scheme : "8da4w-32";
+        snprintf(plan->name, sizeof plan->name, "%s", name);
+        rc = quant_scheme_from_name(&plan->linear, name, err);
+    }
+    if (rc == 0 && run.embedding) rc = quant_spec_parse(&plan->embedding, run.embedding, false, err);
+    if (rc == 0 && run.head) rc = quant_spec_parse(&plan->tied_head, run.head, false, err);
+    for (int i = 0; i < run.rules.n && rc == 0; i++) rc = quant_plan_add_rule(plan, run.rules.item[i], err);
+    return rc;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Around the loop
+
+// Mean loss over the windows of the validation data, in order; rows past the last window do not count.
+static int validate(Llama *m, Acts *s, DataLoader *dl, int max_batches, double *loss, Err *err) {
+    StepState state = {0};
+    device_copy_in(s->state, &state, sizeof state);
+    dataloader_seek(dl, 0);
+    uint64_t n_batches = (dl->n_windows + (uint64_t)s->B - 1) / (uint64_t)s->B;
+    if (max_batches > 0 && n_batches > (uint64_t)max_batches) n_batches = (uint64_t)max_batches;
+    int32_t *tokens = xmalloc(s->N * 4), *targets = xmalloc(s->N * 4);
+    for (uint64_t i = 0; i < n_batches; i++) {
+        dataloader_next(dl, tokens, targets);
+        for (int b = 0; b < s->B; b++)
+            if (i * (uint64_t)s->B + (uint64_t)b >= dl->n_windows)
+                for (int t = 0; t < s->T; t++) targets[(size_t)b * s->T + t] = -1;
+        device_copy_in(s->tokens, tokens, s->N * 4);
+        device_copy_in(s->targets, targets, s->N * 4);
+        llama_forward(m, s);
+        llama_loss(m, s, false, false);
+    }
+    free(tokens); free(targets);
+    int rc = device_sync(err);
+    device_copy_out(&state, s->state, sizeof state);
+    *loss = state.tokens ? state.loss_sum / (double)state.tokens : NAN;
+    return rc;
+}
+
+// Validation with fake quantization and without; the working values are as before afterwards.
+static int validate_both(Llama *m, Acts *s, DataLoader *dl, int max_batches, int step, JsonLog *json, Err *err) {
+    double loss_fq = NAN, loss_float = NAN, t0 = now_seconds();
+    bool was = m->fake_quant, quantized = !quant_plan_is_none(&m->plan);
+    int rc = 0;
+    if (quantized) {
+        if (!was) llama_requantize(m, true);
+        rc = validate(m, s, dl, max_batches, &loss_fq, err);
+        llama_requantize(m, false);
+    }
+    if (rc == 0) rc = validate(m, s, dl, max_batches, &loss_float, err);
+    if (m->fake_quant != was) llama_requantize(m, was);
+    if (rc < 0) return rc;
+    printf("val  %5d | ", step);
+    if (quantized) printf("%s loss %.9f ppl %.4f | ", m->plan.name, loss_fq, exp(loss_fq));
+    printf("float loss %.9f ppl %.4f | %.1f s\n", loss_float, exp(loss_float), now_seconds() - t0);
+    fflush(stdout);
+    jsonlog_begin(json, "val");
+    jsonlog_int(json, "step", step);
+    if (quantized) jsonlog_num(json, "loss_fq", loss_fq);
+    jsonlog_num(json, "loss", loss_float);
+    jsonlog_end(json);
+    return 0;
+}
+
+// Masters as the writers want them.
+static int master_rows(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
+    (void)err;
+    const Llama *m = ctx;
+    device_copy_out(out, m->master + p->offset + (size_t)row0 * (size_t)p->cols, (size_t)n * (size_t)p->cols * sizeof *out);
+    return 0;
+}
+
+static int load_masters(Llama *m, const ModelFile *file, Err *err) {
+    for (int i = 0; i < m->table.n; i++) {
+        const Param *p = &m->table.p[i];
+        int64_t tile = (1 << 20) / p->cols + 1;
+        float *rows = xmalloc((size_t)tile * (size_t)p->cols * sizeof *rows);
+        int rc = 0;
+        for (int64_t r = 0; r < p->rows && rc == 0; r += tile) {
+            int64_t n = p->rows - r < tile ? p->rows - r : tile;
+            if (file) rc = model_read_rows(file, p, r, n, rows, err);
+            else param_init_random(rows, p, &m->c, (uint64_t)run.seed, (size_t)(r * p->cols), (size_t)(n * p->cols));
+            if (rc == 0) device_copy_in(m->master + p->offset + r * p->cols, rows, (size_t)(n * p->cols) * sizeof *rows);
+        }
+        free(rows);
+        if (rc < 0) return rc;
+    }
+    return 0;
+}
+
+static int load_tokenizer(Tokenizer **tok, ModelFile *file, Err *err) {
+    if (run.tokenizer && strcmp(run.tokenizer, "bytes")) {
+        char *text;
+        size_t len;
+        int rc = file_read(&text, &len, run.tokenizer, (size_t)256 << 20, err);
+        if (rc == 0) { rc = tokenizer_from_json(tok, text, len, err); free(text); }
+        return rc;
+    }
+    if (!run.tokenizer && file && file->tokenizer) {
+        *tok = file->tokenizer;
+        file->tokenizer = NULL;
+        return 0;
+    }
+    if (!run.tokenizer && file)
+        return err_set(err, E_USAGE, "%s carries no tokenizer; name one with --tokenizer FILE (or bytes)", run.model);
+    *tok = tokenizer_bytes();
+    return 0;
+}
+
+// Prints the memory plan. Activations are counted by the function that allocates them, for one sequence and for two.
+static double print_memory_plan(Llama *m, bool ste_clip, const TokenData *data) {
+    double n = (double)m->table.n_elements, b1, b2;
+    Acts s = {0};
+    Arena a = {.plan = true};
+    take_acts(&a, &s, m, 1, run.T, run.recompute, ste_clip);
+    b1 = a.bytes;
+    a.bytes = 0;
+    take_acts(&a, &s, m, 2, run.T, run.recompute, ste_clip);
+    b2 = a.bytes;
+    a.bytes = 0;
+    take_acts(&a, &s, m, run.B, run.T, run.recompute, ste_clip);
+    free(s.block);
+    double per = run.B > 1 ? (a.bytes - b1) / (run.B - 1) : b2 - b1;
+    double views = tied_views_differ(m) ? (double)m->c.V * m->c.C * sizeof(floatX) : 0;
+    MemoryItem items[] = {
+        {"master weights, fp32", n * (4), 0},
+        {"gradients, fp32", n * (4), 0},
+        {run.optimizer == OPTIM_ADAMW ? "AdamW moments, fp32" : "momentum, fp32", n * (run.optimizer == OPTIM_ADAMW ? 8 : 4), 0},
+        {"working weights, " FLOATX_NAME, n * (sizeof(floatX)) + 4.0 * (double)m->table.n_rows + views, 0},
+        {"activations and logits", a.bytes - per * run.B, per},
+        {"tokens", data->owned ? 4.0 * (double)data->n : 0, 0},
+    };
+    return memory_plan_print(items, sizeof items / sizeof *items, run.B, stdout);
+}
+
+static int run_training(Err *err) {
+    int rc;
+    if (!run.train_data) return err_set(err, E_USAGE, "no --train-data; name a .txt, .jsonl or .bin file");
+    if (!run.model == !run.init) return err_set(err, E_USAGE, "give either --model PATH or --init NAME (%s)", llama_config_names());
+    if ((rc = device_init(run.device, run.threads, err)) < 0) return rc;
+    if ((rc = make_dir(run.out, err)) < 0) return rc;
+
+    // The model file: configuration, scheme and tokenizer now, weights when their place is allocated.
+    static Llama m;
+    static ModelFile file;
+    if (run.model) {
+        if ((rc = model_open(&file, run.model, err)) < 0) return rc;
+        m.c = file.config;
+    } else if ((rc = llama_config_named(&m.c, run.init, err)) < 0) {
+        return rc;
+    }
+    if ((rc = plan_from_options(&m.plan, run.model ? &file.plan : NULL, err)) < 0) return rc;
+    if ((rc = param_table_build(&m.table, &m.c, &m.plan, err)) < 0) return rc;
+    Tokenizer *tok;
+    if ((rc = load_tokenizer(&tok, run.model ? &file : NULL, err)) < 0) return rc;
+    if (tokenizer_vocab_size(tok) > m.c.V)
+        return err_set(err, E_USAGE, "the tokenizer has %d tokens, the model %d; use the tokenizer the model was made with",
+                       tokenizer_vocab_size(tok), m.c.V);
+    if (run.T > m.c.max_T)
+        return err_set(err, E_USAGE, "--seq-len %d exceeds the model's %d positions", run.T, m.c.max_T);
+
+    char cache[1100], buf[32], buf2[32];
+    snprintf(cache, sizeof cache, "%s/cache", run.out);
+    TokenData train = {0}, val = {0};
+    DataLoader train_dl = {0}, val_dl = {0};
+    if ((rc = token_data_load(&train, run.train_data, tok, m.c.V, cache, err)) < 0) return rc;
+    if ((rc = dataloader_init(&train_dl, &train, run.B, run.T, true, (uint64_t)run.seed, err)) < 0) return rc;
+    if (run.val_data) {
+        if ((rc = token_data_load(&val, run.val_data, tok, m.c.V, cache, err)) < 0) return rc;
+        if ((rc = dataloader_init(&val_dl, &val, run.B, run.T, false, 0, err)) < 0) return rc;
+    }
+
+    const char *peak_source;
+    double peak = device_peak_flops(&peak_source);
+    printf("device  %s; peak %.0f GFLOP/s measured (%s)\n", device_description(), peak / 1e9, peak_source);
+    printf("model   %s: %s parameters, %d layers, width %d, %d heads on %d, feed-forward %d, vocabulary %d%s\n",
+           run.model ? run.model : run.init, fmt_count(buf, (double)m.table.n_params), m.c.L, m.c.C, m.c.NH, m.c.NKV, m.c.FF,
+           m.c.V, m.c.tied ? ", tied" : "");
+    printf("scheme  %s; tokenizer %s\n", m.plan.name, tokenizer_name(tok));
+    printf("data    %s training tokens%s%s%s\n", fmt_count(buf, (double)train.n), run.val_data ? ", " : "",
+           run.val_data ? fmt_count(buf2, (double)val.n) : "", run.val_data ? " for validation" : "; no --val-data, so no validation");
+    double flops_per_token = llama_train_flops_per_token(&m.c, run.T);
+    printf("FLOPs   a token: 6 * %.0f matmul parameters + 6 * %d layers * %d * %d tokens = %.3g\n", llama_matmul_params(&m.c),
+           m.c.L, m.c.NH * m.c.HS, run.T, flops_per_token);
+    bool ste_clip = run.ste == 1;
+    print_memory_plan(&m, ste_clip, &train);
+    fflush(stdout);
+
+    // Allocate; masters first, so that the mapped model file is gone before the rest is touched.
+    size_t n = m.table.n_elements;
+    if ((rc = device_alloc((void **)&m.master, n * 4, "master weights", err)) < 0) return rc;
+    if ((rc = load_masters(&m, run.model ? &file : NULL, err)) < 0) return rc;
+    if (run.model) model_close(&file);
+    Arena a = {.err = err};
+    m.grad = take(&a, n, 4, "gradients");
+    m.m = take(&a, n, 4, "optimizer state");
+    m.v = run.optimizer == OPTIM_ADAMW ? take(&a, n, 4, "optimizer state") : NULL;
+    m.work = take(&a, n, sizeof(floatX), "working weights");
+    m.wscale = take(&a, m.table.n_rows, 4, "row scales");
+    m.cos_t = take(&a, (size_t)run.T * m.c.HS / 2, 4, "rope table");
+    m.sin_t = take(&a, (size_t)run.T * m.c.HS / 2, 4, "rope table");
+    if (tied_views_differ(&m)) m.head = take(&a, (size_t)m.c.V * m.c.C, sizeof(floatX), "head");
+    else m.head = w(&m, -1, m.c.tied ? ROLE_EMBED : ROLE_HEAD);
+    if (m.c.tied) m.head_scale = quant_works_as_codes(&m.plan.tied_head) ? take(&a, m.c.V, 4, "head scales") : NULL;
+    else m.head_scale = quant_works_as_codes(&param_get(&m.table, -1, ROLE_HEAD)->scheme.weight)
+                      ? m.wscale + param_get(&m.table, -1, ROLE_HEAD)->row_offset : NULL;
+    static Acts s;
+    take_acts(&a, &s, &m, run.B, run.T, run.recompute, ste_clip);
+    if (a.rc < 0) return a.rc;
+    float *table = xmalloc((size_t)run.T * m.c.HS * 4);
+    llama_rope_table(table, table + (size_t)run.T * m.c.HS / 2, &m.c, run.T);
+    device_copy_in(m.cos_t, table, (size_t)run.T * m.c.HS / 2 * 4);
+    device_copy_in(m.sin_t, table + (size_t)run.T * m.c.HS / 2, (size_t)run.T * m.c.HS / 2 * 4);
+    free(table);
+
+    StateArray arrays[] = {{"master", m.master}, {"m", m.m}, {"v", m.v}};
+    int n_arrays = run.optimizer == OPTIM_ADAMW ? 3 : 2;
+    TrainProgress p = {.data_hash = train.hash, .seed = (uint64_t)run.seed, .T = run.T};
+    bool resumed = false;
+    if (run.resume) {
+        if ((rc = train_state_load(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, err)) < 0) return rc;
+        resumed = rc == 1;
+        if (resumed) printf("resume  from step %lld\n", (long long)p.step);
+        else printf("resume  %s has no checkpoint; starting at step 0\n", run.out);
+        dataloader_seek(&train_dl, p.loader_position);
+    }
+
+    static JsonLog json;
+    snprintf(cache, sizeof cache, "%s/log.jsonl", run.out);
+    if ((rc = jsonlog_open(&json, cache, resumed, err)) < 0) return rc;
+    char *settings = cli_json(options, N_OPTIONS), *plan_json = quant_plan_to_json(&m.plan);
+    jsonlog_begin(&json, "start");
+    jsonlog_str(&json, "program", "train_llama_qat " QLLM_VERSION " " FLOATX_NAME);
+    jsonlog_raw(&json, "options", settings);
+    jsonlog_raw(&json, "quant", plan_json);
+    jsonlog_str(&json, "device", device_description());
+    jsonlog_num(&json, "peak_flops", peak);
+    jsonlog_int(&json, "parameters", (long long)m.table.n_params);
+    jsonlog_end(&json);
+    free(settings); free(plan_json);
+
+    StepLog log = {.json = &json, .flops_per_token = flops_per_token, .peak = peak, .peak_source = peak_source, .steps = run.steps};
+    Schedule sched = {.kind = (ScheduleKind)run.schedule, .lr = run.lr, .min_lr = run.min_lr, .warmup = run.warmup, .steps = run.steps,
+                      .decay = run.decay_steps ? run.decay_steps : run.steps / 5 + 1};
+    UpdateParams u = {.kind = (Optim)run.optimizer, .momentum = (float)run.momentum, .weight_decay = (float)run.weight_decay,
+                      .adamw = {.beta1 = (float)run.beta1, .beta2 = (float)run.beta2, .eps = (float)run.eps},
+                      .clip = (float)run.clip, .ste_clip = ste_clip};
+    int32_t *tokens = xmalloc(s.N * 4), *targets = xmalloc(s.N * 4);
+    int skips_in_a_row = 0;
+    bool quantized = !quant_plan_is_none(&m.plan);
+
+    llama_requantize(&m, quantized && p.step >= run.fake_quant_after);
+    trainer_catch_signals();
+    while (p.step < run.steps && !trainer_signal()) {
+        if (quantized && !m.fake_quant && p.step >= run.fake_quant_after) llama_requantize(&m, true);
+        double t0 = now_seconds();
+        StepState state = {.t = (int32_t)p.t + 1, .lr = (float)schedule_lr(&sched, (int)p.step), .seed = (uint64_t)run.seed};
+        device_copy_in(s.state, &state, sizeof state);
+        llama_zero_grad(&m);
+        for (int micro = 0; micro < run.grad_accum; micro++) {
+            dataloader_next(&train_dl, tokens, targets);
+            device_copy_in(s.tokens, tokens, s.N * 4);
+            device_copy_in(s.targets, targets, s.N * 4);
+            llama_forward(&m, &s);
+            llama_loss(&m, &s, true, micro > 0);
+            llama_backward(&m, &s, micro > 0);
+        }
+        llama_update(&m, s.state, &u);
+        if ((rc = device_sync(err)) < 0) return rc;
+        device_copy_out(&state, s.state, sizeof state);
+
+        p.step++;
+        p.t += !state.skip;
+        p.skipped += state.skip;
+        p.tokens += state.tokens;
+        p.loader_position = train_dl.position;
+        skips_in_a_row = state.skip ? skips_in_a_row + 1 : 0;
+        double loss = state.tokens ? state.loss_sum / (double)state.tokens : NAN;
+        bool last = p.step == run.steps;
+        steplog_print(&log, &(StepReport){(int)p.step, loss, state.norm, state.lr, now_seconds() - t0, state.tokens, state.skip},
+                      p.step % run.log_every == 0 || last || p.step == 1);
+        if (skips_in_a_row >= run.max_skips)
+            return err_set(err, E_FAIL, "step %lld: %d steps in a row had no finite loss and norm (loss %g, norm %g); lower --lr "
+                           "or check the data; the last good weights are in the checkpoint before, if --save-every made one",
+                           (long long)p.step, skips_in_a_row, loss, (double)state.norm);
+
+        if (run.val_data && !last && run.val_every && p.step % run.val_every == 0)
+            if ((rc = validate_both(&m, &s, &val_dl, run.val_batches, (int)p.step, &json, err)) < 0) return rc;
+        if (run.save_every && p.step % run.save_every == 0 && !last)
+            if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, run.keep, err)) < 0) return rc;
+    }
+    free(tokens); free(targets);
+
+    // A stopped run leaves a checkpoint; a finished one leaves the checkpoint, model.bin and, if asked, the folder.
+    if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, run.keep, err)) < 0) return rc;
+    if (trainer_signal()) {
+        printf("stopped by signal %d at step %lld; saved. The same command with --resume goes on.\n", trainer_signal(), (long long)p.step);
+        jsonlog_close(&json);
+        return 0;
+    }
+    // What is exported is the working type's value of every parameter: quantizing it gives the codes that training used.
+    DType dtype = sizeof(floatX) == 4 ? DT_F32 : DT_BF16;
+    snprintf(cache, sizeof cache, "%s/model.bin", run.out);
+    if ((rc = model_write_bin(cache, &m.c, &m.plan, &m.table, tok, dtype, master_rows, &m, err)) < 0) return rc;
+    printf("wrote   %s\n", cache);
+    if (run.hf) {
+        snprintf(cache, sizeof cache, "%s/hf", run.out);
+        if ((rc = model_write_hf(cache, &m.c, &m.table, tok, dtype, master_rows, &m, err)) < 0) return rc;
+        printf("wrote   %s\n", cache);
+    }
+    if (p.skipped) printf("%lld steps were skipped for want of a finite loss and norm\n", (long long)p.skipped);
+    if (run.val_data && (rc = validate_both(&m, &s, &val_dl, 0, (int)p.step, &json, err)) < 0) return rc;
+    jsonlog_close(&json);
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    program_name = "train_llama_qat";
+    Err err = {0};
+    if (cli_parse(options, N_OPTIONS, "usage: train_llama_qat (--model PATH | --init NAME) --train-data FILE [options]\n"
+                  "Quantization-aware training of a Llama.\n", NULL, argc, argv, &err) < 0) die(&err);
+    if (run_training(&err) < 0) die(&err);
+    return 0;
+}
