@@ -550,10 +550,10 @@ static double print_memory_plan(Llama *m, bool ste_clip, const TokenData *data) 
     double per = run.B > 1 ? (a.bytes - b1) / (run.B - 1) : b2 - b1;
     double views = tied_views_differ(m) ? (double)m->c.V * m->c.C * sizeof(floatX) : 0;
     MemoryItem items[] = {
-        {"master weights, fp32", n * (4), 0},
-        {"gradients, fp32", n * (4), 0},
-        {run.optimizer == OPTIM_ADAMW ? "AdamW moments, fp32" : "momentum, fp32", n * (run.optimizer == OPTIM_ADAMW ? 8 : 4), 0},
-        {"working weights, " FLOATX_NAME, n * (sizeof(floatX)) + 4.0 * (double)m->table.n_rows + views, 0},
+        {"master weights, fp32", 4 * n, 0},
+        {"gradients, fp32", 4 * n, 0},
+        {run.optimizer == OPTIM_ADAMW ? "AdamW moments, fp32" : "momentum, fp32", (run.optimizer == OPTIM_ADAMW ? 8 : 4) * n, 0},
+        {"working weights, " FLOATX_NAME, (double)sizeof(floatX) * n + 4.0 * (double)m->table.n_rows + views, 0},
         {"activations and logits", a.bytes - per * run.B, per},
         {"tokens", data->owned ? 4.0 * (double)data->n : 0, 0},
     };

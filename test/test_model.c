@@ -4,7 +4,7 @@
 #define main train_main
 #include "../train_llama_qat.c"
 #undef main
-#include "llmc/json.h"
+#include "llmc/rng.h"
 
 typedef struct { Llama m; Acts s; int B, T; } Fixture;
 
@@ -163,9 +163,9 @@ static void golden(const char *path) {
 
 static void test_golden_gqa(void **u) { (void)u; golden("test/golden/llama_gqa.safetensors"); }
 static void test_golden_tied(void **u) { (void)u; golden("test/golden/llama_tied.safetensors"); }
-static void test_golden_llama3_rope(void **u) { (void)u; golden("test/golden/llama_rope_llama3.safetensors"); }
-static void test_golden_linear_rope(void **u) { (void)u; golden("test/golden/llama_rope_linear.safetensors"); }
-static void test_golden_head_dim(void **u) { (void)u; golden("test/golden/llama_head_dim.safetensors"); }
+static void test_golden_llama3_rope(void **u) { (void)u; golden("test/golden/llama_llama3.safetensors"); }
+static void test_golden_linear_rope(void **u) { (void)u; golden("test/golden/llama_linear.safetensors"); }
+static void test_golden_head_dim(void **u) { (void)u; golden("test/golden/llama_headdim.safetensors"); }
 
 // Directional derivatives, one parameter tensor at a time: (L(w + e d) - L(w - e d)) / 2e against grad . d.
 // fp32 losses carry about 1e-7 relative noise: with e = 1e-2 along a unit direction the quotient is good to 5e-5
