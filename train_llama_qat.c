@@ -24,6 +24,7 @@
 #include "llmc/llama.h"
 #include "llmc/logger.h"
 #include "llmc/ops.h"
+#include "llmc/profile.h"
 #include "llmc/schedule.h"
 #include "llmc/tokenizer.h"
 #include "llmc/trainer.h"
@@ -363,7 +364,7 @@ static struct {
         save_every, keep, recompute, threads, max_skips, log_every;
     int64_t seed;
     double lr, min_lr, weight_decay, beta1, beta2, eps, momentum, clip;
-    bool resume, hf;
+    bool resume, hf, profile;
 } run;
 
 static const Option options[] = {
@@ -408,6 +409,7 @@ static const Option options[] = {
     {"--seed",         OPT_INT64,  &run.seed,         "1337",   "0..", "of weights, data order and rounding"},
     {"--max-skips",    OPT_INT,    &run.max_skips,    "10",     "1..", "stop after so many steps in a row without a finite loss and norm"},
     {"--log-every",    OPT_INT,    &run.log_every,    "1",      "1..", "print every so many steps (all of them are logged)"},
+    {"--profile",      OPT_FLAG,   &run.profile,      "0",      NULL, "at the end print the time of each operation"},
     {"--device",       OPT_STRING, &run.device,       "auto",   NULL, "auto or cpu"},
     {"--threads",      OPT_INT,    &run.threads,      "0",      "0..4096", "CPU threads (0: all cores)"},
 };
@@ -678,8 +680,12 @@ static int run_training(Err *err) {
 
     llama_requantize(&m, quantized && p.step >= run.fake_quant_after);
     trainer_catch_signals();
+    if (run.profile) profile_begin();
+    int64_t profile_from = p.step + 2;             // the first steps build the matmul primitives
+    double profile_seconds = 0;
     while (p.step < run.steps && !trainer_signal()) {
         if (quantized && !m.fake_quant && p.step >= run.fake_quant_after) llama_requantize(&m, true);
+        if (p.step == profile_from) profile_reset();
         double t0 = now_seconds();
         StepState state = {.t = (int32_t)p.t + 1, .lr = (float)schedule_lr(&sched, (int)p.step), .seed = (uint64_t)run.seed};
         device_copy_in(s.state, &state, sizeof state);
@@ -704,13 +710,16 @@ static int run_training(Err *err) {
         skips_in_a_row = state.skip ? skips_in_a_row + 1 : 0;
         double loss = state.tokens ? state.loss_sum / (double)state.tokens : NAN;
         bool last = p.step == run.steps;
-        steplog_print(&log, &(StepReport){(int)p.step, loss, state.norm, state.lr, now_seconds() - t0, state.tokens, state.skip},
+        double seconds = now_seconds() - t0;
+        if (p.step > profile_from) profile_seconds += seconds;
+        steplog_print(&log, &(StepReport){(int)p.step, loss, state.norm, state.lr, seconds, state.tokens, state.skip},
                       p.step % run.log_every == 0 || last || p.step == 1);
         if (skips_in_a_row >= run.max_skips)
             return err_set(err, E_FAIL, "step %lld: %d steps in a row had no finite loss and norm (loss %g, norm %g); lower --lr "
                            "or check the data; the last good weights are in the checkpoint before, if --save-every made one",
                            (long long)p.step, skips_in_a_row, loss, (double)state.norm);
 
+        if (last && run.profile && p.step > profile_from) profile_print(stdout, (int)(p.step - profile_from), profile_seconds);
         if (run.val_data && !last && run.val_every && p.step % run.val_every == 0)
             if ((rc = validate_both(&m, &s, &val_dl, run.val_batches, (int)p.step, &json, err)) < 0) return rc;
         if (run.save_every && p.step % run.save_every == 0 && !last)
