@@ -612,7 +612,7 @@ static int run_training(Err *err) {
     printf("FLOPs   a token: 6 * %.0f matmul parameters + 6 * %d layers * %d * %d tokens = %.3g\n", llama_matmul_params(&m.c),
            m.c.L, m.c.NH * m.c.HS, run.T, flops_per_token);
     bool ste_clip = run.ste == 1;
-    print_memory_plan(&m, ste_clip, &train);
+    double planned = print_memory_plan(&m, ste_clip, &train);
     fflush(stdout);
 
     // Allocate; masters first, so that the mapped model file is gone before the rest is touched.
@@ -665,6 +665,7 @@ static int run_training(Err *err) {
     jsonlog_str(&json, "device", device_description());
     jsonlog_num(&json, "peak_flops", peak);
     jsonlog_int(&json, "parameters", (long long)m.table.n_params);
+    jsonlog_num(&json, "memory_plan", planned);
     jsonlog_end(&json);
     free(settings); free(plan_json);
 
