@@ -1,20 +1,30 @@
-# qllm.c: make, make test, make bench, make fuzz, make test-sanitize. `make help` lists the targets.
+# qllm.c: make, make test, make quickstart. `make help` lists the targets.
 #
 # What is optional is found by compiling and linking a three-line program; what was found, and what it turns on, is printed.
 # Override the search with DNNL_HOME, CUDA_HOME, or turn something off: NO_DNNL=1 NO_OMP=1 NO_CUDA=1.
 #   PRECISION=bf16|fp32   type of activations and working weights (default bf16)
 #   SANITIZE=1            AddressSanitizer and UndefinedBehaviorSanitizer
 #   ARCH=native           -march= of the CPU code
+#   WERROR=1              warnings are errors
 #   BUILD=build           where everything is built
+#   V=1                   show the commands
 
 PRECISION ?= bf16
 BUILD     ?= build
 ARCH      ?= native
 CC        ?= cc
+PREFIX    ?= /usr/local
+comma     := ,
 OUT       := $(BUILD)/$(PRECISION)$(if $(SANITIZE),-asan)
 PROGRAMS  := $(patsubst %.c,%,$(wildcard train_llama_qat.c train_llama_qt.c quantize.c generate.c eval.c))
+Q         := $(if $(V),,@)
 
-CFLAGS   ?= -O3 -g
+# All cores, unless -j says otherwise.
+ifeq ($(filter -j% --jobserver%,$(MAKEFLAGS)),)
+  MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)
+endif
+
+CFLAGS   ?= $(if $(SANITIZE),-O2,-O3) -g
 # Scalar arithmetic is shared bit for bit with the GPU: no contraction, no reassociation.
 ALLFLAGS  = -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wpedantic $(if $(WERROR),-Werror) -march=$(ARCH) -ffp-contract=off \
             -fno-math-errno $(CFLAGS) -I. -Illmc
@@ -31,7 +41,14 @@ endif
 
 # $(call probe,program text,flags): y if it compiles and links. Not run for targets that build nothing.
 probe = $(shell printf '%b' '$(1)' | $(CC) -x c - -o /dev/null $(2) >/dev/null 2>&1 && echo y)
-ifeq ($(filter clean help,$(MAKECMDGOALS)),)
+BUILDS_NOTHING := $(if $(MAKECMDGOALS),$(if $(filter-out clean help,$(MAKECMDGOALS)),,y))
+ifneq ($(filter clean,$(MAKECMDGOALS)),)
+  .NOTPARALLEL:   # make clean all
+endif
+ifeq ($(BUILDS_NOTHING),)
+  ifeq ($(call probe,int main(void){return 0;}\n,),)
+    $(error no working C compiler ("$(CC)"): run scripts/install_deps.sh, or apt-get install gcc libc6-dev)
+  endif
   HAVE_REQUIRED := $(call probe,\043include <cjson/cJSON.h>\n\043define PCRE2_CODE_UNIT_WIDTH 8\n\043include <pcre2.h>\nint main(void){return cJSON_Version()==0;}\n,-lcjson -lpcre2-8)
   ifneq ($(HAVE_REQUIRED),y)
     $(error cJSON and PCRE2 are required: run scripts/install_deps.sh, or apt-get install libcjson-dev libpcre2-dev)
@@ -45,15 +62,9 @@ ifeq ($(filter clean help,$(MAKECMDGOALS)),)
     HAVE_DNNL := $(call probe,\043include <dnnl.h>\nint main(void){return dnnl_version()==0;}\n,$(DNNL_FLAGS) $(DNNL_LIBS))
   endif
   HAVE_CMOCKA := $(call probe,\043include <stdarg.h>\n\043include <stddef.h>\n\043include <setjmp.h>\n\043include <stdint.h>\n\043include <cmocka.h>\nint main(void){return 0;}\n,-lcmocka)
-  ifndef MAKE_RESTARTS
-    say = $(info $(if $(filter y,$(2)),  [x],  [ ]) $(1))
-    $(info qllm.c, $(PRECISION)$(if $(SANITIZE), with sanitizers), -march=$(ARCH))
-    $(call say,OpenMP: $(if $(HAVE_OMP),all cores,one thread),$(HAVE_OMP))
-    $(call say,oneDNN: $(if $(HAVE_DNNL),matmuls at the speed of the processor,plain blocked matmul (apt-get install libdnnl-dev)),$(HAVE_DNNL))
-    $(call say,cmocka: $(if $(HAVE_CMOCKA),make test,no tests (apt-get install libcmocka-dev)),$(HAVE_CMOCKA))
-  endif
+  HAVE_CLANG := $(shell printf 'int LLVMFuzzerTestOneInput(const char *d, unsigned long n){return d==0&&n;}' | clang -x c - \
+                  -o /dev/null -fsanitize=fuzzer$(comma)address$(comma)undefined >/dev/null 2>&1 && echo y)
 endif
-comma := ,
 ifeq ($(HAVE_OMP),y)
   ALLFLAGS += -fopenmp
 else
@@ -66,16 +77,42 @@ endif
 
 LIB_SRC  := $(wildcard llmc/*.c llmc/cpu/*.c)
 LIB_OBJ  := $(LIB_SRC:%.c=$(OUT)/%.o)
-TEST_SRC := $(wildcard test/test_*.c)
-TESTS    := $(TEST_SRC:test/%.c=$(OUT)/test/%)
+TESTS    := $(patsubst test/%.c,$(OUT)/test/%,$(wildcard test/test_*.c))
 BENCH    := $(patsubst dev/bench/%.c,$(OUT)/bench/%,$(wildcard dev/bench/*.c))
+FUZZ     := $(patsubst dev/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard dev/fuzz/fuzz_*.c))
+FUZZ_SECONDS ?= 60
 
-.PHONY: all clean help
+.PHONY: all programs test test-programs test-cudasim test-sanitize bench fuzz quickstart install clean help FORCE
 all: $(PROGRAMS)
 
-$(OUT)/%.o: %.c
+# The CUDA simulator's tests (test-cudasim) and, with nvcc, the device code (cuda-compile).
+-include dev/cudasim/cudasim.mk
+
+ifeq ($(BUILDS_NOTHING)$(MAKE_RESTARTS)$(QLLM_QUIET),)
+  say = $(info $(if $(filter y,$(2)),  [x],  [ ]) $(1))
+  $(info qllm.c, $(PRECISION)$(if $(SANITIZE), with sanitizers), -march=$(ARCH))
+  $(call say,OpenMP: $(if $(HAVE_OMP),all cores,one thread$(if $(NO_OMP), (NO_OMP))),$(HAVE_OMP))
+  $(call say,oneDNN: $(if $(HAVE_DNNL),fast matmuls,plain blocked matmul$(comma) correct and slower $(if $(NO_DNNL),(NO_DNNL),(apt-get install libdnnl-dev$(comma) or set DNNL_HOME))),$(HAVE_DNNL))
+  $(call say,cmocka: $(if $(HAVE_CMOCKA),make test,no make test (apt-get install libcmocka-dev)),$(HAVE_CMOCKA))
+  $(call say,clang with libFuzzer: $(if $(HAVE_CLANG),make fuzz,no make fuzz (apt-get install clang)),$(HAVE_CLANG))
+endif
+
+# Objects depend on the flags they were built with: another ARCH, NO_DNNL=1 or CFLAGS builds anew.
+FLAGS_FILE := $(OUT)/flags.txt
+ifeq ($(BUILDS_NOTHING),)
+  FLAGS_TEXT := $(CC) $(ALLFLAGS) $(LIBS)
+  ifneq ($(FLAGS_TEXT),$(shell cat $(FLAGS_FILE) 2>/dev/null))
+    $(shell mkdir -p $(OUT) && printf '%s\n' '$(FLAGS_TEXT)' > $(FLAGS_FILE))
+  endif
+endif
+
+$(FLAGS_FILE):
+	@mkdir -p $(@D) && printf '%s\n' '$(FLAGS_TEXT)' > $@
+
+$(OUT)/%.o: %.c $(FLAGS_FILE)
 	@mkdir -p $(@D)
-	$(CC) $(ALLFLAGS) -MMD -MP -c $< -o $@
+	@echo "  cc $<"
+	$(Q)$(CC) $(ALLFLAGS) -MMD -MP -c $< -o $@
 
 $(OUT)/libqllm.a: $(LIB_OBJ)
 	@rm -f $@
@@ -83,21 +120,88 @@ $(OUT)/libqllm.a: $(LIB_OBJ)
 
 $(OUT)/bin/%: $(OUT)/%.o $(OUT)/libqllm.a
 	@mkdir -p $(@D)
-	$(CC) $(ALLFLAGS) $< $(OUT)/libqllm.a $(LIBS) -o $@
+	@echo "  link $@"
+	$(Q)$(CC) $(ALLFLAGS) $< $(OUT)/libqllm.a $(LIBS) -o $@
 
-$(PROGRAMS): %: $(OUT)/bin/%
-	@ln -f $< $@ 2>/dev/null || cp -f $< $@
+# In the repository root stands the program of the last make, whatever its PRECISION.
+$(PROGRAMS): %: $(OUT)/bin/% FORCE
+	@cmp -s $< $@ || { rm -f $@ && { ln $< $@ 2>/dev/null || cp $< $@; }; }
+programs: $(PROGRAMS:%=$(OUT)/bin/%)
 
 $(OUT)/test/%: $(OUT)/test/%.o $(OUT)/libqllm.a
 	@mkdir -p $(@D)
-	$(CC) $(ALLFLAGS) $< $(OUT)/libqllm.a -lcmocka $(LIBS) -o $@
+	@echo "  link $@"
+	$(Q)$(CC) $(ALLFLAGS) $< $(OUT)/libqllm.a -lcmocka $(LIBS) -o $@
 
 $(OUT)/bench/%: $(OUT)/dev/bench/%.o $(OUT)/libqllm.a
 	@mkdir -p $(@D)
-	$(CC) $(ALLFLAGS) $< $(OUT)/libqllm.a $(LIBS) -o $@
+	@echo "  link $@"
+	$(Q)$(CC) $(ALLFLAGS) $< $(OUT)/libqllm.a $(LIBS) -o $@
+
+# ---------------------------------------------------------------------------------------------
+# Tests: every test program in both precisions, every script under test/ with the programs of each, the simulator.
+TEST_DIRS = $(BUILD)/bf16$(if $(SANITIZE),-asan) $(BUILD)/fp32$(if $(SANITIZE),-asan)
+ifneq ($(HAVE_CMOCKA),y)
+test test-sanitize:
+	@echo "make test needs cmocka: run scripts/install_deps.sh, or apt-get install libcmocka-dev" >&2; exit 1
+else
+test-programs: $(TESTS) programs
+test:
+	@$(MAKE) --no-print-directory PRECISION=bf16 test-programs
+	@$(MAKE) --no-print-directory PRECISION=fp32 test-programs
+	@MAKE="$(MAKE)" BUILD="$(BUILD)" scripts/run_tests.sh $(TEST_DIRS) $(if $(SANITIZE),,$(if $(CUDASIM_TESTS),cudasim))
+test-sanitize:
+	@$(MAKE) --no-print-directory SANITIZE=1 test
+endif
+
+# Fuzzing: a libFuzzer program a parser, FUZZ_SECONDS each. Only the library itself is needed, without OpenMP and oneDNN.
+FUZZ_FLAGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -O1 -g -ffp-contract=off -Wno-unknown-pragmas -I. -Illmc \
+              -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
+FUZZ_OBJ   := $(patsubst %.c,$(BUILD)/fuzz/%.o,$(wildcard llmc/*.c))
+$(BUILD)/fuzz/%.o: %.c
+	@mkdir -p $(@D)
+	@echo "  clang $<"
+	$(Q)clang $(FUZZ_FLAGS) -MMD -MP -c $< -o $@
+$(BUILD)/fuzz/libqllm.a: $(FUZZ_OBJ)
+	@rm -f $@
+	@ar rcs $@ $^
+$(BUILD)/fuzz/fuzz_%: $(BUILD)/fuzz/dev/fuzz/fuzz_%.o $(BUILD)/fuzz/libqllm.a
+	$(Q)clang $(FUZZ_FLAGS) -fsanitize=fuzzer $^ -lcjson -lpcre2-8 -lm -o $@
+ifeq ($(HAVE_CLANG),y)
+fuzz: $(FUZZ)
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) scripts/run_fuzz.sh $(BUILD)/fuzz $(FUZZ)
+else
+fuzz:
+	@echo "make fuzz needs clang with libFuzzer (apt-get install clang): nothing was fuzzed"
+	@echo "0 passed, 0 failed, 1 skipped"
+endif
+
+# Benchmarks print lines `result NAME VALUE UNIT`.
+bench: $(PROGRAMS) $(BENCH)
+	@for b in $(BENCH); do echo "# $$b"; QLLM_BIN=$(OUT)/bin $$b || exit 1; done
+
+quickstart: $(PROGRAMS)
+	@scripts/quickstart.sh
+
+install: $(PROGRAMS)
+	mkdir -p $(DESTDIR)$(PREFIX)/bin
+	for p in $(PROGRAMS); do cp $$p $(DESTDIR)$(PREFIX)/bin/; done
 
 clean:
 	rm -rf $(BUILD) $(PROGRAMS)
 
--include $(shell find $(OUT) -name '*.d' 2>/dev/null)
-.PRECIOUS: $(OUT)/%.o
+help:
+	@echo "make                 the programs: $(PROGRAMS)"
+	@echo "make test            every test, in both precisions; ends with: N passed, N failed"
+	@echo "make test-sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make quickstart      trains, quantizes and scores a small Llama on text that the machine has"
+	@echo "make bench           measures; lines: result NAME VALUE UNIT"
+	@echo "make fuzz            FUZZ_SECONDS=60 for each parser"
+	@echo "make install         to PREFIX=/usr/local"
+	@echo "make clean           removes BUILD=build and the programs"
+	@sed -n 's/^#\(   [A-Z]\)/\1/p' Makefile
+	@echo "   NO_DNNL=1 NO_OMP=1 NO_CUDA=1, DNNL_HOME= CUDA_HOME=   turn off, or say where, what is optional"
+
+-include $(shell find $(OUT) $(BUILD)/fuzz -name '*.d' 2>/dev/null)
+.PRECIOUS: $(OUT)/%.o $(BUILD)/fuzz/%.o
+.DELETE_ON_ERROR:
