@@ -27,13 +27,19 @@ typedef struct {
 int model_open(ModelFile *m, const char *path, Err *err);
 void model_close(ModelFile *m);
 
+// Configuration from a GGUF file's llama.* metadata and tensors (vocabulary, tied head, llama3 rope factors).
+int llama_config_from_gguf(LlamaConfig *c, const Gguf *g, Err *err);
+
 // Rows [row0, row0 + n) of parameter p as f32 (packed tensors: their dequantized values). GGUF's q/k row permutation is
 // undone. NaN and infinite values are E_FORMAT, naming the tensor and the row.
 int model_read_rows(const ModelFile *m, const Param *p, int64_t row0, int64_t n, float *out, Err *err);
 
-// A packed tensor of a model.bin: pointers into the map; scales and zeros widened to f32 (malloc'ed, owned by the caller).
+// A packed tensor of a model.bin: pointers into the map; scales and zeros widened to f32 (malloc'ed, owned by the
+// caller).
 typedef struct { const uint8_t *codes; float *scale, *zero; int64_t n_scales; } PackedTensor;
-// Returns 1 and fills t if p is stored packed, 0 if it is stored as floats, negative on error.
+// zero is NULL where no code is offset (symmetric, signed). Returns 1 and fills t if p is stored packed, 0 if it is
+// stored as floats, negative on error. A tied head packed for itself (QuantPlan.tied_head) is asked for as ROLE_HEAD,
+// "lm_head.weight".
 int model_packed(const ModelFile *m, const Param *p, PackedTensor *t, Err *err);
 void packed_tensor_free(PackedTensor *t);
 
@@ -43,16 +49,23 @@ typedef int (*RowSource)(void *ctx, const Param *p, int64_t row0, int64_t n, flo
 // model.bin with float tensors of dtype (DT_BF16 or DT_F32). The plan is stored: ./quantize reads it from there.
 int model_write_bin(const char *path, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table,
                     const Tokenizer *tok, DType dtype, RowSource source, void *ctx, Err *err);
-// model.bin with the plan's tensors packed (codes, bf16 scales, zero points) and the others as dtype. The codes are those
-// of fake quantization: quant.h on bf16(value). report, if not NULL, is called once a tensor with its error statistics.
-typedef struct { const Param *p; const QuantSpec *spec; double sqnr_db, max_abs_err, amax; size_t bytes, float_bytes; } PackReport;
+// model.bin with the plan's tensors packed (codes, bf16 scales, zero points) and the others as dtype. The codes are
+// those of fake quantization: quant.h on bf16(value). report, if not NULL, is called once a tensor with its error
+// statistics.
+typedef struct { const Param *p; const QuantSpec *spec; double sqnr_db, max_abs_err, amax; size_t bytes, float_bytes;
+                } PackReport;
 int model_write_packed(const char *path, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table,
                        const Tokenizer *tok, DType dtype, RowSource source, void *ctx,
                        void (*report)(void *ctx, const PackReport *r), void *report_ctx, Err *err);
-// A Hugging Face folder that transformers loads: config.json, generation_config.json, model.safetensors (shards above 4 GiB
-// with an index), tokenizer.json, tokenizer_config.json. Written aside as DIR.tmp-PID and renamed.
+// A Hugging Face folder that transformers loads: config.json, generation_config.json, model.safetensors (shards above
+// 4 GiB with an index), tokenizer.json, tokenizer_config.json. Written aside as DIR.tmp-PID and renamed. An existing
+// DIR is replaced if it is empty or holds nothing but an earlier export of ours; else it is refused and stays as it
+// is.
 int model_write_hf(const char *dir, const LlamaConfig *c, const ParamTable *table, const Tokenizer *tok, DType dtype,
                    RowSource source, void *ctx, Err *err);
+// The same with another size of shard (at least one tensor each).
+int model_write_hf_shards(const char *dir, const LlamaConfig *c, const ParamTable *table, const Tokenizer *tok, DType
+                          dtype, size_t shard_bytes, RowSource source, void *ctx, Err *err);
 // RowSource over an open model (ctx is the ModelFile).
 int model_row_source(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err);
 #endif

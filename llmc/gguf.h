@@ -1,5 +1,6 @@
 // GGUF files (versions 2 and 3) of architecture llama: metadata, tensors, and their block formats dequantized to f32.
-// Everything in the file is checked before use: counts, string lengths, nesting, alignment, offsets, shapes times block sizes.
+// Everything in the file is checked before use: counts, string lengths, nesting, alignment, offsets, shapes times
+// block sizes.
 #ifndef QLLM_GGUF_H
 #define QLLM_GGUF_H
 #include "common.h"
@@ -14,7 +15,7 @@ typedef struct {
     const char *key; size_t key_len;                 // into the map, not NUL-terminated
     GgufType type;                                   // GGUF_ARRAY: elem and count
     GgufType elem; uint64_t count;
-    const uint8_t *data; size_t bytes;               // little-endian payload; strings: u64 length + bytes, one after another
+    const uint8_t *data; size_t bytes;               // little-endian payload; strings: u64 length, bytes
 } GgufValue;
 
 typedef struct {
@@ -36,7 +37,8 @@ int gguf_open(Gguf *g, const char *path, Err *err);
 int gguf_parse(Gguf *g, const uint8_t *data, size_t size, const char *what, Err *err);
 void gguf_close(Gguf *g);
 const GgufValue *gguf_value(const Gguf *g, const char *key);
-int gguf_get_int(const Gguf *g, const char *key, bool required, int64_t lo, int64_t hi, int64_t *out, Err *err);   // any integer type
+// Of any integer or number type. A missing value is E_MISSING if required, else *out keeps what it is.
+int gguf_get_int(const Gguf *g, const char *key, bool required, int64_t lo, int64_t hi, int64_t *out, Err *err);
 int gguf_get_double(const Gguf *g, const char *key, bool required, double *out, Err *err);
 const char *gguf_get_string(const Gguf *g, const char *key, size_t *len);      // NULL if absent
 // Element i of an array of strings, numbers.

@@ -1,6 +1,7 @@
-// The safetensors container: u64 header length, JSON header, data. Reader maps the file and checks everything before a
-// byte of data is used: header size (<= 100 MB and within the file), JSON depth, unknown dtypes, negative or overflowing
-// shapes, offsets that leave the file, overlap, leave holes or do not match shape x dtype, duplicate names.
+// The safetensors container: u64 header length, JSON header, data. Reader maps the file and checks everything before
+// a byte of data is used: header size (<= 100 MB and within the file), JSON depth, unknown dtypes, negative or
+// overflowing shapes, offsets that leave the file, overlap, leave holes or do not match shape x dtype, duplicate
+// names.
 #ifndef QLLM_SAFETENSORS_H
 #define QLLM_SAFETENSORS_H
 #include "common.h"
@@ -40,7 +41,7 @@ void st_writer_meta(StWriter *w, const char *key, const char *value);
 void st_writer_tensor(StWriter *w, const char *name, DType dtype, int ndim, const int64_t *shape);
 int st_writer_begin(StWriter *w, const char *path, Err *err);
 void st_writer_data(StWriter *w, const void *data, size_t bytes);
-int st_writer_finish(StWriter *w, Err *err);   // E_FAIL with the cause if any write failed or data do not add up; frees w
+int st_writer_finish(StWriter *w, Err *err);   // E_FAIL with the cause if a write failed or data do not add up; frees w
 void st_writer_abort(StWriter *w);             // removes what was written; frees w
 #ifdef __cplusplus
 }
