@@ -33,7 +33,8 @@ typedef struct {
     uint64_t seed;          // for stochastic rounding
 } StepState;
 
-typedef struct { float beta1, beta2, eps, weight_decay; } AdamWParams;
+// double, so that 1 - beta is rounded once: 1 - 0.9 is 0.1f, and 1 - 0.9f is not.
+typedef struct { double beta1, beta2, eps, weight_decay; } AdamWParams;
 
 typedef struct Ops {
     const char *name;       // "cpu", "cuda", "cudasim"

@@ -42,6 +42,24 @@ void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const
 // Below this many elements an operation runs on the calling thread: waking the others costs some microseconds.
 #define CPU_MIN_PARALLEL 16384
 
+// Working memory of one operation, kept from call to call and grown when a larger one comes, so that only the first
+// step allocates. Operations run one at a time. NULL when there is none left; the error is then set.
+void *cpu_scratch(size_t bytes);
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+// The calling thread's part [*first, *last) of n things, inside a parallel region.
+static inline void cpu_share(int *first, int *last, int n) {
+#ifdef _OPENMP
+    int64_t t = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+    int64_t t = 0, threads = 1;
+#endif
+    *first = (int)(n * t / threads);
+    *last = (int)(n * (t + 1) / threads);
+}
+
 // dtype of the activations for quant.h.
 #ifdef PRECISION_FP32
 #define QD_X QD_F32

@@ -1,0 +1,248 @@
+// Updates of the master weights, and the working values made from them in the same pass.
+#include "cpu.h"
+
+typedef enum { UPDATE_NONE, UPDATE_ADAMW, UPDATE_SGD } UpdateKind;
+
+// One tensor and the constants of one step.
+typedef struct {
+    float *master, *m, *v;          // v unused by SGD, whose m is the momentum buffer
+    const float *grad;
+    float grad_scale, lr;
+    float decay;                    // AdamW: lr * wd, SGD: wd
+    float c1, c2;                   // AdamW: 1 - beta1, 1 - beta2; SGD: c1 = momentum
+    float bc1, sqrt_bc2, eps;
+} Update;
+
+// Updates n <= 16 masters at `at` and returns them. Kind is a constant where this is inlined.
+VEC v16 update_step(const Update *u, UpdateKind kind, size_t at, int n) {
+    v16 p = v16_load(u->master + at, n);
+    if (kind == UPDATE_NONE) return p;
+    v16 g = v16_load(u->grad + at, n) * v16_set1(u->grad_scale), lr = v16_set1(u->lr);
+    v16 m = v16_load(u->m + at, n);
+    if (kind == UPDATE_ADAMW) {
+        p = p - v16_set1(u->decay) * p;
+        m = m + v16_set1(u->c1) * (g - m);
+        v16 v = v16_load(u->v + at, n);
+        v = v + v16_set1(u->c2) * (g * g - v);
+        v16 den = v16_sqrt(v) / v16_set1(u->sqrt_bc2) + v16_set1(u->eps);
+        p = p - lr * (m / v16_set1(u->bc1)) / den;
+        v16_store(u->v + at, v, n);
+    } else {
+        m = v16_set1(u->c1) * m + (g + v16_set1(u->decay) * p);
+        p = p - lr * m;
+    }
+    v16_store(u->m + at, m, n);
+    v16_store(u->master + at, p, n);
+    return p;
+}
+
+typedef struct { v16 lo, hi; } Range;   // smallest and largest of each lane; NaN left out
+
+VEC void range_add(Range *r, v16 w16, int n) {
+    if (n < 16) {                       // lanes beyond the span repeat its first value
+        v16 first = v16_set1(w16[0]);
+        for (int i = n; i < 16; i++) w16[i] = first[i];
+    }
+    r->lo = v16_min(w16, r->lo);
+    r->hi = v16_max(w16, r->hi);
+}
+
+// Updates cols values in a row, gathering the range of their bf16 values.
+VEC void update_span(const Update *u, UpdateKind kind, size_t at, int64_t cols, Range *r) {
+    int64_t c = 0;
+    for (; c + 16 <= cols; c += 16) range_add(r, v16_bf16_round(update_step(u, kind, at + (size_t)c, 16)), 16);
+    if (c < cols) {
+        int n = (int)(cols - c);
+        range_add(r, v16_bf16_round(update_step(u, kind, at + (size_t)c, n)), n);
+    }
+}
+
+static Range range_empty(void) { return (Range){v16_set1(INFINITY), v16_set1(-INFINITY)}; }
+
+VEC void quantize_step(floatX *work, const float *master, int n, const BlockQuant *b, bool zero_is_float, bool codes) {
+    v16 w16 = v16_bf16_round(v16_load(master, n));
+    v16 q = v16_nan_to(v16_clamp_code(v16_unclamped(w16, b, zero_is_float, QD_BF16), b), b->nan_code);
+    v16_storex(work, codes ? q : v16_dequant(q, b, zero_is_float, QD_BF16), n);
+}
+
+VEC void quantize_loop(floatX *work, const float *master, int64_t cols, const BlockQuant *b, bool zero_is_float,
+                       bool codes) {
+    int64_t c = 0;
+    for (; c + 16 <= cols; c += 16) quantize_step(work + c, master + c, 16, b, zero_is_float, codes);
+    if (c < cols) quantize_step(work + c, master + c, (int)(cols - c), b, zero_is_float, codes);
+}
+
+// Working values of cols values in a row that share one scale.
+VEC void quantize_span(floatX *work, const float *master, int64_t cols, const BlockQuant *b, const QuantSpec *s,
+                       bool codes) {
+    if (s->zero == QZ_FLOAT) quantize_loop(work, master, cols, b, true, false);
+    else if (codes) quantize_loop(work, master, cols, b, false, true);
+    else quantize_loop(work, master, cols, b, false, false);
+}
+
+static QParams range_choose(Range r, const QuantSpec *s) {
+    return quant_choose(v16_hmin(r.lo), v16_hmax(r.hi), s, QD_BF16);
+}
+
+// Values that a thread takes at a time where rows do not matter.
+#define CHUNK 8192
+
+// No quantization: a flat pass.
+VEC void update_plain(const Update *u, UpdateKind kind, floatX *work, float *wscale, int64_t rows, int64_t cols) {
+    size_t total = (size_t)rows * (size_t)cols, chunks = (total + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static) if (total >= CPU_MIN_PARALLEL)
+    for (size_t k = 0; k < chunks; k++) {
+        size_t i = k * CHUNK, end = i + CHUNK < total ? i + CHUNK : total;
+        for (; i + 16 <= end; i += 16) v16_storex(work + i, update_step(u, kind, i, 16), 16);
+        if (i < end) v16_storex(work + i, update_step(u, kind, i, (int)(end - i)), (int)(end - i));
+    }
+    if (wscale)
+        for (int64_t r = 0; r < rows; r++) wscale[r] = 1.0f;
+}
+
+// One scale for the whole tensor: it is known only when everything has been updated, so two passes.
+VEC void update_tensor(const Update *u, UpdateKind kind, floatX *work, const QuantSpec *s, int64_t rows, int64_t cols) {
+    float lo = INFINITY, hi = -INFINITY;
+#pragma omp parallel for schedule(static) reduction(min : lo) reduction(max : hi) if (rows * cols >= CPU_MIN_PARALLEL)
+    for (int64_t r = 0; r < rows; r++) {
+        Range range = range_empty();
+        update_span(u, kind, (size_t)(r * cols), cols, &range);
+        float rl = v16_hmin(range.lo), rh = v16_hmax(range.hi);
+        lo = rl < lo ? rl : lo;
+        hi = rh > hi ? rh : hi;
+    }
+    BlockQuant b = block_quant(quant_choose(lo, hi, s, QD_BF16), s, QD_BF16);
+#pragma omp parallel for schedule(static) if (rows * cols >= CPU_MIN_PARALLEL)
+    for (int64_t r = 0; r < rows; r++) quantize_span(work + r * cols, u->master + r * cols, cols, &b, s, false);
+}
+
+// Blocks of b0 rows by b1 columns: a strip of b0 rows is updated and quantized while it is in cache.
+VEC void update_blocks(const Update *u, UpdateKind kind, floatX *work, float *wscale, const QuantSpec *s, int64_t rows,
+                       int64_t cols, int64_t b0, int64_t b1) {
+    bool codes = quant_works_as_codes(s);
+#pragma omp parallel for schedule(static) if (rows * cols >= CPU_MIN_PARALLEL)
+    for (int64_t r0 = 0; r0 < rows; r0 += b0) {
+        for (int64_t c0 = 0; c0 < cols; c0 += b1) {
+            Range range = range_empty();
+            for (int64_t r = r0; r < r0 + b0; r++) update_span(u, kind, (size_t)(r * cols + c0), b1, &range);
+            QParams p = range_choose(range, s);
+            BlockQuant b = block_quant(p, s, QD_BF16);
+            for (int64_t r = r0; r < r0 + b0; r++) {
+                int64_t at = r * cols + c0;
+                quantize_span(work + at, u->master + at, b1, &b, s, codes);
+                if (wscale && c0 == 0) wscale[r] = codes ? p.scale : 1.0f;
+            }
+        }
+    }
+}
+
+VEC void update_and_quantize(const Update *u, UpdateKind kind, floatX *work, float *wscale, const QuantSpec *s,
+                             int64_t rows, int64_t cols) {
+    if (!quant_is_on(s)) {
+        update_plain(u, kind, work, wscale, rows, cols);
+        return;
+    }
+    int64_t block[2];
+    Err err;
+    if (quant_block_shape(s, rows, cols, block, &err) < 0) {
+        ops_set_error(err.code, "%s", err.text);
+        return;
+    }
+    if (block[0] == rows && block[1] == cols && rows > 1) {
+        update_tensor(u, kind, work, s, rows, cols);
+        for (int64_t r = 0; wscale && r < rows; r++) wscale[r] = 1.0f;
+    } else {
+        update_blocks(u, kind, work, wscale, s, rows, cols, block[0], block[1]);
+    }
+}
+
+void cpu_adamw_fq(float *master, float *m, float *v, floatX *work, float *wscale, const float *grad,
+                  const StepState *state, const AdamWParams *h, const QuantSpec *wq, int64_t rows, int64_t cols) {
+    if (state->skip) return;
+    float t = (float)state->t;
+    Update u = {.master = master, .m = m, .v = v, .grad = grad, .grad_scale = state->grad_scale, .lr = state->lr,
+                .decay = state->lr * (float)h->weight_decay, .eps = (float)h->eps,
+                .c1 = (float)(1.0 - h->beta1), .c2 = (float)(1.0 - h->beta2),
+                .bc1 = 1.0f - powf((float)h->beta1, t), .sqrt_bc2 = sqrtf(1.0f - powf((float)h->beta2, t))};
+    update_and_quantize(&u, UPDATE_ADAMW, work, wscale, wq, rows, cols);
+}
+
+void cpu_sgd_fq(float *master, float *buf, floatX *work, float *wscale, const float *grad, const StepState *state,
+                float momentum, float weight_decay, const QuantSpec *wq, int64_t rows, int64_t cols) {
+    if (state->skip) return;
+    Update u = {.master = master, .m = buf, .grad = grad, .grad_scale = state->grad_scale, .lr = state->lr,
+                .decay = weight_decay, .c1 = momentum};
+    update_and_quantize(&u, UPDATE_SGD, work, wscale, wq, rows, cols);
+}
+
+void cpu_weight_fq(floatX *work, float *wscale, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols) {
+    Update u = {.master = (float *)(uintptr_t)master};   // UPDATE_NONE reads only
+    update_and_quantize(&u, UPDATE_NONE, work, wscale, wq, rows, cols);
+}
+
+VEC void ste_mask_step(float *grad, const float *master, int n, const BlockQuant *b, bool zero_is_float) {
+    v16 u = v16_unclamped(v16_bf16_round(v16_load(master, n)), b, zero_is_float, QD_BF16);
+    v16_store(grad, v16_keep_inside(v16_load(grad, n), u, b->lo, b->hi), n);
+}
+
+static void ste_mask_span(float *grad, const float *master, int64_t cols, const BlockQuant *b, bool zero_is_float) {
+    for (int64_t c = 0; c < cols; c += 16)
+        ste_mask_step(grad + c, master + c, cols - c < 16 ? (int)(cols - c) : 16, b, zero_is_float);
+}
+
+void cpu_weight_ste_mask(float *grad, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols) {
+    if (!quant_is_on(wq)) return;
+    int64_t block[2];
+    Err err;
+    if (quant_block_shape(wq, rows, cols, block, &err) < 0) {
+        ops_set_error(err.code, "%s", err.text);
+        return;
+    }
+    Update u = {.master = (float *)(uintptr_t)master};
+    int64_t b0 = block[0], b1 = block[1];
+#pragma omp parallel for schedule(static) if (rows * cols >= CPU_MIN_PARALLEL)
+    for (int64_t r0 = 0; r0 < rows; r0 += b0) {
+        for (int64_t c0 = 0; c0 < cols; c0 += b1) {
+            Range range = range_empty();
+            for (int64_t r = r0; r < r0 + b0; r++) update_span(&u, UPDATE_NONE, (size_t)(r * cols + c0), b1, &range);
+            BlockQuant b = block_quant(range_choose(range, wq), wq, QD_BF16);
+            for (int64_t r = r0; r < r0 + b0; r++)
+                ste_mask_span(grad + r * cols + c0, master + r * cols + c0, b1, &b, wq->zero == QZ_FLOAT);
+        }
+    }
+}
+
+// Blocks of 2^16 gradients are summed in double, each in 16 lanes that are then folded; the blocks' sums are added in
+// order. What runs in parallel is at most SUMS blocks, whose sums stand on the stack.
+#define NORM_BLOCK 65536
+#define SUMS 512
+
+static double sum_of_squares(const float *g, size_t n) {
+    double lane[16] = {0};
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int l = 0; l < 16; l++) lane[l] += (double)g[i + (size_t)l] * (double)g[i + (size_t)l];
+    for (size_t l = 0; i + l < n; l++) lane[l] += (double)g[i + l] * (double)g[i + l];
+    for (int h = 8; h; h >>= 1)
+        for (int l = 0; l < h; l++) lane[l] += lane[l + h];
+    return lane[0];
+}
+
+void cpu_global_norm(StepState *state, const float *grad, size_t n, float max_norm) {
+    double total = 0.0, sums[SUMS];
+    size_t blocks = (n + NORM_BLOCK - 1) / NORM_BLOCK;
+    for (size_t k0 = 0; k0 < blocks; k0 += SUMS) {
+        size_t k1 = k0 + SUMS < blocks ? k0 + SUMS : blocks;
+#pragma omp parallel for schedule(static) if (n >= CPU_MIN_PARALLEL)
+        for (size_t k = k0; k < k1; k++) {
+            size_t at = k * NORM_BLOCK;
+            sums[k - k0] = sum_of_squares(grad + at, n - at < NORM_BLOCK ? n - at : NORM_BLOCK);
+        }
+        for (size_t k = 0; k < k1 - k0; k++) total += sums[k];
+    }
+    double tokens = (double)state->tokens, norm = sqrt(total) / tokens;
+    state->norm = (float)norm;
+    state->skip = !(state->tokens > 0 && isfinite(norm) && isfinite(state->loss_sum));
+    double clip = max_norm > 0.0f && norm > (double)max_norm ? (double)max_norm / norm : 1.0;
+    state->grad_scale = state->skip ? 0.0f : (float)(clip / tokens);
+}
