@@ -3,7 +3,6 @@
 
 #include <errno.h>
 #include <fnmatch.h>
-#include <limits.h>
 #include <stdlib.h>
 
 #include "json.h"
@@ -307,13 +306,15 @@ static const char *closest_scheme(const char *name) {
     static const char *const names[] = {"none", "int8wo", "int8dq", "int4wo-32", "int4wo-64", "int4wo-128", "8da4w-32",
                                         "8da4w-64", "8da4w-128", "int2-32", "int3-32", "int4-32", "int5-32", "int6-32",
                                         "int7-32", "int8-32"};
-    const char *best = names[0];
-    int least = INT_MAX;
+    const char *best = NULL;
+    int least = 5;      // farther away it is no misspelling
     for (size_t i = 0; strlen(name) < 32 && i < sizeof names / sizeof *names; i++) {
-        int distance = edit_distance(name, names[i]);
+        // A name cut off before its group size is meant exactly.
+        bool cut = strlen(name) >= 4 && !strncmp(names[i], name, strlen(name));
+        int distance = cut ? 0 : edit_distance(name, names[i]);
         if (distance < least) least = distance, best = names[i];
     }
-    return least <= 4 ? best : NULL;
+    return best;
 }
 
 int quant_scheme_from_name(QuantScheme *out, const char *name, Err *err) {
