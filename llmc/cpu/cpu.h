@@ -44,7 +44,7 @@ void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const
 
 // Working memory of one operation, kept from call to call and grown when a larger one comes, so that only the first
 // step allocates. Operations run one at a time. NULL when there is none left; the error is then set.
-void *cpu_scratch(size_t bytes);
+void *cpu_workspace(size_t bytes);
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -75,7 +75,7 @@ VEC BlockQuant block_quant(QParams p, const QuantSpec *s, QuantDType d) {
     BlockQuant b = {.scale = v16_set1(p.scale), .inv = v16_set1(1.0f / p.scale), .zp = v16_set1(p.zp),
                     .mid = v16_set1(mid), .lo = v16_set1((float)s->qmin), .hi = v16_set1((float)s->qmax)};
     b.m = v16_set1(quant_round_d(p.zp - quant_round_d(p.scale * mid, d), d));
-    b.nan_code = s->zero == QZ_FLOAT ? b.lo : b.zp;
+    b.nan_code = v16_set1((float)quant_code(NAN, p, s, d));
     return b;
 }
 VEC v16 v16_round_d(v16 v, QuantDType d) { return d == QD_BF16 ? v16_bf16_round(v) : v; }

@@ -5,7 +5,7 @@
 #define ENTRY(name) .name = cpu_##name,
 const Ops ops_cpu = {.name = "cpu", QLLM_OPS(ENTRY)};
 
-void *cpu_scratch(size_t bytes) {
+void *cpu_workspace(size_t bytes) {
     static void *buffer;
     static size_t capacity;
     if (bytes <= capacity) return buffer;

@@ -25,8 +25,7 @@ static int packed_init(Packed *p, const QuantSpec *s, int64_t rows, int64_t cols
 }
 
 static QParams packed_qparams(const float *scale, const float *zero, const QuantSpec *s, int64_t i) {
-    float symmetric = s->is_unsigned ? quant_mid(s) : 0.0f;
-    return (QParams){.scale = scale[i], .zp = zero ? zero[i] : symmetric};
+    return (QParams){.scale = scale[i], .zp = zero ? zero[i] : quant_mid(s)};
 }
 
 // Eight fields of `bits` bits, one to a byte.
@@ -238,13 +237,13 @@ VEC void rows_by_tokens(floatX *y, const Matvec *mv, int64_t r, size_t N, int OC
 void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
                          const QuantSpec *wq, size_t N, int C, int OC) {
     Matvec mv = {.codes = codes, .scale = scale, .zero = zero, .zero_is_float = wq->zero == QZ_FLOAT,
-                 .centre = wq->is_unsigned || wq->zero == QZ_FLOAT ? quant_mid(wq) : 0.0f};
+                 .centre = quant_mid(wq)};
     if (packed_init(&mv.pk, wq, OC, C) < 0) return;
     int bits = wq->bits, step = bits == 4 ? 32 : 16;
     bool aligned = mv.pk.b1 % step == 0 || mv.pk.across == 1;
     mv.ldx = ((size_t)C + 31) / 32 * 32;
     mv.ld_sums = mv.zero_is_float ? (size_t)mv.pk.across : 0;
-    float *scratch = cpu_scratch(N * (mv.ldx + mv.ld_sums) * sizeof(float));
+    float *scratch = cpu_workspace(N * (mv.ldx + mv.ld_sums) * sizeof(float));
     if (!scratch) return;
     mv.x = scratch;
     mv.sums = scratch + N * mv.ldx;

@@ -1,6 +1,5 @@
 // RMSNorm with the residual add before it and the activation fake quantization after it.
 #include "cpu.h"
-#include <stdlib.h>
 
 // r = X(x + delta), kept in res; returns r.
 VEC v16 residual_step(floatX *res, const floatX *x, const floatX *delta, int n, bool with_delta, bool with_res) {
@@ -105,7 +104,7 @@ void cpu_rmsnorm_backward(floatX *dres, float *dweight, const floatX *dy, const 
     size_t pieces = (N + MIN_PIECE_ROWS - 1) / MIN_PIECE_ROWS;
     if (pieces > MAX_PIECES) pieces = MAX_PIECES;
     size_t rows = pieces ? (N + pieces - 1) / pieces : 0;
-    float *part = cpu_scratch(pieces * (size_t)C * sizeof(float));
+    float *part = cpu_workspace(pieces * (size_t)C * sizeof(float));
     if (!part) return;
 #pragma omp parallel for schedule(static) if (N * (size_t)C >= CPU_MIN_PARALLEL)
     for (size_t k = 0; k < pieces; k++) {
