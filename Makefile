@@ -176,9 +176,10 @@ fuzz:
 	@echo "0 passed, 0 failed, 1 skipped"
 endif
 
-# Benchmarks print lines `result NAME VALUE UNIT`.
+# Benchmarks print lines `result NAME VALUE UNIT`: programs dev/bench/bench_*.c, and scripts that drive the programs.
 bench: $(PROGRAMS) $(BENCH)
-	@for b in $(BENCH); do echo "# $$b"; QLLM_BIN=$(OUT)/bin $$b || exit 1; done
+	@for b in $(filter $(OUT)/bench/bench_%,$(BENCH)); do echo "# $$b"; $$b || exit 1; done
+	@for b in $(sort $(wildcard dev/bench/bench_*.sh)); do echo "# $$b"; sh $$b $(OUT)/bin $(OUT)/bench/random_shard || exit 1; done
 
 quickstart: $(PROGRAMS)
 	@scripts/quickstart.sh

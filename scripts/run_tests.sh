@@ -3,8 +3,8 @@
 # DIR is a build folder such as build/bf16: every program in DIR/test, then every test/*.sh with QLLM_BIN=DIR/bin.
 # `cudasim` runs `make test-cudasim`. FILTER=name runs only the programs whose name contains it.
 #
-# A program reports cases as cmocka does, or, a script, by a last line "N passed, N failed[, N skipped]"; one that says
-# nothing counts as one case by its exit status. Besides failed cases these count as a failure: a program that dies or
+# A program reports cases as cmocka does; a script by lines "ok NAME", "not ok NAME" and "skip NAME", or by a line
+# "N passed, N failed[, N skipped]"; one that says nothing counts as one case by its exit status. Besides failed cases these count as a failure: a program that dies or
 # exits nonzero without naming a failed case (a sanitizer's report after the last test), runs fewer cases than it
 # announced, or runs none.
 # Prints failures in full, and last a line: N passed, N failed[, N skipped]. Exit status 1 if anything failed.
@@ -57,7 +57,8 @@ run() {
         skip=${skip:-0}
         [ $((ok + bad + skip)) -gt 0 ] || { bad=1 note="ran nothing"; }
     else
-        ok=$((status == 0)) bad=0 skip=0
+        ok=$(grep -c '^ok ' "$log") bad=$(grep -c '^not ok ' "$log") skip=$(grep -c '^skip ' "$log")
+        [ $((ok + bad + skip)) -gt 0 ] || ok=$((status == 0))
     fi
     if [ "$status" -ne 0 ] && [ "$bad" -eq 0 ]; then
         bad=1
@@ -71,8 +72,8 @@ run() {
     printf '  %d.%01d s%s\n' $((took / 1000)) $((took % 1000 / 100)) "${note:+  ($note)}"
     if [ "$bad" -gt 0 ]; then
         grep -v -E '^\[( RUN|       OK)' "$log" | tail -n 60 | sed 's/^/    /'
-        failures+=("$label${note:+ ($note)}: $(sed -n 's/^\[  FAILED  \] \([A-Za-z_][A-Za-z0-9_]*\)$/\1/p' "$log" |
-            sort -u | tr '\n' ' ')")
+        failures+=("$label${note:+ ($note)}: $(sed -n -e 's/^\[  FAILED  \] \([A-Za-z_][A-Za-z0-9_]*\)$/\1/p' \
+            -e 's/^not ok //p' "$log" | sort -u | tr '\n' ' ')")
     fi
     [ "$skip" -gt 0 ] && skips+=("$label: $(grep -i -E 'skipp?ed:|^skip' "$log" | sort -u | head -3 | tr '\n' ';')")
     return 0
