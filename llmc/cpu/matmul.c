@@ -1,0 +1,361 @@
+// The linears: three matrix products each, through oneDNN where the build has it, else by the tiles of tile.h.
+//
+//   forward  y  (N, OC) = x (N, C) . w (OC, C)^T      backward  dx (N, C)  = dy (N, OC) . w (OC, C)
+//                                                               dw (OC, C) = dy (N, OC)^T . x (N, C)
+//
+// All are c (M, N) = a (M, K) . b (K, N) with a or b read transposed; no operand is ever copied to be transposed.
+// Evaluation must equal the trainer's validation bit for bit whatever the batch, so a row of a forward may not depend on
+// how many rows stand beside it. The built-in product has that by construction (tile.h). oneDNN's brgemm sums k in order
+// for every M and thread count; nothing in its documentation promises that, so test_ops_matmul demands it.
+#include "cpu/cpu.h"
+#include "cpu/matmul.h"
+#include "cpu/tile.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+typedef struct {
+    bool ta, tb;            // a is stored (K, M), b is stored (N, K)
+    bool out_f32;           // c is f32, else X
+    bool accumulate;        // c += (f32 only)
+    bool scaled;            // column n of the f32 sum is multiplied by scale[n] before it is rounded
+    int64_t M, N, K;
+} Product;
+
+static int max_threads(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+#ifdef HAVE_DNNL
+// ---------------------------------------------------------------------------------------------
+// oneDNN. Creating a primitive compiles code (milliseconds), so primitives are kept by shape. The C interface of
+// version 3 hands out memory descriptors by pointer where version 2 has a struct.
+#include <dnnl.h>
+
+typedef struct {
+    Product what;
+    dnnl_data_type_t type;  // of a and b
+    int threads;            // a primitive is planned for a number of threads
+    bool used;
+    dnnl_primitive_t prim;
+    dnnl_memory_t a, b, c, scale, scratch;
+    size_t scratch_bytes;
+} Cached;
+
+#define CACHE_SIZE 512      // a training run uses some twenty shapes, evaluation one more for each length of a text
+static Cached cache[CACHE_SIZE];
+static int cache_used;
+static dnnl_engine_t engine;
+static dnnl_stream_t stream;
+
+#if DNNL_VERSION_MAJOR >= 3
+#define DESC(d) (d)
+static dnnl_status_t make_desc(dnnl_memory_desc_t *d, int64_t rows, int64_t cols, dnnl_data_type_t t, int64_t s0,
+                               int64_t s1) {
+    dnnl_dims_t dims = {rows, cols}, strides = {s0, s1};
+    return dnnl_memory_desc_create_with_strides(d, 2, dims, t, strides);
+}
+static void free_desc(dnnl_memory_desc_t d) { dnnl_memory_desc_destroy(d); }
+static dnnl_status_t append_sum(dnnl_post_ops_t p) { return dnnl_post_ops_append_sum(p, 1.0f, 0, dnnl_data_type_undef); }
+static dnnl_status_t make_matmul(dnnl_primitive_desc_t *pd, dnnl_memory_desc_t a, dnnl_memory_desc_t b,
+                                 dnnl_memory_desc_t c, dnnl_primitive_attr_t attr) {
+    return dnnl_matmul_primitive_desc_create(pd, engine, a, b, NULL, c, attr);
+}
+static size_t desc_size(const_dnnl_memory_desc_t d) { return dnnl_memory_desc_get_size(d); }
+#else
+#define DESC(d) (&(d))
+static dnnl_status_t make_desc(dnnl_memory_desc_t *d, int64_t rows, int64_t cols, dnnl_data_type_t t, int64_t s0,
+                               int64_t s1) {
+    dnnl_dims_t dims = {rows, cols}, strides = {s0, s1};
+    return dnnl_memory_desc_init_by_strides(d, 2, dims, t, strides);
+}
+static void free_desc(dnnl_memory_desc_t d) { (void)d; }
+static dnnl_status_t append_sum(dnnl_post_ops_t p) { return dnnl_post_ops_append_sum(p, 1.0f); }
+static dnnl_status_t make_matmul(dnnl_primitive_desc_t *pd, dnnl_memory_desc_t a, dnnl_memory_desc_t b,
+                                 dnnl_memory_desc_t c, dnnl_primitive_attr_t attr) {
+    dnnl_matmul_desc_t desc;
+    dnnl_status_t s = dnnl_matmul_desc_init(&desc, &a, &b, NULL, &c);
+    return s ? s : dnnl_primitive_desc_create(pd, &desc, attr, engine, NULL);
+}
+static size_t desc_size(const dnnl_memory_desc_t *d) { return dnnl_memory_desc_get_size(d); }
+#endif
+
+#ifndef PRECISION_FP32
+// bf16 only where the processor multiplies it: elsewhere oneDNN is slow at it, or does not do it.
+static bool dnnl_has_bf16(void) {
+    return ((unsigned)dnnl_get_effective_cpu_isa() & dnnl_cpu_isa_avx512_core_bf16) == dnnl_cpu_isa_avx512_core_bf16;
+}
+#endif
+
+static void cached_free(Cached *e) {
+    dnnl_primitive_destroy(e->prim);
+    dnnl_memory_t m[] = {e->a, e->b, e->c, e->scale, e->scratch};
+    for (int i = 0; i < 5; i++)
+        if (m[i]) dnnl_memory_destroy(m[i]);
+    *e = (Cached){0};
+}
+
+static dnnl_status_t cached_fill(Cached *e) {
+    const Product *p = &e->what;
+    dnnl_status_t s = dnnl_success;
+    if (!engine && (s = dnnl_engine_create(&engine, dnnl_cpu, 0))) return s;
+    if (!stream && (s = dnnl_stream_create(&stream, engine, dnnl_stream_default_flags))) return s;
+    dnnl_data_type_t out = p->out_f32 || e->type == dnnl_f32 ? dnnl_f32 : dnnl_bf16;
+    dnnl_memory_desc_t a, b, c, w;
+    dnnl_primitive_attr_t attr = NULL;
+    dnnl_post_ops_t post = NULL;
+    dnnl_primitive_desc_t pd = NULL;
+    if ((s = make_desc(&a, p->M, p->K, e->type, p->ta ? 1 : p->K, p->ta ? p->M : 1))) return s;
+    if ((s = make_desc(&b, p->K, p->N, e->type, p->tb ? 1 : p->N, p->tb ? p->K : 1))) goto free_a;
+    if ((s = make_desc(&c, p->M, p->N, out, p->N, 1))) goto free_b;
+    if ((s = make_desc(&w, 1, p->N, dnnl_f32, p->N, 1))) goto free_c;
+    if ((s = dnnl_primitive_attr_create(&attr)) || (s = dnnl_post_ops_create(&post)) ||
+        (s = dnnl_primitive_attr_set_scratchpad_mode(attr, dnnl_scratchpad_mode_user)) ||
+        (p->scaled && (s = dnnl_post_ops_append_binary(post, dnnl_binary_mul, DESC(w)))) ||
+        (p->accumulate && (s = append_sum(post))) || (s = dnnl_primitive_attr_set_post_ops(attr, post)) ||
+        (s = make_matmul(&pd, a, b, c, attr)) || (s = dnnl_primitive_create(&e->prim, pd)) ||
+        (s = dnnl_memory_create(&e->a, DESC(a), engine, DNNL_MEMORY_NONE)) ||
+        (s = dnnl_memory_create(&e->b, DESC(b), engine, DNNL_MEMORY_NONE)) ||
+        (s = dnnl_memory_create(&e->c, DESC(c), engine, DNNL_MEMORY_NONE)) ||
+        (s = dnnl_memory_create(&e->scale, DESC(w), engine, DNNL_MEMORY_NONE)) ||
+        (s = dnnl_memory_create(&e->scratch, dnnl_primitive_desc_query_md(pd, dnnl_query_scratchpad_md, 0), engine,
+                                DNNL_MEMORY_NONE)))
+        goto done;
+    e->scratch_bytes = (desc_size(dnnl_primitive_desc_query_md(pd, dnnl_query_scratchpad_md, 0)) + 63) & ~(size_t)63;
+done:
+    if (pd) dnnl_primitive_desc_destroy(pd);
+    if (post) dnnl_post_ops_destroy(post);
+    if (attr) dnnl_primitive_attr_destroy(attr);
+    free_desc(w);
+free_c:
+    free_desc(c);
+free_b:
+    free_desc(b);
+free_a:
+    free_desc(a);
+    return s;
+}
+
+static bool same_product(const Product *a, const Product *b) {
+    return a->M == b->M && a->N == b->N && a->K == b->K && a->ta == b->ta && a->tb == b->tb && a->out_f32 == b->out_f32 &&
+           a->accumulate == b->accumulate && a->scaled == b->scaled;
+}
+
+static Cached *cached_get(const Product *p, dnnl_data_type_t type) {
+    int threads = max_threads();
+    uint64_t h = (uint64_t)p->M * 0x9e3779b97f4a7c15u ^ (uint64_t)p->N * 0xc2b2ae3d27d4eb4fu ^ (uint64_t)p->K << 20;
+    h ^= (uint64_t)(p->ta | p->tb << 1 | p->out_f32 << 2 | p->accumulate << 3 | p->scaled << 4) << 40;
+    size_t i = (size_t)((h ^ h >> 29) * 0x9e3779b97f4a7c15u >> 32) % CACHE_SIZE;
+    for (; cache[i].used; i = (i + 1) % CACHE_SIZE)
+        if (same_product(&cache[i].what, p) && cache[i].type == type && cache[i].threads == threads) return &cache[i];
+    if (cache_used >= CACHE_SIZE * 3 / 4) {             // all at once: an entry taken out would break the probing
+        for (size_t j = 0; j < CACHE_SIZE; j++)
+            if (cache[j].used) cached_free(&cache[j]);
+        cache_used = 0;
+        return cached_get(p, type);
+    }
+    cache[i] = (Cached){.what = *p, .type = type, .threads = threads, .used = true};
+    dnnl_status_t s = cached_fill(&cache[i]);
+    if (s) {
+        cached_free(&cache[i]);
+        ops_set_error(E_FAIL, "oneDNN refuses a %lld x %lld x %lld matmul (status %d); build with NO_DNNL=1 to do without it",
+                      (long long)p->M, (long long)p->N, (long long)p->K, (int)s);
+        return NULL;
+    }
+    cache_used++;
+    return &cache[i];
+}
+
+static void cached_run(const Cached *e, void *scratch, void *c, const void *a, const void *b, const float *scale) {
+    // Operands are only read; the interface has no const.
+    dnnl_memory_set_data_handle(e->a, (void *)(uintptr_t)a);
+    dnnl_memory_set_data_handle(e->b, (void *)(uintptr_t)b);
+    dnnl_memory_set_data_handle(e->c, c);
+    dnnl_memory_set_data_handle(e->scratch, scratch);
+    dnnl_memory_set_data_handle(e->scale, (void *)(uintptr_t)scale);
+    dnnl_exec_arg_t args[] = {{DNNL_ARG_SRC, e->a}, {DNNL_ARG_WEIGHTS, e->b}, {DNNL_ARG_DST, e->c},
+                              {DNNL_ARG_SCRATCHPAD, e->scratch},
+                              {DNNL_ARG_ATTR_MULTIPLE_POST_OP(0) | DNNL_ARG_SRC_1, e->scale}};
+    dnnl_status_t s = dnnl_primitive_execute(e->prim, stream, e->what.scaled ? 5 : 4, args);
+    if (!s) s = dnnl_stream_wait(stream);
+    if (s) ops_set_error(E_FAIL, "oneDNN's matmul failed (status %d)", (int)s);
+}
+
+#ifndef PRECISION_FP32
+static void widen(float *y, const bf16 *x, int64_t n) {
+    int64_t whole = n / 16;
+#pragma omp parallel for
+    for (int64_t i = 0; i < whole; i++) v16_store(y + i * 16, v16_load_bf16(x + i * 16, 16), 16);
+    for (int64_t i = whole * 16; i < n; i++) y[i] = bf16_to_f32(x[i]);
+}
+
+static void narrow(bf16 *y, const float *x, int64_t n) {
+    int64_t whole = n / 16;
+#pragma omp parallel for
+    for (int64_t i = 0; i < whole; i++) v16_store_bf16(y + i * 16, v16_load(x + i * 16, 16), 16);
+    for (int64_t i = whole * 16; i < n; i++) y[i] = bf16_from_f32(x[i]);
+}
+
+// A bf16 product in f32: operands are widened, the result is rounded as f2x does.
+static void widened_run(const Cached *e, char *scratch, void *c, const bf16 *a, const bf16 *b, const float *scale) {
+    const Product *p = &e->what;
+    float *wa = (float *)(void *)(scratch + e->scratch_bytes), *wb = wa + p->M * p->K;
+    float *wc = p->out_f32 ? c : wb + p->K * p->N;
+    widen(wa, a, p->M * p->K);
+    widen(wb, b, p->K * p->N);
+    cached_run(e, scratch, wc, wa, wb, scale);
+    if (!p->out_f32) narrow(c, wc, p->M * p->N);
+}
+#endif
+
+static void product(const Product *p, void *c, const floatX *a, const floatX *b, const float *scale) {
+#ifdef PRECISION_FP32
+    bool wide = false;
+    Cached *e = cached_get(p, dnnl_f32);
+#else
+    bool wide = !dnnl_has_bf16();
+    Cached *e = cached_get(p, wide ? dnnl_f32 : dnnl_bf16);
+#endif
+    if (!e) return;
+    int64_t extra = wide ? p->M * p->K + p->K * p->N + (p->out_f32 ? 0 : p->M * p->N) : 0;
+    size_t bytes = e->scratch_bytes + (size_t)extra * sizeof(float);
+    char *scratch = bytes ? cpu_scratch(bytes) : NULL;
+    if (bytes && !scratch) return;
+#ifndef PRECISION_FP32
+    if (wide) {
+        widened_run(e, scratch, c, a, b, scale);
+        return;
+    }
+#endif
+    cached_run(e, scratch, c, a, b, scale);
+}
+
+const char *cpu_matmul_description(void) {
+    static char text[64];
+    const dnnl_version_t *v = dnnl_version();
+    const char *type = "fp32";
+#ifndef PRECISION_FP32
+    if (dnnl_has_bf16()) type = "bf16";
+#endif
+    snprintf(text, sizeof text, "oneDNN %d.%d.%d %s", v->major, v->minor, v->patch, type);
+    return text;
+}
+#else
+// ---------------------------------------------------------------------------------------------
+// The built-in product. a is packed once for all, b by panels of 64 columns for all of K, which the tiles then read from
+// the second-level cache (K up to some 4000) while their sums stay in registers. A task is a panel of columns for a
+// block of rows.
+#define PANEL 64            // columns
+#define ROWS_TASK 512       // rows: enough that packing the panel costs little
+#define ROWS_TILE 96        // rows summed before they are written, in the first-level cache
+
+static int thread_index(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+static void pack_panel(unit_t *dst, const Product *p, const floatX *b, int64_t n0, int cols) {
+    int K = (int)p->K;
+    if (p->tb) {
+        pack_along_columns(dst, PANEL, b + n0 * p->K, (size_t)K, cols, PANEL, K);
+        return;
+    }
+    for (int k = 0; k < K; k += UNIT)
+        pack_across(dst + (size_t)(k / UNIT) * PANEL, b + k * p->N + n0, k + 1 < K ? b + (k + 1) * p->N + n0 : NULL, cols,
+                    PANEL);
+}
+
+static void write_rows(const Product *p, void *c, const float *sum, int64_t m0, int64_t rows, int64_t n0, int cols,
+                       const float *scale) {
+    for (int64_t m = 0; m < rows; m++)
+        for (int n = 0; n < cols; n += 16) {
+            int left = cols - n < 16 ? cols - n : 16;
+            v16 v = v16_load(sum + m * PANEL + n, 16);
+            int64_t at = (m0 + m) * p->N + n0 + n;
+            if (p->scaled) v *= v16_load(scale + n0 + n, left);
+            if (p->accumulate) v += v16_load((float *)c + at, left);
+            if (p->out_f32) v16_store((float *)c + at, v, left);
+            else v16_storex((floatX *)c + at, v, left);
+        }
+}
+
+static void product(const Product *p, void *c, const floatX *a, const floatX *b, const float *scale) {
+    int64_t units = (p->K + UNIT - 1) / UNIT, padded = (p->M + 7) & ~7ll, threads = max_threads();
+    unit_t *pa = cpu_scratch((size_t)(units * (padded + threads * PANEL)) * sizeof *pa);
+    if (!pa) return;
+    size_t am = p->ta ? 1 : (size_t)units, ak = p->ta ? (size_t)padded : 1;
+    int64_t panels = (p->N + PANEL - 1) / PANEL, blocks = (p->M + ROWS_TASK - 1) / ROWS_TASK;
+#pragma omp parallel
+    {
+        unit_t *pb = pa + units * (padded + thread_index() * PANEL);
+        float sum[ROWS_TILE * PANEL];
+        if (p->ta) {
+#pragma omp for
+            for (int64_t k = 0; k < units; k++) {
+                const floatX *row = a + k * UNIT * p->M;
+                pack_across(pa + k * padded, row, k * UNIT + 1 < p->K ? row + p->M : NULL, (int)p->M, (int)padded);
+            }
+        } else {
+#pragma omp for
+            for (int64_t m = 0; m < padded; m++) {
+                if (m < p->M) pack_along(pa + m * units, a + m * p->K, (int)p->K);
+                else memset(pa + m * units, 0, (size_t)units * sizeof *pa);
+            }
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < panels * blocks; task++) {
+            int64_t n0 = task / blocks * PANEL, m0 = task % blocks * ROWS_TASK;
+            int64_t m1 = m0 + ROWS_TASK < p->M ? m0 + ROWS_TASK : p->M;
+            int cols = p->N - n0 < PANEL ? (int)(p->N - n0) : PANEL;
+            pack_panel(pb, p, b, n0, cols);
+            for (int64_t m = m0; m < m1; m += ROWS_TILE) {
+                int64_t rows = m1 - m < ROWS_TILE ? m1 - m : ROWS_TILE;
+                tile_product(sum, PANEL, pa + (size_t)m * am, am, ak, pb, PANEL, tile_pad_rows((int)rows), PANEL, (int)units,
+                             TILE_SET, NULL);
+                write_rows(p, c, sum, m, rows, n0, cols, scale);
+            }
+        }
+    }
+}
+
+const char *cpu_matmul_description(void) { return "built-in matmul"; }
+#endif
+
+void cpu_linear_forward(floatX *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC) {
+    Product p = {.tb = true, .scaled = wscale, .M = (int64_t)N, .N = OC, .K = C};
+    if (N) product(&p, y, x, w, wscale);
+}
+
+void cpu_linear_forward_f32(float *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC) {
+    Product p = {.tb = true, .out_f32 = true, .scaled = wscale, .M = (int64_t)N, .N = OC, .K = C};
+    if (N) product(&p, y, x, w, wscale);
+}
+
+void cpu_linear_backward_input(floatX *dx, const floatX *dy, const floatX *w, const float *wscale, floatX *dy_scaled,
+                               size_t N, int C, int OC) {
+    if (wscale) {
+#pragma omp parallel for
+        for (size_t n = 0; n < N; n++)
+            for (int o = 0; o < OC; o += 16) {
+                int left = OC - o < 16 ? OC - o : 16;
+                v16 v = v16_loadx(dy + n * (size_t)OC + o, left) * v16_load(wscale + o, left);
+                v16_storex(dy_scaled + n * (size_t)OC + o, v, left);
+            }
+        dy = dy_scaled;
+    }
+    Product p = {.M = (int64_t)N, .N = C, .K = OC};
+    if (N) product(&p, dx, dy, w, NULL);
+}
+
+void cpu_linear_backward_weight(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC, bool accumulate) {
+    Product p = {.ta = true, .out_f32 = true, .accumulate = accumulate, .M = OC, .N = C, .K = (int64_t)N};
+    if (N) product(&p, dw, dy, x, NULL);
+    else if (!accumulate) memset(dw, 0, (size_t)OC * (size_t)C * sizeof *dw);
+}

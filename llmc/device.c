@@ -1,0 +1,181 @@
+// Picks a backend and hands out its memory.
+#include "device.h"
+#include "cpu/matmul.h"
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+const Ops *ops;
+static char description[256];
+static int threads_used = 1;
+
+// The first error wins: what follows is mostly its consequence. Operations may meet one on any thread.
+static Err first_error;
+static atomic_int error_state;      // 0 none, 1 being written, 2 there
+
+void ops_set_error(int code, const char *fmt, ...) {
+    int none = 0;
+    if (!atomic_compare_exchange_strong(&error_state, &none, 1)) return;
+    va_list args;
+    va_start(args, fmt);
+    first_error.code = code;
+    vsnprintf(first_error.text, sizeof first_error.text, fmt, args);
+    va_end(args);
+    atomic_store(&error_state, 2);
+}
+
+int device_sync(Err *err) {
+    if (atomic_load(&error_state) != 2) return 0;
+    Err e = first_error;
+    atomic_store(&error_state, 0);
+    return err_set(err, e.code, "%s", e.text);
+}
+
+static void cpu_model(char *name, size_t size) {
+    snprintf(name, size, "unknown processor");
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    if (!f) return;
+    char line[256];
+    while (fgets(line, sizeof line, f)) {
+        char *value = strchr(line, ':');
+        if (strncmp(line, "model name", 10) != 0 || !value) continue;
+        value += 1 + strspn(value + 1, " \t");
+        value[strcspn(value, "\n")] = 0;
+        snprintf(name, size, "%s", value);
+        break;
+    }
+    fclose(f);
+}
+
+int device_init(const char *name, int threads, Err *err) {
+    if (threads < 0 || threads > 1024)
+        return err_set(err, E_USAGE, "threads: %d is not between 0 (all cores) and 1024", threads);
+    if (!name || !strcmp(name, "auto") || !strcmp(name, "cpu")) {
+#ifdef _OPENMP
+        if (threads) omp_set_num_threads(threads);
+        else omp_set_num_threads(omp_get_num_procs());
+        threads_used = omp_get_max_threads();
+#else
+        if (threads > 1)
+            return err_set(err, E_USAGE, "threads: this build has no OpenMP and runs on one thread, not %d", threads);
+#endif
+        char model[128];
+        cpu_model(model, sizeof model);
+        snprintf(description, sizeof description, "cpu: %s, %d thread%s, %s", model, threads_used,
+                 threads_used == 1 ? "" : "s", cpu_matmul_description());
+        ops = &ops_cpu;
+        return 0;
+    }
+    // The CUDA wing's own device file takes over from here when it is part of the build.
+    if (!strcmp(name, "cuda"))
+        return err_set(err, E_USAGE, "device cuda: this build has no CUDA wing; use --device cpu");
+    return err_set(err, E_USAGE, "device %s: unknown; use auto or cpu", name);
+}
+
+int device_threads(void) { return threads_used; }
+const char *device_description(void) { return description; }
+
+int device_alloc(void **out, size_t bytes, const char *what, Err *err) { return big_alloc(out, bytes, what, err); }
+void device_free(void *p) { free(p); }
+void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
+void device_copy_in(void *dev, const void *host, size_t bytes) { memcpy(dev, host, bytes); }
+void device_copy_out(void *host, const void *dev, size_t bytes) { memcpy(host, dev, bytes); }
+
+// ---------------------------------------------------------------------------------------------
+// The arithmetic peak: sixteen independent chains of multiply-adds in registers, four times as many as a pipeline of four
+// cycles and one instruction a cycle needs, twice as many as two a cycle do.
+#define CHAINS 16
+
+// Rounds of CHAINS multiply-adds; returns a sum so that none can be left out.
+#if defined(__AVX512BF16__) && defined(__AVX512F__) && !defined(PRECISION_FP32)
+#define PEAK_SOURCE "avx512-bf16 vdpbf16ps"
+#define PEAK_FLOPS_EACH 64.0            // 16 lanes of two multiplications and two additions
+static float peak_rounds(int rounds) {
+    __m512 c[CHAINS];
+    __m512bh a = (__m512bh)_mm512_set1_epi32(0x3c003c00), b = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+#pragma GCC unroll 16
+    for (int i = 0; i < CHAINS; i++) c[i] = _mm512_set1_ps((float)i);
+    for (int r = 0; r < rounds; r++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; i++) c[i] = _mm512_dpbf16_ps(c[i], a, b);
+    }
+    __m512 s = c[0];
+    for (int i = 1; i < CHAINS; i++) s = _mm512_add_ps(s, c[i]);
+    return _mm512_reduce_add_ps(s);
+}
+#elif defined(__AVX512F__)
+#define PEAK_SOURCE "avx512 vfmadd"
+#define PEAK_FLOPS_EACH 32.0
+static float peak_rounds(int rounds) {
+    __m512 c[CHAINS], a = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(0.25f);
+#pragma GCC unroll 16
+    for (int i = 0; i < CHAINS; i++) c[i] = _mm512_set1_ps((float)i);
+    for (int r = 0; r < rounds; r++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; i++) c[i] = _mm512_fmadd_ps(c[i], a, b);
+    }
+    __m512 s = c[0];
+    for (int i = 1; i < CHAINS; i++) s = _mm512_add_ps(s, c[i]);
+    return _mm512_reduce_add_ps(s);
+}
+#elif defined(__AVX2__) && defined(__FMA__)
+#define PEAK_SOURCE "avx2 vfmadd"
+#define PEAK_FLOPS_EACH 16.0
+#undef CHAINS
+#define CHAINS 12                       // of 16 registers
+static float peak_rounds(int rounds) {
+    __m256 c[CHAINS], a = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(0.25f);
+#pragma GCC unroll 16
+    for (int i = 0; i < CHAINS; i++) c[i] = _mm256_set1_ps((float)i);
+    for (int r = 0; r < rounds; r++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; i++) c[i] = _mm256_fmadd_ps(c[i], a, b);
+    }
+    __m256 s = c[0];
+    for (int i = 1; i < CHAINS; i++) s = _mm256_add_ps(s, c[i]);
+    float lane[8], sum = 0;
+    _mm256_storeu_ps(lane, s);
+    for (int i = 0; i < 8; i++) sum += lane[i];
+    return sum;
+}
+#else
+#define PEAK_SOURCE "compiler's 4-lane multiply and add"
+#define PEAK_FLOPS_EACH 8.0
+static float peak_rounds(int rounds) {
+    typedef float v4 __attribute__((vector_size(16)));
+    v4 c[CHAINS], a = {0.5f, 0.5f, 0.5f, 0.5f}, b = {0.25f, 0.25f, 0.25f, 0.25f};
+#pragma GCC unroll 16
+    for (int i = 0; i < CHAINS; i++) c[i] = b * (float)i;
+    for (int r = 0; r < rounds; r++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; i++) c[i] = c[i] * a + b;
+    }
+    v4 s = c[0];
+    for (int i = 1; i < CHAINS; i++) s += c[i];
+    return s[0] + s[1] + s[2] + s[3];
+}
+#endif
+
+double device_peak_flops(const char **source) {
+    static double best;
+    if (source) *source = PEAK_SOURCE;
+    if (best > 0) return best;
+    // Short rounds, so that some of them meet no other process; the slowest thread counts in each.
+    const int rounds = 20000;
+    for (double begin = now_seconds(); now_seconds() - begin < 0.2;) {
+        double t = now_seconds();
+        float sum = 0;
+#pragma omp parallel reduction(+ : sum)
+        sum += peak_rounds(rounds);
+        t = now_seconds() - t;
+        double flops = sum > 0 ? PEAK_FLOPS_EACH * CHAINS * rounds * threads_used / t : 0;
+        if (flops > best) best = flops;
+    }
+    return best;
+}
