@@ -295,8 +295,16 @@ static int add_param(ParamTable *t, const LlamaConfig *c, const QuantPlan *plan,
         return err_set(err, E_FORMAT, "%s: %lld by %lld values are too many", p->name, (long long)p->rows, (long long)p->cols);
     t->n_params += size;
     t->n_rows += (size_t)p->rows;
-    if (plan && role == ROLE_EMBED) p->scheme.weight = plan->embedding;
-    else if (plan && !norm) p->scheme = quant_plan_linear(plan, p->name);
+    if (plan && role == ROLE_EMBED) {
+        p->scheme.weight = plan->embedding;
+        // A table is read row by row, with no matmul after it to apply a row's scale: its rows work as values. One group
+        // over the whole row has the same codes and scale.
+        if (quant_works_as_codes(&p->scheme.weight)) {
+            p->scheme.weight.gran = QG_GROUP;
+            p->scheme.weight.group = c->C;
+        }
+    }
+    if (plan && role != ROLE_EMBED && !norm) p->scheme = quant_plan_linear(plan, p->name);
     int64_t block[2];
     if (p->scheme.weight.bits && quant_block_shape(&p->scheme.weight, p->rows, p->cols, block, err) < 0) {
         char why[600];
