@@ -11,18 +11,30 @@ typedef enum { ARITH_TRAINED, ARITH_SERVED } Arithmetic;
 
 typedef struct Infer Infer;
 
-// Loads an open model. max_T: cache length in tokens; max_N: most tokens of one call (B*T).
+// Loads an open model, which must stay open as long as *out lives. B: most sequences at once; max_T: cache length in
+// tokens; max_N: most tokens of one call (B*T).
 // as_float: ignore the file's plan and run a float model.bin without fake quantization (its weights as they are).
 int infer_new(Infer **out, const ModelFile *m, int B, int max_T, int max_N, Arithmetic arith, bool as_float, Err *err);
 void infer_free(Infer *s);
-void infer_reset(Infer *s);                              // empties the cache
-int infer_position(const Infer *s);                      // tokens in the cache
-size_t infer_weight_bytes(const Infer *s);               // as held in memory, embeddings apart from linears (lm-eval's size rule: head counted)
-size_t infer_bytes_per_token(const Infer *s);            // weights read for one decoded token, cache not included
-size_t infer_cache_bytes(const Infer *s);
 
-// Appends T tokens for each of B sequences (tokens (B, T)) and runs the model over them.
-//   logits: NULL, or (B, V) f32 of the last token of each sequence.
-//   losses: NULL, or (B*T) f32, -log p(targets) for targets (B*T) (0 where target < 0).
-int infer_forward(Infer *s, const int32_t *tokens, const int32_t *targets, int T, float *logits, float *losses, Err *err);
+// Empties the cache; the next calls bring n sequences, 1 <= n <= B (after infer_new: B).
+void infer_reset(Infer *s, int n);
+// From one sequence, n with the same past (1 <= n <= B): what has one context and several continuations.
+void infer_fork(Infer *s, int n);
+int infer_position(const Infer *s);                      // tokens in the cache
+
+size_t infer_model_bytes(const Infer *s);                // parameters as held in memory, all of them
+size_t infer_size_bytes(const Infer *s);                 // torchao's "model size": head counted, embedding not
+size_t infer_bytes_per_token(const Infer *s);            // parameters read for one decoded token, cache not included
+size_t infer_cache_bytes(const Infer *s);                // the whole cache
+size_t infer_cache_bytes_per_position(const Infer *s);   // what a token adds, and each later one reads
+size_t infer_memory_bytes(const Infer *s);               // everything that was allocated
+
+// Appends T tokens for each of n sequences (tokens (n, T)) and runs the model over them.
+//   logits: NULL, or (n, V) f32 of the last token of each sequence.
+//   losses: NULL, or (n*T) f32, -log p(targets) for targets (n*T) (0 where target < 0; those rows skip the head).
+// The bits of a row depend on its own tokens only: not on n, not on how a text is cut into calls (ARITH_TRAINED).
+// Token ids and lengths are checked: E_USAGE, and nothing has changed.
+int infer_forward(Infer *s, const int32_t *tokens, const int32_t *targets, int T, float *logits, float *losses,
+                  Err *err);
 #endif
