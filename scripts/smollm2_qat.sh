@@ -42,11 +42,19 @@ awk 'function strip(s) { gsub(/^[ \t]+|[ \t\r]+$/, "", s); return s }
      { print }
      END { printf "%d lines of the training text occur in the scored text and are left out\n", dropped > "/dev/stderr" }' \
     "$wiki" "$text" >"$out/train.txt"
-# wikitext comes cut into words ("13 @,@ 000"), and is scored as the prose it was: train on prose too.
+# wikitext's token form is cut into words ("13 @,@ 000") and has <unk> for rare ones; it is scored as the prose it was, so train
+# on prose too: words joined, sentences with <unk> left out.
 if grep -q ' @[-,.]@ ' "$out/train.txt"; then
-    echo "the training text is in wikitext's form: its words are joined to prose"
-    sed -i -E -e 's/ @([-,.])@ /\1/g' -e 's/ ([:;.!?,]) /\1 /g' -e 's/([([]) ([^])]*) ([])])/\1\2\3/g' \
-        -e 's/" ([^"]*) "/"\1"/g' -e "s/ '(s|t|re|ve|ll|d|m) /'\\1 /g" -e 's/ +$//' "$out/train.txt"
+    echo "the training text is in wikitext's form: words are joined to prose, sentences with <unk> left out"
+    sed -E -e 's/ @([-,.])@ /\1/g' -e 's/ ([:;.!?,]) /\1 /g' -e 's/([([]) ([^])]*) ([])])/\1\2\3/g' \
+        -e 's/" ([^"]*) "/"\1"/g' -e "s/ '(s|t|re|ve|ll|d|m) /'\\1 /g" -e 's/= = = =/====/g' -e 's/= = =/===/g' \
+        -e 's/= =/==/g' -e 's/^ +//' -e 's/ +$//' "$out/train.txt" |
+        awk '{
+            n = split($0, part, /\. /); line = ""
+            for (i = 1; i <= n; i++) if (part[i] !~ /<unk>/) line = line (line == "" ? "" : ". ") part[i]
+            if (line != "" || $0 == "") print line
+        }' | cat -s >"$out/prose.txt"
+    mv "$out/prose.txt" "$out/train.txt"
 fi
 
 settings=(--model "$model" --train-data "$out/train.txt" --batch "${BATCH:-4}" --seq-len "${SEQ_LEN:-512}" --lr "${LR:-2e-5}"
