@@ -223,7 +223,7 @@ static void product(const Product *p, void *c, const floatX *a, const floatX *b,
     if (!e) return;
     int64_t extra = wide ? p->M * p->K + p->K * p->N + (p->out_f32 ? 0 : p->M * p->N) : 0;
     size_t bytes = e->scratch_bytes + (size_t)extra * sizeof(float);
-    char *scratch = bytes ? cpu_scratch(bytes) : NULL;
+    char *scratch = bytes ? cpu_workspace(bytes) : NULL;
     if (bytes && !scratch) return;
 #ifndef PRECISION_FP32
     if (wide) {
@@ -288,7 +288,7 @@ static void write_rows(const Product *p, void *c, const float *sum, int64_t m0, 
 
 static void product(const Product *p, void *c, const floatX *a, const floatX *b, const float *scale) {
     int64_t units = (p->K + UNIT - 1) / UNIT, padded = (p->M + 7) & ~7ll, threads = max_threads();
-    unit_t *pa = cpu_scratch((size_t)(units * (padded + threads * PANEL)) * sizeof *pa);
+    unit_t *pa = cpu_workspace((size_t)(units * (padded + threads * PANEL)) * sizeof *pa);
     if (!pa) return;
     size_t am = p->ta ? 1 : (size_t)units, ak = p->ta ? (size_t)padded : 1;
     int64_t panels = (p->N + PANEL - 1) / PANEL, blocks = (p->M + ROWS_TASK - 1) / ROWS_TASK;
