@@ -1,0 +1,197 @@
+// cudasim: runs CUDA kernels on the CPU, so that every .cu file is compiled, run and sanitized where there is no GPU.
+// A .cu file includes llmc/cuda/cuda.cuh, which includes this header when the compiler is not nvcc. README.md here says
+// how it works, what it catches and what it cannot. Compile with g++ -std=c++17 -x c++, link cudasim.cpp.
+//
+// What a kernel may use is what stands here, and no more: what is missing does not compile, rather than behave
+// differently.
+#ifndef CUDASIM_H
+#define CUDASIM_H
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+// ---------------------------------------------------------------------------------------------
+// Language.
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __constant__ static
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+// One block runs at a time on one thread of the system, so a static variable is a block's shared memory. A thread-local
+// one can be found by the run time, which poisons them all before each block. (A section of their own would do as well,
+// but g++ ignores section attributes in templates.) AddressSanitizer guards only those that are not thread-local, so under
+// it shared arrays have guards and no poison.
+#ifdef __SANITIZE_ADDRESS__
+#define __shared__ static
+#else
+#define __shared__ static __thread
+#endif
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct uint3 { unsigned x, y, z; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+
+extern uint3 threadIdx, blockIdx;      // of the running thread: set at every switch
+extern dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+// ---------------------------------------------------------------------------------------------
+// Runtime. Device memory is protected while no kernel runs: host code that touches it is stopped, as on a GPU.
+
+enum cudaError_t {
+    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9
+};
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+typedef struct CudasimStream *cudaStream_t;
+
+cudaError_t cudaMalloc(void **p, size_t bytes);                     // poisoned, not zeroed
+cudaError_t cudaFree(void *p);
+cudaError_t cudaMemcpy(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind);
+cudaError_t cudaMemset(void *p, int byte, size_t bytes);
+cudaError_t cudaGetLastError(void);                                 // and clears it
+cudaError_t cudaDeviceSynchronize(void);
+const char *cudaGetErrorString(cudaError_t e);
+
+// ---------------------------------------------------------------------------------------------
+// Scheduling. Order 0 always runs the lowest-numbered warp and lane that can run, 1 the highest, any other number is the
+// seed of a random choice at every step; blocks follow the same rule. Even orders poison fresh memory with 0xff bytes
+// (NaN), odd ones with 0x7e (2^125 or so: survives fminf and fmaxf). CUDASIM_ORDER in the environment sets the first.
+void cudasim_set_order(unsigned order);
+
+namespace cudasim {
+// Every call that waits carries its place in the source, for messages and to tell one barrier from another.
+#define CUDASIM_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+enum Collective { SYNCWARP, SHUFFLE, BALLOT };
+// Waits until every lane of mask has come; returns value of lane src (SHUFFLE) or the lanes whose value is not 0 (BALLOT).
+uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int src, const char *file, int line);
+int lane();
+void maybe_switch();                   // a point where another thread may come first: atomics and fences
+void *dyn_shared();
+
+struct Launch {
+    const char *name, *file;
+    int line;
+    dim3 grid, block;
+    size_t smem;
+    const void *kernel;
+    void (*body)(void *);              // runs the kernel once, as the current thread
+    void *ctx;
+};
+void run(const Launch &l);
+cudaError_t set_max_dynamic_shared(const void *kernel, int bytes);
+void check_pointer(const Launch &l, int arg, const void *p);
+
+template <class A> void check_argument(const Launch &l, int arg, const A &a) {
+    if constexpr (std::is_pointer<A>::value) check_pointer(l, arg, (const void *)a);
+    else (void)l, (void)arg, (void)a;
+}
+
+template <class... P> struct Launcher {
+    void (*kernel)(P...);
+    Launch l;
+    void operator()(P... args) {
+        struct Call { void (*kernel)(P...); std::tuple<P...> args; } call{kernel, std::tuple<P...>(args...)};
+        int n = 0;
+        (check_argument(l, n++, args), ...);
+        l.kernel = (const void *)kernel;
+        l.body = [](void *c) { std::apply(((Call *)c)->kernel, ((Call *)c)->args); };
+        l.ctx = &call;
+        run(l);
+    }
+};
+template <class... P> Launcher<P...> launcher(void (*kernel)(P...), const char *name, dim3 grid, dim3 block, size_t smem,
+                                              CUDASIM_HERE) {
+    return {kernel, {name, file, line, grid, block, smem, nullptr, nullptr, nullptr}};
+}
+
+template <class T> uint64_t pack(T v) {
+    static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "shuffles move 4 or 8 bytes");
+    uint64_t u = 0;
+    memcpy(&u, &v, sizeof v);
+    return u;
+}
+template <class T> T unpack(uint64_t u) { T v; memcpy(&v, &u, sizeof v); return v; }
+template <class T> T shuffle(unsigned mask, T v, int src, const char *file, int line) {
+    return unpack<T>(warp_collective(SHUFFLE, mask, pack(v), src, file, line));
+}
+}
+
+template <class... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
+    return cudasim::set_max_dynamic_shared((const void *)kernel, bytes);
+}
+
+#define LAUNCH(kernel, grid, block, smem, stream) \
+    ((void)(stream), cudasim::launcher(kernel, #kernel, grid, block, smem))
+#define DYN_SHARED(type, name) type *name = (type *)cudasim::dyn_shared()
+
+// ---------------------------------------------------------------------------------------------
+// Device functions.
+
+void __syncthreads(CUDASIM_HERE);
+static inline void __syncwarp(unsigned mask = 0xffffffffu, CUDASIM_HERE) {
+    cudasim::warp_collective(cudasim::SYNCWARP, mask, 0, 0, file, line);
+}
+static inline void __threadfence() { cudasim::maybe_switch(); }
+static inline void __threadfence_block() { cudasim::maybe_switch(); }
+
+// A lane outside the segment of `width` lanes gives back the caller's own value, as the hardware does.
+template <class T> T __shfl_sync(unsigned mask, T v, int src, int width = 32, CUDASIM_HERE) {
+    int base = cudasim::lane() & ~(width - 1);
+    return cudasim::shuffle(mask, v, base + (src & (width - 1)), file, line);
+}
+template <class T> T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32, CUDASIM_HERE) {
+    int self = cudasim::lane(), src = self - (int)delta;
+    return cudasim::shuffle(mask, v, src < (self & ~(width - 1)) ? self : src, file, line);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32, CUDASIM_HERE) {
+    int self = cudasim::lane(), src = self + (int)delta;
+    return cudasim::shuffle(mask, v, src > (self | (width - 1)) ? self : src, file, line);
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32, CUDASIM_HERE) {
+    int self = cudasim::lane(), src = self ^ bits;
+    return cudasim::shuffle(mask, v, src > (self | (width - 1)) ? self : src, file, line);
+}
+static inline unsigned __ballot_sync(unsigned mask, int predicate, CUDASIM_HERE) {
+    return (unsigned)cudasim::warp_collective(cudasim::BALLOT, mask, predicate != 0, 0, file, line);
+}
+static inline int __any_sync(unsigned mask, int predicate, CUDASIM_HERE) {
+    return cudasim::warp_collective(cudasim::BALLOT, mask, predicate != 0, 0, file, line) != 0;
+}
+static inline int __all_sync(unsigned mask, int predicate, CUDASIM_HERE) {
+    return cudasim::warp_collective(cudasim::BALLOT, mask, predicate == 0, 0, file, line) == 0;
+}
+
+// Nothing runs between a load and its store here, so an ordinary update is atomic. The type is that of the pointer.
+namespace cudasim { template <class T> using Same = typename std::common_type<T>::type; }
+template <class T> T atomicAdd(T *p, cudasim::Same<T> v) { cudasim::maybe_switch(); T old = *p; *p = (T)(old + v); return old; }
+template <class T> T atomicMax(T *p, cudasim::Same<T> v) { cudasim::maybe_switch(); T old = *p; *p = old < v ? v : old; return old; }
+template <class T> T atomicMin(T *p, cudasim::Same<T> v) { cudasim::maybe_switch(); T old = *p; *p = v < old ? v : old; return old; }
+template <class T> T atomicOr(T *p, cudasim::Same<T> v) { cudasim::maybe_switch(); T old = *p; *p = old | v; return old; }
+template <class T> T atomicAnd(T *p, cudasim::Same<T> v) { cudasim::maybe_switch(); T old = *p; *p = old & v; return old; }
+template <class T> T atomicExch(T *p, cudasim::Same<T> v) { cudasim::maybe_switch(); T old = *p; *p = v; return old; }
+template <class T> T atomicCAS(T *p, cudasim::Same<T> expected, cudasim::Same<T> v) {
+    cudasim::maybe_switch();
+    T old = *p;
+    if (old == expected) *p = v;
+    return old;
+}
+template <class T> T __ldg(const T *p) { return *p; }
+#endif
