@@ -16,16 +16,18 @@ int tokenizer_from_gguf(Tokenizer **out, Gguf *g, Err *err);                    
 Tokenizer *tokenizer_bytes(void);
 void tokenizer_free(Tokenizer *t);
 
-// The binary form inside model.bin: little-endian, self-contained, read in one pass with no JSON. Checked like any file.
+// The binary form inside model.bin: little-endian, self-contained, read in one pass with no JSON.
+// Checked like any file.
 int tokenizer_from_blob(Tokenizer **out, const uint8_t *blob, size_t size, Err *err);
 int tokenizer_to_blob(const Tokenizer *t, uint8_t **blob, size_t *size, Err *err);     // malloc'ed
 // tokenizer.json text that `tokenizers` loads to the same ids. The original text where it came from one.
 int tokenizer_to_json(const Tokenizer *t, char **text, size_t *len, Err *err);         // malloc'ed
-// tokenizer_config.json text (bos, eos, chat template if known), for the exported folder.
+// tokenizer_config.json text (bos, eos, chat template if known), for the exported folder. malloc'ed.
 char *tokenizer_config_json(const Tokenizer *t);
-void tokenizer_set_config(Tokenizer *t, const char *config_json, size_t len);          // keeps a tokenizer_config.json read with it
+// Keeps a tokenizer_config.json read with the tokenizer; its bos_token and eos_token replace what was guessed.
+void tokenizer_set_config(Tokenizer *t, const char *config_json, size_t len);
 
-int tokenizer_vocab_size(const Tokenizer *t);
+int tokenizer_vocab_size(const Tokenizer *t);            // largest id + 1
 int tokenizer_bos(const Tokenizer *t);                   // -1: none
 int tokenizer_eos(const Tokenizer *t);
 const char *tokenizer_name(const Tokenizer *t);          // "bytes", "byte-level bpe", "sentencepiece bpe"
@@ -34,9 +36,20 @@ uint64_t tokenizer_hash(const Tokenizer *t);             // of its content: the 
 // Encodes len bytes (any bytes: invalid UTF-8 is encoded as `tokenizers` does after lossy decoding to U+FFFD).
 // special: recognize special tokens in the text. No bos is added. *ids is malloc'ed (NULL when *n is 0).
 // Thread-safe: several threads may encode with one tokenizer.
-int tokenizer_encode(const Tokenizer *t, const char *text, size_t len, bool special, int32_t **ids, size_t *n, Err *err);
-// Text of one token in a stream; leading-space handling as in decoding a sequence: `first` is the first token of the text.
-// Returns bytes, not NUL-terminated, that live as long as the tokenizer; incomplete UTF-8 is passed on as bytes.
+int tokenizer_encode(const Tokenizer *t, const char *text, size_t len, bool special, int32_t **ids, size_t *n,
+                     Err *err);
+
+// For encoding one long text in parallel. tokenizer_safe_cut: the first position p >= from (p >= 2) such that
+// encode(text[0..p)) followed by encode_more(text[p..len)) gives the ids of encode(text[0..len)); len where there is
+// none, or where the tokenizer is of a kind for which none is known. Cuts are after "x\n" before an ASCII letter.
+size_t tokenizer_safe_cut(const Tokenizer *t, const char *text, size_t len, size_t from);
+// Encodes text that continues other text: like tokenizer_encode, without the prefix that begins a text.
+int tokenizer_encode_more(const Tokenizer *t, const char *text, size_t len, bool special, int32_t **ids, size_t *n,
+                          Err *err);
+
+// Text of one token in a stream; leading-space handling as in decoding a sequence: `first` is the first token of
+// the text. Returns bytes, not NUL-terminated, that live as long as the tokenizer; incomplete UTF-8 is passed on
+// as bytes.
 const char *tokenizer_piece(const Tokenizer *t, int32_t id, bool first, size_t *len);
 bool tokenizer_is_special(const Tokenizer *t, int32_t id);
 
