@@ -352,25 +352,30 @@ void quant_plan_none(QuantPlan *p) {
     strcpy(p->name, "none");
 }
 
-int quant_plan_from_options(QuantPlan *p, const char *scheme, const char *weight, const char *activation,
-                            const char *embedding, const char *head, const char *const *rules, int n_rules, Err *err) {
+int quant_plan_from_options(QuantPlan *p, const QuantPlan *base, const char *scheme, const char *weight,
+                            const char *activation, const char *embedding, const char *head, const char *const *rules,
+                            int n_rules, Err *err) {
     quant_plan_none(p);
+    if (base) *p = *base;
     if (scheme && weight)
         return err_set(err, E_USAGE, "--scheme %s and --weight %s both say how weights are quantized; give one", scheme,
                        weight);
     int rc = 0;
-    if (scheme) {
-        if ((rc = quant_scheme_from_name(&p->linear, scheme, err))) return rc;
-        snprintf(p->name, sizeof p->name, "%s", scheme);
-    }
+    if (scheme || weight) p->n_rules = 0, p->linear = (QuantScheme){0};
+    if (scheme && (rc = quant_scheme_from_name(&p->linear, scheme, err))) return rc;
     if (weight && (rc = quant_spec_parse(&p->linear.weight, weight, false, err))) return rc;
     if (activation && (rc = quant_spec_parse(&p->linear.act, activation, true, err))) return rc;
     if (embedding && (rc = quant_spec_parse(&p->embedding, embedding, false, err))) return rc;
     if (head && (rc = quant_spec_parse(&p->tied_head, head, false, err))) return rc;
-    if (weight || activation || embedding || head) strcpy(p->name, "custom");
     for (int i = 0; i < n_rules; i++)
         if ((rc = quant_plan_add_rule(p, rules[i], err))) return rc;
-    if (quant_plan_is_none(p)) strcpy(p->name, "none");
+    QuantPlan alone = {0};                       // the scheme and nothing else
+    if (scheme && (rc = quant_scheme_from_name(&alone.linear, scheme, err))) return rc;
+    const char *name = quant_plan_is_none(p)                    ? "none"
+                       : scheme && quant_plan_equal(p, &alone) ? scheme
+                       : base && quant_plan_equal(p, base)     ? base->name
+                                                               : "custom";
+    snprintf(p->name, sizeof p->name, "%s", name);
     return 0;
 }
 

@@ -181,11 +181,13 @@ typedef struct {
 } QuantPlan;
 
 void quant_plan_none(QuantPlan *p);
-// The plan of a program's options, each NULL when not given: --scheme NAME or --weight SPEC with --activation SPEC
-// (which may also change a scheme's), --embedding SPEC, --head SPEC, --rule RULE... Its name is the scheme's as long as
-// nothing else is given, else "custom".
-int quant_plan_from_options(QuantPlan *p, const char *scheme, const char *weight, const char *activation,
-                            const char *embedding, const char *head, const char *const *rules, int n_rules, Err *err);
+// The plan of a program's options, each NULL when not given: --scheme NAME or --weight SPEC for linears, --activation
+// SPEC for their inputs, --embedding SPEC, --head SPEC, --rule RULE... What is not said is as in `base` (NULL: not
+// quantized); a scheme, or weights, replace its linears and rules. Named after the scheme, or the base, that it equals,
+// else "custom".
+int quant_plan_from_options(QuantPlan *p, const QuantPlan *base, const char *scheme, const char *weight,
+                            const char *activation, const char *embedding, const char *head, const char *const *rules,
+                            int n_rules, Err *err);
 // Parses one rule: PATTERN=SCHEME, PATTERN=WEIGHTSPEC (with a comma in it) or PATTERN=WEIGHTSPEC;ACTSPEC. Sets the
 // plan's name to "custom".
 int quant_plan_add_rule(QuantPlan *p, const char *text, Err *err);

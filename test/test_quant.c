@@ -609,7 +609,7 @@ static void test_plan_rules(void **state) {
     static const char *const rules[] = {"*.down_proj.*=int8wo", "model.layers.[01].*=none",
                                         "*.layers.1.*.o_proj.weight=int3,group=32",
                                         "lm_head.weight=int8,channel;int8,token"};
-    if (quant_plan_from_options(&p, "8da4w-32", NULL, NULL, "int4,group=32", NULL, rules, 4, &err))
+    if (quant_plan_from_options(&p, NULL, "8da4w-32", NULL, NULL, "int4,group=32", NULL, rules, 4, &err))
         fail_msg("%s", err.text);
     assert_string_equal(p.name, "custom");
     static const struct { const char *tensor, *weight, *act; } expected[] = {
@@ -644,27 +644,43 @@ static void test_plan_rules(void **state) {
     assert_int_equal(quant_plan_add_rule(&p, "*=int8wo", &err), E_USAGE);
 }
 
+static void options_give(const QuantPlan *base, const char *scheme, const char *weight, const char *activation,
+                         const char *embedding, const char *head, const char *name, QuantPlan *p) {
+    Err err = {0};
+    if (quant_plan_from_options(p, base, scheme, weight, activation, embedding, head, NULL, 0, &err))
+        fail_msg("%s", err.text);
+    assert_string_equal(p->name, name);
+}
+
 static void test_plan_options(void **state) {
     (void)state;
-    QuantPlan p;
+    QuantPlan p, base;
     Err err = {0};
-    assert_int_equal(quant_plan_from_options(&p, NULL, NULL, NULL, NULL, NULL, NULL, 0, &err), 0);
-    assert_string_equal(p.name, "none");
+    options_give(NULL, NULL, NULL, NULL, NULL, NULL, "none", &p);
     assert_true(quant_plan_is_none(&p));
-    assert_int_equal(quant_plan_from_options(&p, "8da4w-64", NULL, NULL, NULL, NULL, NULL, 0, &err), 0);
-    assert_string_equal(p.name, "8da4w-64");
+    options_give(NULL, "none", NULL, NULL, NULL, "none", "none", &p);
+    options_give(NULL, "8da4w-64", NULL, NULL, NULL, NULL, "8da4w-64", &p);
     assert_false(quant_plan_is_none(&p));
-    assert_int_equal(quant_plan_from_options(&p, NULL, "int4,group=32,symmetric", "int8,token,asymmetric", NULL, NULL,
-                                             NULL, 0, &err),
-                     0);
-    assert_string_equal(p.name, "custom");
+    options_give(NULL, NULL, "int4,group=32,symmetric", "int8,token,asymmetric", NULL, NULL, "custom", &p);
     QuantScheme preset = scheme("8da4w-32");
     assert_true(quant_spec_equal(&p.linear.weight, &preset.weight) && quant_spec_equal(&p.linear.act, &preset.act));
-    assert_int_equal(quant_plan_from_options(&p, "none", NULL, NULL, NULL, "int8,channel", NULL, 0, &err), 0);
+    options_give(NULL, "none", NULL, NULL, NULL, "int8,channel", "custom", &p);
     assert_false(quant_plan_is_none(&p));
-    assert_int_equal(quant_plan_from_options(&p, "none", "none", NULL, NULL, NULL, NULL, 0, &err), E_USAGE);
-    assert_int_equal(quant_plan_from_options(&p, "none", NULL, NULL, NULL, "none", NULL, 0, &err), 0);
-    assert_string_equal(p.name, "none");
+    assert_int_equal(quant_plan_from_options(&p, NULL, "none", "none", NULL, NULL, NULL, NULL, 0, &err), E_USAGE);
+
+    // On top of a plan: what is not said stays.
+    options_give(NULL, "8da4w-32", NULL, NULL, "int4,group=32", NULL, "custom", &base);
+    assert_int_equal(quant_plan_add_rule(&base, "*.down_proj.*=int8wo", &err), 0);
+    strcpy(base.name, "mixed");
+    options_give(&base, NULL, NULL, NULL, NULL, NULL, "mixed", &p);
+    assert_true(quant_plan_equal(&p, &base));
+    options_give(&base, NULL, NULL, "int8,token,asymmetric", "int4,group=32", NULL, "mixed", &p);
+    options_give(&base, NULL, NULL, NULL, NULL, "int8,channel", "custom", &p);
+    assert_true(p.embedding.bits == 4 && p.tied_head.bits == 8 && p.linear.act.bits == 8 && p.n_rules == 1);
+    options_give(&base, "int8wo", NULL, NULL, NULL, NULL, "custom", &p);
+    assert_true(p.embedding.bits == 4 && p.linear.weight.bits == 8 && !p.linear.act.bits && p.n_rules == 0);
+    options_give(&base, "int8wo", NULL, NULL, "none", NULL, "int8wo", &p);
+    options_give(NULL, "int8wo", NULL, NULL, "none", NULL, "int8wo", &p);
 }
 
 static void test_plan_json(void **state) {
@@ -676,7 +692,7 @@ static void test_plan_json(void **state) {
         for (int n_rules = 0; n_rules <= 2; n_rules += 2) {
             QuantPlan a, b;
             Err err = {0};
-            if (quant_plan_from_options(&a, names[i], NULL, NULL, n_rules ? "int4,group=32" : NULL,
+            if (quant_plan_from_options(&a, NULL, names[i], NULL, NULL, n_rules ? "int4,group=32" : NULL,
                                         n_rules ? "uint4,group=64,float" : NULL, rules, n_rules, &err))
                 fail_msg("%s", err.text);
             char *text = quant_plan_to_json(&a);

@@ -1,0 +1,316 @@
+// quantize: turns a model into packed codes by rounding to nearest.
+//
+//   ./quantize run1/model.bin                      the scheme is read from the file: writes run1/model-8da4w-32.bin
+//   ./quantize SmolLM2-135M/ --scheme int4wo-64    any model, any scheme
+//
+// Every quantized tensor is read as bf16 (what fake quantization trained with), a scale (and zero point) is chosen for
+// each of its blocks, its codes are packed, and its error against the float weights is reported: the
+// signal-to-quantization-noise ratio, 10 log10(sum w^2 / sum (w - q)^2), and the largest single error.
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "llmc/checkpoint.h"
+#include "llmc/cli.h"
+#include "llmc/logger.h"
+
+static struct {
+    const char *scheme, *weight, *activation, *embedding, *head, *out, *hf_out, *json;
+    StringList rules;
+    int dtype;
+    bool quiet;
+} run;
+
+static const Option options[] = {
+    // name          type        where            default  allowed  help
+    {"--scheme",     OPT_STRING, &run.scheme,     NULL,    NULL,
+     "none, int8wo, int8dq, int4wo-G, 8da4w-G, intB-G (default: the model's own)"},
+    {"--weight",     OPT_STRING, &run.weight,     NULL,    NULL, "weights of linears instead: int4,group=32,symmetric"},
+    {"--activation", OPT_STRING, &run.activation, NULL,    NULL, "and their inputs, as in int8,token,asymmetric"},
+    {"--embedding",  OPT_STRING, &run.embedding,  NULL,    NULL, "the embedding table, as in int4,group=32"},
+    {"--head",       OPT_STRING, &run.head,       NULL,    NULL, "the head of a tied table, as in int8,channel"},
+    {"--rule",       OPT_LIST,   &run.rules,      NULL,    NULL,
+     "PATTERN=SCHEME or 'PATTERN=WEIGHT;ACTIVATION' for linears by name; the last match wins"},
+    {"--out",        OPT_STRING, &run.out,        NULL,    NULL, "file to write (default: MODEL-SCHEME.bin)"},
+    {"--hf-out",     OPT_STRING, &run.hf_out,     NULL,    NULL, "also write a dequantized Hugging Face folder"},
+    {"--dtype",      OPT_ENUM,   &run.dtype,      "auto",  "auto,bf16,f32",
+     "of tensors that stay floats (auto: f32 in an fp32 build if the model has it, else bf16)"},
+    {"--json",       OPT_STRING, &run.json,       NULL,    NULL, "also write the table to this file"},
+    {"--quiet",      OPT_FLAG,   &run.quiet,      "0",     NULL, "only the summary"},
+};
+#define N_OPTIONS ((int)(sizeof options / sizeof *options))
+
+static const char summary[] =
+    "usage: quantize MODEL [options]\n"
+    "Converts a model by round-to-nearest into packed codes.\n"
+    "MODEL: a Hugging Face folder, a .gguf file, or a model.bin of this project. One that ./train_llama_qat wrote\n"
+    "knows its scheme; the codes are those it was trained with.";
+
+// ---------------------------------------------------------------------------------------------
+// Files
+
+static bool same_file(const char *a, const char *b) {
+    struct stat sa, sb;
+    return stat(a, &sa) == 0 && stat(b, &sb) == 0 && sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino;
+}
+
+// Whether `path` is the model or one of its files.
+static bool is_input(const ModelFile *m, const char *path) {
+    if (same_file(path, m->path)) return true;
+    for (int i = 0; i < m->n_files; i++)
+        if (same_file(path, m->files[i].path)) return true;
+    return false;
+}
+
+static double file_bytes(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 ? (double)st.st_size : 0;
+}
+
+static double input_bytes(const ModelFile *m) {
+    if (m->kind == MODEL_GGUF) return file_bytes(m->path);
+    double sum = 0;
+    for (int i = 0; i < m->n_files; i++) sum += file_bytes(m->files[i].path);
+    return sum;
+}
+
+// run1/model.bin -> run1/model-8da4w-32.bin, SmolLM2/ -> SmolLM2-8da4w-32.bin.
+static int default_out(char *out, size_t size, const char *model, const char *scheme, Err *err) {
+    size_t len = strlen(model);
+    while (len > 1 && model[len - 1] == '/') len--;
+    size_t base = len;
+    while (base > 0 && model[base - 1] != '/') base--;
+    size_t name = len - base;
+    if (name == 0 || (name <= 2 && !strncmp(model + base, "..", name)))
+        return err_set(err, E_USAGE, "%s has no name to derive the output's from; say --out FILE", model);
+    static const char *const endings[] = {".bin", ".gguf"};
+    for (int i = 0; i < 2; i++) {
+        size_t n = strlen(endings[i]);
+        if (name > n && !strncmp(model + len - n, endings[i], n)) {
+            len -= n;
+            break;
+        }
+    }
+    if ((size_t)snprintf(out, size, "%.*s-%s.bin", (int)len, model, scheme) >= size)
+        return err_set(err, E_USAGE, "the output's name would be longer than %zu bytes; say --out FILE", size);
+    return 0;
+}
+
+static int check_outputs(const ModelFile *m, const char *out, Err *err) {
+    const char *paths[] = {out, run.hf_out, run.json};
+    for (int i = 0; i < 3; i++) {
+        if (!paths[i]) continue;
+        if (is_input(m, paths[i]))
+            return err_set(err, E_USAGE, "%s is the model that is read; write somewhere else", paths[i]);
+        for (int j = 0; j < i; j++)
+            if (paths[j] && (!strcmp(paths[i], paths[j]) || same_file(paths[i], paths[j])))
+                return err_set(err, E_USAGE, "%s would be written twice; give different names", paths[i]);
+    }
+    if (path_is_dir(out)) return err_set(err, E_USAGE, "%s is a folder; --out names a file", out);
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------
+// The table
+
+typedef struct { char name[96]; QuantSpec spec; int64_t rows, cols; PackReport r; } Row;
+typedef struct { Row *row; int n, room; } Report;
+
+// A row is printed as soon as its tensor is packed: on large models this is the progress, too.
+static void report_row(void *ctx, const PackReport *r) {
+    Report *t = ctx;
+    if (t->n == t->room) {
+        Row *grown = xcalloc((size_t)(t->room = t->room ? 2 * t->room : 256), sizeof *grown);
+        if (t->n) memcpy(grown, t->row, (size_t)t->n * sizeof *grown);
+        free(t->row);
+        t->row = grown;
+    }
+    Row *row = &t->row[t->n++];
+    *row = (Row){.spec = *r->spec, .rows = r->p->rows, .cols = r->p->cols, .r = *r};
+    snprintf(row->name, sizeof row->name, "%s", r->p->name);
+    row->r.p = NULL, row->r.spec = NULL;         // theirs, not kept
+    if (run.quiet) return;
+    if (t->n == 1)
+        printf("%-46s %15s  %-26s %8s %11s %7s\n", "tensor", "shape", "scheme", "SQNR dB", "worst error", "of max");
+    char shape[48], spec[QUANT_SPEC_TEXT];
+    snprintf(shape, sizeof shape, "%lld x %lld", (long long)row->rows, (long long)row->cols);
+    quant_spec_text(spec, sizeof spec, &row->spec);
+    printf("%-46s %15s  %-26s %8.2f %11.4g %6.2f%%\n", row->name, shape, spec, r->sqnr_db, r->max_abs_err,
+           r->amax > 0 ? 100 * r->max_abs_err / r->amax : 0.0);
+    fflush(stdout);
+}
+
+typedef struct { double before, after, float_bytes, bytes, seconds; const Row *lowest, *worst; } Totals;
+
+static Totals totals(const Report *t, const ModelFile *m, const char *out, double seconds) {
+    Totals s = {.before = input_bytes(m), .after = file_bytes(out), .seconds = seconds};
+    for (int i = 0; i < t->n; i++) {
+        const Row *row = &t->row[i];
+        s.float_bytes += (double)row->r.float_bytes;
+        s.bytes += (double)row->r.bytes;
+        if (!s.lowest || row->r.sqnr_db < s.lowest->r.sqnr_db) s.lowest = row;
+        if (!s.worst || row->r.max_abs_err > s.worst->r.max_abs_err) s.worst = row;
+    }
+    return s;
+}
+
+static void print_totals(const Totals *s, const Report *t, const ModelFile *m, const QuantPlan *plan, const char *out) {
+    char a[32], b[32], c[32];
+    if (t->n) {
+        printf("\n%d tensors quantized; lowest SQNR %.2f dB (%s), worst error %.4g (%s)\n", t->n, s->lowest->r.sqnr_db,
+               s->lowest->name, s->worst->r.max_abs_err, s->worst->name);
+        printf("quantized tensors  %10s -> %10s  %5.2f times smaller\n", fmt_bytes(a, s->float_bytes),
+               fmt_bytes(b, s->bytes), s->float_bytes / s->bytes);
+    }
+    printf("file               %10s -> %10s  %5.2f times smaller\n", fmt_bytes(a, s->before), fmt_bytes(b, s->after),
+           s->after > 0 ? s->before / s->after : 0.0);
+    printf("%s -> %s (%s) in %s\n", m->path, out, plan->name, fmt_time(c, s->seconds));
+}
+
+static void json_bytes(FILE *f, double before, double after) {
+    fputs("{\"before\": ", f);
+    json_write_double(f, before);
+    fputs(", \"after\": ", f);
+    json_write_double(f, after);
+    fputs(", \"ratio\": ", f);
+    json_write_double(f, after > 0 ? before / after : NAN);
+    fputc('}', f);
+}
+
+static void json_row(FILE *f, const Row *row) {
+    char spec[QUANT_SPEC_TEXT];
+    quant_spec_text(spec, sizeof spec, &row->spec);
+    fputs("{\"name\": ", f);
+    json_write_string(f, row->name);
+    fprintf(f, ", \"shape\": [%lld, %lld], \"scheme\": ", (long long)row->rows, (long long)row->cols);
+    json_write_string(f, spec);
+    const struct { const char *key; double value; } numbers[] = {{"sqnr_db", row->r.sqnr_db},
+        {"max_abs_err", row->r.max_abs_err}, {"amax", row->r.amax}};
+    for (int i = 0; i < 3; i++) {
+        fprintf(f, ", \"%s\": ", numbers[i].key);
+        json_write_double(f, numbers[i].value);  // no noise at all: null
+    }
+    fprintf(f, ", \"float_bytes\": %zu, \"bytes\": %zu}", row->r.float_bytes, row->r.bytes);
+}
+
+static int write_json(const Totals *s, const Report *t, const ModelFile *m, const QuantPlan *plan, const char *out,
+                      Err *err) {
+    AtomicFile a;
+    int rc = atomic_open(&a, run.json, err);
+    if (rc) return rc;
+    char *plan_text = quant_plan_to_json(plan);
+    fputs("{\"model\": ", a.f);
+    json_write_string(a.f, m->path);
+    fputs(", \"out\": ", a.f);
+    json_write_string(a.f, out);
+    fprintf(a.f, ", \"plan\": %s, \"seconds\": ", plan_text);
+    json_write_double(a.f, s->seconds);
+    fputs(",\n \"file_bytes\": ", a.f);
+    json_bytes(a.f, s->before, s->after);
+    fputs(", \"quantized_bytes\": ", a.f);
+    json_bytes(a.f, s->float_bytes, s->bytes);
+    fputs(",\n \"tensors\": [", a.f);
+    for (int i = 0; i < t->n; i++) {
+        fputs(i ? ",\n  " : "\n  ", a.f);
+        json_row(a.f, &t->row[i]);
+    }
+    fputs("]}\n", a.f);
+    free(plan_text);
+    if (ferror(a.f)) a.failed = 1;
+    return atomic_commit(&a, err);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The conversion
+
+static DType float_dtype(const ModelFile *m) {
+    if (run.dtype) return run.dtype == 1 ? DT_BF16 : DT_F32;
+    if (sizeof(floatX) == 2) return DT_BF16;
+    for (int i = 0; i < m->n_files; i++) {
+        const StTensor *t = safetensors_find(&m->files[i], "model.norm.weight");
+        if (t && t->dtype == DT_BF16) return DT_BF16;
+    }
+    return DT_F32;
+}
+
+static int choose_plan(QuantPlan *plan, const ModelFile *m, Err *err) {
+    if (m->packed)
+        return err_set(err, E_USAGE, "%s is already quantized (%s); quantize the float model that it was made from",
+                       m->path, m->plan.name);
+    int rc = quant_plan_from_options(plan, &m->plan, run.scheme, run.weight, run.activation, run.embedding, run.head,
+                                     run.rules.item, run.rules.n, err);
+    if (rc) return rc;
+    bool asked = run.scheme || run.weight || run.activation || run.embedding || run.head || run.rules.n;
+    if (quant_plan_is_none(plan) && !asked)
+        return err_set(err, E_USAGE, "%s carries no quantization scheme; choose one, as in --scheme 8da4w-32 (or "
+                       "int8wo, int8dq, int4wo-64, int3-32), or --scheme none for a float copy", m->path);
+    if (!m->config.tied && run.head)
+        return err_set(err, E_USAGE, "--head is for a head that shares the embedding's table; this model has its own: "
+                       "use --rule 'lm_head.weight=%s'", run.head);
+    if (!quant_plan_is_none(&m->plan) && !quant_plan_equal(plan, &m->plan))
+        fprintf(stderr, "%s: note: the model was trained for %s, and is converted to %s\n", program_name, m->plan.name,
+                plan->name);
+    return 0;
+}
+
+// The packed file is opened anew, so that what is exported is what it holds.
+static int export_hf(const char *packed, const ParamTable *table, Err *err) {
+    ModelFile m;
+    int rc = model_open(&m, packed, err);
+    if (rc) return rc;
+    rc = model_write_hf(run.hf_out, &m.config, table, m.tokenizer, DT_BF16, model_row_source, &m, err);
+    model_close(&m);
+    return rc;
+}
+
+static int quantize(ModelFile *m, Err *err) {
+    QuantPlan plan;
+    ParamTable table = {0};
+    Report report = {0};
+    char derived[1100];
+    const char *out = run.out;
+    int rc = choose_plan(&plan, m, err);
+    if (rc) return rc;
+    if (!out) {
+        if ((rc = default_out(derived, sizeof derived, m->path, plan.name, err))) return rc;
+        out = derived;
+    }
+    if ((rc = check_outputs(m, out, err))) return rc;
+    if ((rc = param_table_build(&table, &m->config, &plan, err))) return rc;
+
+    double start = now_seconds();
+    DType dtype = float_dtype(m);
+    if (quant_plan_is_none(&plan))
+        rc = model_write_bin(out, &m->config, &plan, &table, m->tokenizer, dtype, model_row_source, m, err);
+    else
+        rc = model_write_packed(out, &m->config, &plan, &table, m->tokenizer, dtype, model_row_source, m, report_row,
+                                &report, err);
+    if (rc == 0) {
+        Totals s = totals(&report, m, out, now_seconds() - start);
+        print_totals(&s, &report, m, &plan, out);
+        if (run.json) rc = write_json(&s, &report, m, &plan, out, err);
+    }
+    if (rc == 0 && run.hf_out && (rc = export_hf(out, &table, err)) == 0)
+        printf("dequantized weights for transformers: %s\n", run.hf_out);
+    free(report.row);
+    param_table_free(&table);
+    return rc;
+}
+
+int main(int argc, char **argv) {
+    program_name = "quantize";
+    Err err = {0};
+    const char *path;
+    ModelFile m;
+    if (cli_parse(options, N_OPTIONS, summary, &path, argc, argv, &err) < 0) die(&err);
+    if (!path) {
+        err_set(&err, E_USAGE, "which model? usage: quantize MODEL [--scheme NAME] (--help lists all options)");
+        die(&err);
+    }
+    if (model_open(&m, path, &err) < 0) die(&err);
+    int rc = quantize(&m, &err);
+    model_close(&m);
+    if (rc) die(&err);
+    return 0;
+}
