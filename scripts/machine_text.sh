@@ -3,7 +3,7 @@
 # Writes FOLDER/train.txt (at most 4 MB) and FOLDER/held-out.txt (at most 160 kB) and prints what they were made from.
 # Sources: the manual pages, without their markup; the licence texts; where these give less than 1 MB (container images often
 # leave manual pages out), also the packages' copyright files and the comments of C headers.
-# Every 16th document is held out whole. A line is used once: no held-out line occurs in the training text.
+# Of 16 documents one is held out whole. A line is used once: no held-out line occurs in the training text.
 set -eu
 export LC_ALL=C
 out=${1:?usage: scripts/machine_text.sh FOLDER [ROOT]} root=${2:-}
@@ -13,6 +13,7 @@ trap 'rm -rf "$work"' EXIT
 
 # Manual page source to text: requests are dropped (the words of font macros stay), escapes are resolved.
 cat >"$work/man.awk" <<'AWK'
+/^\.(TH|Dd)[ \t]/ { skip = 0 }     # the next page
 /^['.][ \t]*(de|ig|TS|EQ)/ { skip = 1; next }
 skip { if (/^\.\./ || /^['.][ \t]*(TE|EN)/) skip = 0; next }
 /^\.[ \t]*(B|I|BR|IR|BI|IB|RB|RI|SM|SB|SH|SS)[ \t]/ { sub(/^\.[ \t]*[A-Z]+[ \t]+/, ""); gsub(/"/, "") }
@@ -40,18 +41,21 @@ cat >"$work/plain.awk" <<'AWK'
 { gsub(/[^\t -~]/, ""); sub(/[ \t]+$/, ""); if (length($0) > 2) print }
 AWK
 
-limit=$((4 * 1024 * 1024)) documents=0
+limit=$((4 * 1024 * 1024))
 : >"$work/train" && : >"$work/held"
-# gather NAME AWK FILE-LIST: every document through the filter, until there is enough.
+# gather NAME AWK FILE-LIST: the documents through the filter, in pieces of 64, until there is enough.
 gather() {
-    local name=$1 filter=$2 list=$3 before files=0 target
+    local name=$1 filter=$2 list=$3 before first=1 files
     before=$(($(stat -c %s "$work/train") + $(stat -c %s "$work/held")))
-    while IFS= read -r file; do
-        [ $((files % 64)) -ne 0 ] || [ "$(stat -c %s "$work/train")" -lt $((limit * 2)) ] || break
-        files=$((files + 1)) documents=$((documents + 1)) target=train
-        [ $((documents % 16)) -ne 0 ] || target=held
-        { gzip -dcf -- "$file" 2>/dev/null || true; } | awk -f "$work/$filter" >>"$work/$target"
-    done <"$list"
+    files=$(wc -l <"$list")
+    while [ "$first" -le "$files" ] && [ "$(stat -c %s "$work/train")" -lt $((limit * 3 / 2)) ]; do
+        sed -n "$first,$((first + 63))p" "$list" | awk -v train="$work/a" -v held="$work/b" \
+            'BEGIN { printf "" > train; printf "" > held } { print > (NR % 16 ? train : held) }'
+        tr '\n' '\0' <"$work/a" | xargs -0 -r gzip -dcf -- 2>/dev/null | awk -f "$work/$filter" >>"$work/train" || true
+        tr '\n' '\0' <"$work/b" | xargs -0 -r gzip -dcf -- 2>/dev/null | awk -f "$work/$filter" >>"$work/held" || true
+        first=$((first + 64))
+    done
+    [ "$first" -gt "$files" ] || files=$((first - 1))
     echo "  $name: $files files, $((($(stat -c %s "$work/train") + $(stat -c %s "$work/held") - before) / 1000)) kB of text"
 }
 unique_bytes() { awk '!seen[$0]++ { n += length($0) + 1 } END { print n + 0 }' "$work/train"; }

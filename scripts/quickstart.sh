@@ -18,7 +18,7 @@ scripts/machine_text.sh "$out"
 data=(--train-data "$out/train.txt" --val-data "$out/held-out.txt" --seq-len 256 --batch 16 --seed "$seed")
 
 say "a float Llama ($shape) from scratch, $steps steps"
-train "$out/base.log" --init "$shape" --tokenizer bytes --scheme none "${data[@]}" --steps "$steps" --lr 3e-3 --warmup 100 \
+train "$out/base.log" --init "$shape" --tokenizer bytes --scheme none "${data[@]}" --steps "$steps" --lr 2e-3 --warmup 100 \
     --weight-decay 0.1 --beta2 0.99 --val-every 400 --out "$out/base"
 say "trained on in float, $more steps"
 tune=(--model "$out/base/model.bin" "${data[@]}" --steps "$more" --lr 1e-3 --warmup 20 --weight-decay 0.1 --beta2 0.99 --val-every 100)
