@@ -409,10 +409,10 @@ static int eval_validation(Eval *e, Err *err) {
         printf("  loss        %.9f  (f32 %08x, f64 %016llx)\n  perplexity  %.4f\n", loss, f32_bits((float)loss),
                (unsigned long long)bits, exp(loss));
         log_begin(e, "validation", run.val_data);
-        jsonlog_num(e->log, "loss", loss);
+        jsonlog_num(e->log, "val_loss", loss);
         char hex[32];
         snprintf(hex, sizeof hex, "%016llx", (unsigned long long)bits);
-        jsonlog_str(e->log, "loss_bits", hex);
+        jsonlog_str(e->log, "val_loss_bits", hex);
         jsonlog_num(e->log, "perplexity", exp(loss));
         jsonlog_int(e->log, "windows", (long long)dl.n_windows);
         jsonlog_int(e->log, "tokens", (long long)tokens);

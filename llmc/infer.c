@@ -82,17 +82,6 @@ static int grab(Infer *s, void *out, size_t a, size_t b, size_t c, const char *w
 // ---------------------------------------------------------------------------------------------
 // Loading.
 
-// Working values of a table that is read row by row: an embedding has no matmul after it to apply a row's scale, so its
-// rows work as values even where a linear's would work as codes. One group over the whole row has the same codes and
-// scale.
-static QuantSpec table_spec(QuantSpec s, int C) {
-    if (quant_works_as_codes(&s)) {
-        s.gran = QG_GROUP;
-        s.group = C;
-    }
-    return s;
-}
-
 // Working values from floats: what the trainer makes of its masters.
 static int load_floats(const ModelFile *m, const Param *p, const QuantSpec *spec, floatX *work, float *wscale,
                        Err *err) {
@@ -175,7 +164,7 @@ static int load_linear(Infer *s, Linear *l, const ModelFile *m, const Param *con
     for (int i = 0; i < n; i++) {
         Part *part = &l->part[i];
         part->rows = (int)p[i]->rows;
-        part->spec = p[i]->role == ROLE_EMBED ? table_spec(p[i]->scheme.weight, s->c.C) : p[i]->scheme.weight;
+        part->spec = p[i]->scheme.weight;
         l->OC += part->rows;
         int packed = m->packed && part->spec.bits ? model_packed(m, p[i], &part->t, err) : 0;
         if (packed < 0) return packed;

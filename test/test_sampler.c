@@ -22,7 +22,8 @@ static void greedy_takes_the_first_of_equals(void **state) {
 
 static void nan_and_infinity_are_defined(void **state) {
     (void)state;
-    const float some[] = {NAN, 1, NAN, 2}, none[] = {NAN, -INFINITY, NAN, -INFINITY}, inf[] = {5, INFINITY, NAN, INFINITY};
+    const float some[] = {NAN, 1, NAN, 2}, none[] = {NAN, -INFINITY, NAN, -INFINITY};
+    const float inf[] = {5, INFINITY, NAN, INFINITY};
     for (int t = 0; t < 2; t++) {
         Sampler s = {(float)t, 0, 1.0f, 3};
         for (uint64_t step = 0; step < 100; step++) {
@@ -96,8 +97,9 @@ static void frequencies_follow_the_softmax(void **state) {
         int count[V] = {0};
         double weight[V], total = 0;
         for (int i = 0; i < V; i++) total += weight[i] = exp((double)logits[i] / (double)temperature[t]);
-        for (uint64_t step = 0; step < N; step++) count[draw((Sampler){temperature[t], 0, 1.0f, 42}, logits, V, step)]++;
-        // Five standard deviations of a binomial count: all 15 hold with probability above 0.99999 (and the seed is fixed).
+        Sampler s = {temperature[t], 0, 1.0f, 42};
+        for (uint64_t step = 0; step < N; step++) count[draw(s, logits, V, step)]++;
+        // Five standard deviations of a binomial count: all 15 hold with probability above 0.9999; the seed is fixed.
         for (int i = 0; i < V; i++) {
             double p = weight[i] / total;
             assert_true(fabs(count[i] - N * p) < 5 * sqrt(N * p * (1 - p)));
