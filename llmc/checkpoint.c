@@ -22,7 +22,8 @@ static bool is_norm(const Param *p) {
 static QuantSpec packed_spec(const LlamaConfig *c, const QuantPlan *plan, const Param *p) {
     QuantSpec none = {0};
     if (is_norm(p)) return none;
-    if (p->role == ROLE_EMBED) return plan->embedding;
+    // A tied table whose head stays float is stored once, as floats: the embedding's codes follow from them.
+    if (p->role == ROLE_EMBED) return c->tied && !plan->tied_head.bits ? none : llama_embedding_spec(plan, c);
     if (p->role == ROLE_HEAD && c->tied) return plan->tied_head;
     return quant_plan_linear(plan, p->name).weight;
 }
@@ -651,7 +652,7 @@ int model_read_rows(const ModelFile *m, const Param *p, int64_t row0, int64_t n,
     if (p->role == ROLE_HEAD && m->config.tied && !spec.bits) {       // a tied head reads the embedding table
         own.role = ROLE_EMBED;
         strcpy(own.name, "model.embed_tokens.weight");
-        if (m->packed) spec = m->plan.embedding;
+        if (m->packed) spec = packed_spec(&m->config, &m->plan, &own);
     }
     const StTensor *st = NULL;
     const GgufTensor *gg = NULL;

@@ -278,6 +278,15 @@ static void role_shape(const LlamaConfig *c, ParamRole r, int64_t *rows, int64_t
     }
 }
 
+QuantSpec llama_embedding_spec(const QuantPlan *plan, const LlamaConfig *c) {
+    QuantSpec s = plan->embedding;
+    if (quant_works_as_codes(&s)) {
+        s.gran = QG_GROUP;
+        s.group = c->C;
+    }
+    return s;
+}
+
 static int add_param(ParamTable *t, const LlamaConfig *c, const QuantPlan *plan, ParamRole role, int layer, Err *err) {
     Param *p = &t->p[t->n++];
     *p = (Param){.role = role, .layer = layer, .trainable = true};
@@ -295,15 +304,7 @@ static int add_param(ParamTable *t, const LlamaConfig *c, const QuantPlan *plan,
         return err_set(err, E_FORMAT, "%s: %lld by %lld values are too many", p->name, (long long)p->rows, (long long)p->cols);
     t->n_params += size;
     t->n_rows += (size_t)p->rows;
-    if (plan && role == ROLE_EMBED) {
-        p->scheme.weight = plan->embedding;
-        // A table is read row by row, with no matmul after it to apply a row's scale: its rows work as values. One group
-        // over the whole row has the same codes and scale.
-        if (quant_works_as_codes(&p->scheme.weight)) {
-            p->scheme.weight.gran = QG_GROUP;
-            p->scheme.weight.group = c->C;
-        }
-    }
+    if (plan && role == ROLE_EMBED) p->scheme.weight = llama_embedding_spec(plan, c);
     if (plan && role != ROLE_EMBED && !norm) p->scheme = quant_plan_linear(plan, p->name);
     int64_t block[2];
     if (p->scheme.weight.bits && quant_block_shape(&p->scheme.weight, p->rows, p->cols, block, err) < 0) {
