@@ -128,8 +128,8 @@ int shard_parse(const uint8_t *file, size_t size, const char *what, const uint8_
 static int check_ids(const int32_t *tokens, size_t n, int V, const char *what, Err *err) {
     for (size_t i = 0; i < n; i++)
         if ((uint32_t)tokens[i] >= (uint32_t)V)
-            return err_set(err, E_USAGE, "%s: token %zu has id %u; the model's vocabulary has %d: the data were tokenized "
-                           "for another model", what, i, (uint32_t)tokens[i], V);
+            return err_set(err, E_USAGE, "%s: token %zu has id %u; the model's vocabulary has %d: the data were "
+                           "tokenized for another model", what, i, (uint32_t)tokens[i], V);
     return 0;
 }
 

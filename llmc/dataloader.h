@@ -15,8 +15,9 @@ extern "C" {
 typedef struct { const int32_t *tokens; size_t n; FileMap map; int32_t *owned; uint64_t hash; } TokenData;
 
 // path may be a file, a folder (its .txt, .jsonl or .bin files in the order of their names), or a pattern
-// ("data/*.bin"). A file with another ending is text. Text and shards do not mix. cache_dir NULL: no cache. Every id is checked against
-// V. Empty sources and sources shorter than two tokens are E_USAGE. tok may be NULL where the source is shards.
+// ("data/*.bin"). A file with another ending is text. Text and shards do not mix. cache_dir NULL: no cache.
+// Every id is checked against V. Empty sources and sources shorter than two tokens are E_USAGE. tok may be NULL where
+// the source is shards.
 int token_data_load(TokenData *d, const char *path, const Tokenizer *tok, int V, const char *cache_dir, Err *err);
 void token_data_free(TokenData *d);
 

@@ -261,14 +261,49 @@ int32_t tokenizer_id_of(const Tokenizer *t, const char *s, size_t len) {
     return id;
 }
 
-// Oniguruma's meaning of a pattern, said to PCRE2: \s without U+180E, \h as a hexadecimal digit. What would silently
-// mean something else is refused.
+// Letters and numbers of Unicode 15 and 16, which the regular expressions of `tokenizers` know and PCRE2's tables (14.0
+// in Debian 12) may not; and the numbers of Unicode 17, which its Digits know besides.
+static const uint32_t LATER_LETTERS[][2] = {
+    {0x1C89, 0x1C8A}, {0xA7CB, 0xA7CD}, {0xA7DA, 0xA7DC}, {0x105C0, 0x105F3}, {0x10D4A, 0x10D65}, {0x10D6F, 0x10D85},
+    {0x10EC2, 0x10EC4}, {0x1123F, 0x11240}, {0x11380, 0x11389}, {0x1138B, 0x1138B}, {0x1138E, 0x1138E},
+    {0x11390, 0x113B5}, {0x113B7, 0x113B7}, {0x113D1, 0x113D1}, {0x113D3, 0x113D3}, {0x11BC0, 0x11BE0},
+    {0x11F02, 0x11F02}, {0x11F04, 0x11F10}, {0x11F12, 0x11F33}, {0x1342F, 0x1342F}, {0x13441, 0x13446},
+    {0x13460, 0x143FA}, {0x16100, 0x1611D}, {0x16D40, 0x16D6C}, {0x18CFF, 0x18CFF}, {0x1B132, 0x1B132},
+    {0x1B155, 0x1B155}, {0x1DF25, 0x1DF2A}, {0x1E030, 0x1E06D}, {0x1E4D0, 0x1E4EB}, {0x1E5D0, 0x1E5ED},
+    {0x1E5F0, 0x1E5F0}, {0x2B739, 0x2B739}, {0x2EBF0, 0x2EE5D}, {0x31350, 0x323AF}
+};
+static const uint32_t LATER_NUMBERS[][2] = {
+    {0x10D40, 0x10D49}, {0x116D0, 0x116E3}, {0x11BF0, 0x11BF9}, {0x11F50, 0x11F59}, {0x16130, 0x16139},
+    {0x16D70, 0x16D79}, {0x1CCF0, 0x1CCF9}, {0x1D2C0, 0x1D2D3}, {0x1E4F0, 0x1E4F9}, {0x1E5F1, 0x1E5FA}
+};
+static const uint32_t LATEST_NUMBERS[][2] = {
+    {0x11DE0, 0x11DE9}, {0x16FF4, 0x16FF6}
+};
+
+static void put_ranges(Buf *b, const uint32_t (*r)[2], size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        char s[40];
+        snprintf(s, sizeof s, "\\x{%x}-\\x{%x}", r[i][0], r[i][1]);
+        buf_str(b, s);
+    }
+}
+
+// Oniguruma's meaning of a pattern, said to PCRE2: \s without U+180E, \h as a hexadecimal digit, letters and numbers up
+// to Unicode 16. What would silently mean something else is refused.
 static int translate_pattern(Buf *b, const char *p, size_t len, Err *err) {
     bool in_class = false;
     for (size_t i = 0; i < len; i++) {
         if (p[i] == '\\' && i + 1 < len) {
             char c = p[++i];
-            if (c == 's') buf_str(b, "\\p{White_Space}");
+            if (len - i > 3 && (!memcmp(p + i, "p{L}", 4) || !memcmp(p + i, "p{N}", 4))) {
+                bool letters = p[i + 2] == 'L';
+                if (!in_class) buf_str(b, "[");
+                buf_put(b, p + i - 1, 5);
+                if (letters) put_ranges(b, LATER_LETTERS, sizeof LATER_LETTERS / sizeof *LATER_LETTERS);
+                else put_ranges(b, LATER_NUMBERS, sizeof LATER_NUMBERS / sizeof *LATER_NUMBERS);
+                if (!in_class) buf_str(b, "]");
+                i += 3;
+            } else if (c == 's') buf_str(b, "\\p{White_Space}");
             else if (c == 'S') buf_str(b, "\\P{White_Space}");
             else if (c == 'h') buf_str(b, in_class ? "0-9A-Fa-f" : "[0-9A-Fa-f]");
             else if (strchr("HXRKGyYgkNO", c))
@@ -310,7 +345,7 @@ static int compile_pattern(pcre2_code **out, const char *p, size_t len, bool lit
     else rc = translate_pattern(&b, p, len, err);
     if (rc == 0) {
         size_t where = 0;
-        uint32_t opt = PCRE2_UTF | PCRE2_NEVER_BACKSLASH_C | (literal ? PCRE2_LITERAL : PCRE2_UCP);
+        uint32_t opt = PCRE2_UTF | (literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C);
         *out = pcre2_compile(b.p ? b.p : (const uint8_t *)"", b.n, opt, &code, &where, NULL);
         if (*out) {
             pcre2_jit_compile(*out, PCRE2_JIT_COMPLETE);       // failing leaves the interpreter: slower, same matches
@@ -321,6 +356,16 @@ static int compile_pattern(pcre2_code **out, const char *p, size_t len, bool lit
                          len > 300 ? 300 : (int)len, p, (const char *)why, where);
         }
     }
+    free(b.p);
+    return rc;
+}
+
+static int compile_digits(pcre2_code **out, Err *err) {
+    Buf b = {0};
+    buf_str(&b, "[\\p{N}");
+    put_ranges(&b, LATEST_NUMBERS, sizeof LATEST_NUMBERS / sizeof *LATEST_NUMBERS);
+    buf_str(&b, "]");
+    int rc = compile_pattern(out, (const char *)b.p, b.n, false, err);
     free(b.p);
     return rc;
 }
@@ -509,7 +554,7 @@ int tokenizer_finish(Tokenizer *t, Err *err) {
         Step *s = &t->pre[i];
         rc = 0;
         if (s->kind == PRE_SPLIT) rc = compile_pattern(&s->re, s->a, s->a_len, s->flags & STEP_LITERAL, err);
-        else if (s->kind == PRE_DIGITS) rc = compile_pattern(&s->re, "\\p{N}", 5, false, err);
+        else if (s->kind == PRE_DIGITS) rc = compile_digits(&s->re, err);
         else if (s->kind == PRE_BYTE_LEVEL && (s->flags & STEP_REGEX) && !t->gpt2_re)
             rc = compile_pattern(&t->gpt2_re, GPT2_PATTERN, strlen(GPT2_PATTERN), false, err);
         if (rc < 0) return rc;
