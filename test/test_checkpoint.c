@@ -237,7 +237,7 @@ static void packs_large_tensors(void **state) {
     static const char *specs[] = {"int8,tensor,asymmetric", "int4,group=32", "int8,channel", "int4,block=20000x32"};
     Reports *reports = malloc(sizeof *reports);
     for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {
-        LlamaConfig c = small_config(true);
+        LlamaConfig c = small_config(false);
         c.V = 40000;                                               // 64 wide: 2.6M values, tiles hold 1M
         QuantPlan plan;
         ParamTable table;
@@ -251,12 +251,43 @@ static void packs_large_tensors(void **state) {
             fail_msg("%s", err.text);
         ModelFile m;
         if (model_open(&m, path, &err)) fail_msg("%s", err.text);
-        expect_packed(&m, &c, &table.p[0], &table.p[0], &plan.embedding, &reports->last[0]);
+        expect_packed(&m, &c, &table.p[0], &table.p[0], &table.p[0].scheme.weight, &reports->last[0]);
         model_close(&m);
         param_table_free(&table);
         unlink(path);
     }
     free(reports);
+}
+
+// A tied table whose head stays float is stored once, as floats, whatever the embedding's scheme.
+static void tied_table_stored_once(void **state) {
+    (void)state;
+    LlamaConfig c = small_config(true);
+    QuantPlan plan;
+    ParamTable table;
+    ModelFile m;
+    PackedTensor t;
+    Err err = {0};
+    quant_plan_none(&plan);
+    assert_int_equal(quant_scheme_from_name(&plan.linear, "8da4w-32", &err), 0);
+    assert_int_equal(quant_spec_parse(&plan.embedding, "int4,group=32", false, &err), 0);
+    assert_int_equal(param_table_build(&table, &c, &plan, &err), 0);
+    const char *path = temp("tied.bin");
+    if (model_write_packed(path, &c, &plan, &table, NULL, DT_BF16, random_rows, &c, NULL, NULL, &err))
+        fail_msg("%s", err.text);
+    if (model_open(&m, path, &err)) fail_msg("%s", err.text);
+    Param head = {.name = "lm_head.weight", .role = ROLE_HEAD, .layer = -1, .rows = c.V, .cols = c.C};
+    assert_int_equal(model_packed(&m, &table.p[0], &t, &err), 0);
+    assert_int_equal(model_packed(&m, &head, &t, &err), 0);
+    float *x = malloc((size_t)(c.V * c.C) * 4), *want = all_rows(&c, &table.p[0]);
+    for (int k = 0; k < 2; k++) {
+        assert_int_equal(model_read_rows(&m, k ? &head : &table.p[0], 0, c.V, x, &err), 0);
+        for (int i = 0; i < c.V * c.C; i++) assert_true(x[i] == bf16_round(want[i]));
+    }
+    free(x);
+    free(want);
+    model_close(&m);
+    param_table_free(&table);
 }
 
 static bool same_files(const char *a, const char *b) {
@@ -764,7 +795,7 @@ static void opening_touches_no_data(void **state) {
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(bin_round_trip), cmocka_unit_test(packs_as_fake_quantization),
-        cmocka_unit_test(packs_large_tensors),
+    cmocka_unit_test(packs_large_tensors), cmocka_unit_test(tied_table_stored_once),
     cmocka_unit_test(packs_the_same_from_exports), cmocka_unit_test(hf_round_trip),
     cmocka_unit_test(hf_refuses_to_overwrite), cmocka_unit_test(strange_models), cmocka_unit_test(damaged_values),
     cmocka_unit_test(strange_places), cmocka_unit_test(doubled_tensor), cmocka_unit_test(damaged_bin),
