@@ -66,7 +66,7 @@ served_is_trained() {
     one_scheme tensor "--weight int8,tensor,symmetric" || return 1
 }
 score() { "$bin/eval" "$1" --val-data "$tmp/val.txt" --seq-len 64 --batch 3 --arithmetic trained --json "$tmp/s.json" > "$tmp/e.txt" 2>&1 ||
-    cat "$tmp/e.txt" >&2; sed -n 's/.*"val_loss": *\([^,}]*\).*/\1/p' "$tmp/s.json"; }
+    cat "$tmp/e.txt" >&2; sed -n 's/.*"val_loss": *\([^,}]*\).*/\1/p' "$tmp/s.json" | tail -n 1; }
 one_scheme() {
     rm -rf "$tmp/s" "$tmp/s.json"
     set -f
