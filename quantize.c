@@ -251,6 +251,9 @@ static int choose_plan(QuantPlan *plan, const ModelFile *m, Err *err) {
     if (!quant_plan_is_none(&m->plan) && !quant_plan_equal(plan, &m->plan))
         fprintf(stderr, "%s: note: the model was trained for %s, and is converted to %s\n", program_name, m->plan.name,
                 plan->name);
+    if (m->config.tied && plan->embedding.bits && !plan->tied_head.bits)
+        fprintf(stderr, "%s: note: the embedding's table is also the head and is stored as floats, from which the "
+                "embedding's codes are made at load; --head int8,channel packs both\n", program_name);
     return 0;
 }
 
@@ -291,8 +294,12 @@ static int quantize(ModelFile *m, Err *err) {
         print_totals(&s, &report, m, &plan, out);
         if (run.json) rc = write_json(&s, &report, m, &plan, out, err);
     }
-    if (rc == 0 && run.hf_out && (rc = export_hf(out, &table, err)) == 0)
+    if (rc == 0 && run.hf_out && (rc = export_hf(out, &table, err)) == 0) {
         printf("dequantized weights for transformers: %s\n", run.hf_out);
+        if (m->config.tied && plan.tied_head.bits)
+            fprintf(stderr, "%s: note: a tied folder holds one table: that of the embedding, not the head's\n",
+                    program_name);
+    }
     free(report.row);
     param_table_free(&table);
     return rc;

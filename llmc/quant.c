@@ -44,7 +44,7 @@ int quant_tensor(int16_t *codes, QParams *qp, const float *w, int64_t rows, int6
     int rc = quant_block_shape(s, rows, cols, block, err);
     if (rc) return rc;
     int64_t across = cols / block[1], n_blocks = rows / block[0] * across;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * cols >= 65536)
     for (int64_t b = 0; b < n_blocks; b++) {
         int64_t first = b / across * block[0] * cols + b % across * block[1];
         float mn = INFINITY, mx = -INFINITY;
@@ -379,6 +379,13 @@ int quant_plan_from_options(QuantPlan *p, const QuantPlan *base, const char *sch
     return 0;
 }
 
+// Tensor names are printable ASCII, so patterns are too; anything else would only make files that others cannot read.
+static bool pattern_is_printable(const char *pattern) {
+    for (; *pattern; pattern++)
+        if (*pattern <= ' ' || *pattern > '~') return false;
+    return true;
+}
+
 static int rule_parse(QuantRule *rule, const char *text, Err *err) {
     const char *equals = strchr(text, '=');
     if (!equals || equals == text || !equals[1])
@@ -392,6 +399,8 @@ static int rule_parse(QuantRule *rule, const char *text, Err *err) {
                        sizeof rule->pattern - 1);
     memcpy(rule->pattern, text, len);
     rule->pattern[len] = 0;
+    if (!pattern_is_printable(rule->pattern))
+        return err_set(err, E_USAGE, "rule \"%.100s\": the pattern has a character that no tensor name has", text);
 
     const char *value = equals + 1, *semicolon = strchr(value, ';');
     if (!semicolon && !strchr(value, ',')) return quant_scheme_from_name(&rule->scheme, value, err);
@@ -551,9 +560,9 @@ static int plan_from_object(QuantPlan *p, const cJSON *root, Err *err) {
         QuantRule *rule = &p->rules[p->n_rules];
         if ((rc = json_only_keys(item, rule_keys, err))) return rc;
         const char *pattern = json_string(item, "pattern");
-        if (!pattern || !*pattern || strlen(pattern) >= sizeof rule->pattern)
-            return err_set(err, E_FORMAT, "quantization plan: rule %d has no pattern of 1 to %zu bytes", p->n_rules,
-                           sizeof rule->pattern - 1);
+        if (!pattern || !*pattern || strlen(pattern) >= sizeof rule->pattern || !pattern_is_printable(pattern))
+            return err_set(err, E_FORMAT, "quantization plan: rule %d has no pattern of 1 to %zu printable characters",
+                           p->n_rules, sizeof rule->pattern - 1);
         strcpy(rule->pattern, pattern);
         if ((rc = json_scheme(item, &rule->scheme, err))) return rc;
         p->n_rules++;

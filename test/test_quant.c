@@ -628,7 +628,8 @@ static void test_plan_rules(void **state) {
     }
 
     static const char *const bad[] = {
-        "", "=int8wo", "*.q_proj.*", "*.q_proj.*=", "*=int9wo", "*=int4,group=1", "*=;int8,token",
+        "", "=int8wo", "*.q proj.*=int8wo", "*\n=int8wo", "*\xc3\xa9=int8wo",
+        "*.q_proj.*", "*.q_proj.*=", "*=int9wo", "*=int4,group=1", "*=;int8,token",
         "*=int4,group=32;int8,channel", "*=int8,token"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         int before = p.n_rules;
@@ -686,7 +687,7 @@ static void test_plan_options(void **state) {
 static void test_plan_json(void **state) {
     (void)state;
     static const char *const names[] = {"none", "int8wo", "int8dq", "int4wo-64", "8da4w-32", "int3-32"};
-    static const char *const rules[] = {"*\"quoted\\ pattern\n*=int5,block=2x16",
+    static const char *const rules[] = {"*\"quoted\\pattern*=int5,block=2x16",
                                         "*.mlp.*=int4,group=16;int6,token,asymmetric"};
     for (int i = 0; i < 6; i++)
         for (int n_rules = 0; n_rules <= 2; n_rules += 2) {
@@ -724,7 +725,7 @@ static void test_hostile_json(void **state) {
         "{\"name\":\"x\",\"linear\":{\"activation\":\"int8,channel\"}}", "{\"name\":\"x\",\"embedding\":{}}",
         "{\"name\":\"x\",\"tied_head\":\"int4,eps=1e99\"}", "{\"name\":\"x\",\"rules\":{}}",
         "{\"name\":\"x\",\"rules\":[3]}", "{\"name\":\"x\",\"rules\":[{}]}",
-        "{\"name\":\"x\",\"rules\":[{\"pattern\":\"\"}]}",
+        "{\"name\":\"x\",\"rules\":[{\"pattern\":\"\"}]}", "{\"name\":\"x\",\"rules\":[{\"pattern\":\"a\\u0001\"}]}",
         "{\"name\":\"x\",\"rules\":[{\"pattern\":\"*\",\"weight\":7}]}"};
     QuantPlan p;
     Err err = {0};
