@@ -5,8 +5,9 @@
 //
 // All are c (M, N) = a (M, K) . b (K, N) with a or b read transposed; no operand is ever copied to be transposed.
 // Evaluation must equal the trainer's validation bit for bit whatever the batch, so a row of a forward may not depend on
-// how many rows stand beside it. The built-in product has that by construction (tile.h). oneDNN's brgemm sums k in order
-// for every M and thread count; nothing in its documentation promises that, so test_ops_matmul demands it.
+// how many rows stand beside it. The built-in product has that by construction (tile.h). oneDNN's brgemm sums the k of a
+// forward in one order for every M and thread count; nothing in its documentation promises that, so test_ops_matmul
+// demands it.
 #include "cpu/cpu.h"
 #include "cpu/matmul.h"
 #include "cpu/tile.h"
@@ -20,6 +21,7 @@ typedef struct {
     bool accumulate;        // c += (f32 only)
     bool scaled;            // column n of the f32 sum is multiplied by scale[n] before it is rounded
     int64_t M, N, K;
+    int64_t lda;            // values from one k of a to the next where ta: M, or more for a part of the rows
 } Product;
 
 static int max_threads(void) {
@@ -42,7 +44,7 @@ typedef struct {
     int threads;            // a primitive is planned for a number of threads
     bool used;
     dnnl_primitive_t prim;
-    dnnl_memory_t a, b, c, scale, scratch;
+    dnnl_memory_t scale;
     size_t scratch_bytes;
 } Cached;
 
@@ -92,10 +94,8 @@ static bool dnnl_has_bf16(void) {
 #endif
 
 static void cached_free(Cached *e) {
-    dnnl_primitive_destroy(e->prim);
-    dnnl_memory_t m[] = {e->a, e->b, e->c, e->scale, e->scratch};
-    for (int i = 0; i < 5; i++)
-        if (m[i]) dnnl_memory_destroy(m[i]);
+    if (e->scale) dnnl_memory_destroy(e->scale);
+    if (e->prim) dnnl_primitive_destroy(e->prim);
     *e = (Cached){0};
 }
 
@@ -109,7 +109,7 @@ static dnnl_status_t cached_fill(Cached *e) {
     dnnl_primitive_attr_t attr = NULL;
     dnnl_post_ops_t post = NULL;
     dnnl_primitive_desc_t pd = NULL;
-    if ((s = make_desc(&a, p->M, p->K, e->type, p->ta ? 1 : p->K, p->ta ? p->M : 1))) return s;
+    if ((s = make_desc(&a, p->M, p->K, e->type, p->ta ? 1 : p->K, p->ta ? p->lda : 1))) return s;
     if ((s = make_desc(&b, p->K, p->N, e->type, p->tb ? 1 : p->N, p->tb ? p->K : 1))) goto free_a;
     if ((s = make_desc(&c, p->M, p->N, out, p->N, 1))) goto free_b;
     if ((s = make_desc(&w, 1, p->N, dnnl_f32, p->N, 1))) goto free_c;
@@ -118,12 +118,7 @@ static dnnl_status_t cached_fill(Cached *e) {
         (p->scaled && (s = dnnl_post_ops_append_binary(post, dnnl_binary_mul, DESC(w)))) ||
         (p->accumulate && (s = append_sum(post))) || (s = dnnl_primitive_attr_set_post_ops(attr, post)) ||
         (s = make_matmul(&pd, a, b, c, attr)) || (s = dnnl_primitive_create(&e->prim, pd)) ||
-        (s = dnnl_memory_create(&e->a, DESC(a), engine, DNNL_MEMORY_NONE)) ||
-        (s = dnnl_memory_create(&e->b, DESC(b), engine, DNNL_MEMORY_NONE)) ||
-        (s = dnnl_memory_create(&e->c, DESC(c), engine, DNNL_MEMORY_NONE)) ||
-        (s = dnnl_memory_create(&e->scale, DESC(w), engine, DNNL_MEMORY_NONE)) ||
-        (s = dnnl_memory_create(&e->scratch, dnnl_primitive_desc_query_md(pd, dnnl_query_scratchpad_md, 0), engine,
-                                DNNL_MEMORY_NONE)))
+        (p->scaled && (s = dnnl_memory_create(&e->scale, DESC(w), engine, DNNL_MEMORY_NONE))))
         goto done;
     e->scratch_bytes = (desc_size(dnnl_primitive_desc_query_md(pd, dnnl_query_scratchpad_md, 0)) + 63) & ~(size_t)63;
 done:
@@ -141,23 +136,25 @@ free_a:
 }
 
 static bool same_product(const Product *a, const Product *b) {
-    return a->M == b->M && a->N == b->N && a->K == b->K && a->ta == b->ta && a->tb == b->tb && a->out_f32 == b->out_f32 &&
-           a->accumulate == b->accumulate && a->scaled == b->scaled;
+    return a->M == b->M && a->N == b->N && a->K == b->K && a->lda == b->lda && a->ta == b->ta && a->tb == b->tb &&
+           a->out_f32 == b->out_f32 && a->accumulate == b->accumulate && a->scaled == b->scaled;
 }
 
-static Cached *cached_get(const Product *p, dnnl_data_type_t type) {
-    int threads = max_threads();
+// Makes room for n more. All entries go at once: one taken out would break the probing.
+static void cache_reserve(int n) {
+    if (cache_used + n <= CACHE_SIZE * 3 / 4) return;
+    for (size_t i = 0; i < CACHE_SIZE; i++)
+        if (cache[i].used) cached_free(&cache[i]);
+    cache_used = 0;
+}
+
+// The primitive of a product; the caller has reserved room for it.
+static Cached *cached_get(const Product *p, dnnl_data_type_t type, int threads) {
     uint64_t h = (uint64_t)p->M * 0x9e3779b97f4a7c15u ^ (uint64_t)p->N * 0xc2b2ae3d27d4eb4fu ^ (uint64_t)p->K << 20;
     h ^= (uint64_t)(p->ta | p->tb << 1 | p->out_f32 << 2 | p->accumulate << 3 | p->scaled << 4) << 40;
     size_t i = (size_t)((h ^ h >> 29) * 0x9e3779b97f4a7c15u >> 32) % CACHE_SIZE;
     for (; cache[i].used; i = (i + 1) % CACHE_SIZE)
         if (same_product(&cache[i].what, p) && cache[i].type == type && cache[i].threads == threads) return &cache[i];
-    if (cache_used >= CACHE_SIZE * 3 / 4) {             // all at once: an entry taken out would break the probing
-        for (size_t j = 0; j < CACHE_SIZE; j++)
-            if (cache[j].used) cached_free(&cache[j]);
-        cache_used = 0;
-        return cached_get(p, type);
-    }
     cache[i] = (Cached){.what = *p, .type = type, .threads = threads, .used = true};
     dnnl_status_t s = cached_fill(&cache[i]);
     if (s) {
@@ -171,18 +168,102 @@ static Cached *cached_get(const Product *p, dnnl_data_type_t type) {
 }
 
 static void cached_run(const Cached *e, void *scratch, void *c, const void *a, const void *b, const float *scale) {
+    const_dnnl_primitive_desc_t pd;
+    dnnl_memory_t m[4] = {0};
     // Operands are only read; the interface has no const.
-    dnnl_memory_set_data_handle(e->a, (void *)(uintptr_t)a);
-    dnnl_memory_set_data_handle(e->b, (void *)(uintptr_t)b);
-    dnnl_memory_set_data_handle(e->c, c);
-    dnnl_memory_set_data_handle(e->scratch, scratch);
-    dnnl_memory_set_data_handle(e->scale, (void *)(uintptr_t)scale);
-    dnnl_exec_arg_t args[] = {{DNNL_ARG_SRC, e->a}, {DNNL_ARG_WEIGHTS, e->b}, {DNNL_ARG_DST, e->c},
-                              {DNNL_ARG_SCRATCHPAD, e->scratch},
+    void *data[4] = {(void *)(uintptr_t)a, (void *)(uintptr_t)b, c, scratch};
+    static const dnnl_query_t query[4] = {dnnl_query_src_md, dnnl_query_weights_md, dnnl_query_dst_md,
+                                          dnnl_query_scratchpad_md};
+    dnnl_status_t s = dnnl_primitive_get_primitive_desc(e->prim, &pd);
+    for (int i = 0; i < 4 && !s; i++)
+        s = dnnl_memory_create(&m[i], dnnl_primitive_desc_query_md(pd, query[i], 0), engine, data[i]);
+    if (!s && scale) s = dnnl_memory_set_data_handle(e->scale, (void *)(uintptr_t)scale);
+    dnnl_exec_arg_t args[] = {{DNNL_ARG_SRC, m[0]}, {DNNL_ARG_WEIGHTS, m[1]}, {DNNL_ARG_DST, m[2]},
+                              {DNNL_ARG_SCRATCHPAD, m[3]},
                               {DNNL_ARG_ATTR_MULTIPLE_POST_OP(0) | DNNL_ARG_SRC_1, e->scale}};
-    dnnl_status_t s = dnnl_primitive_execute(e->prim, stream, e->what.scaled ? 5 : 4, args);
+    if (!s) s = dnnl_primitive_execute(e->prim, stream, scale ? 5 : 4, args);
     if (!s) s = dnnl_stream_wait(stream);
+    for (int i = 0; i < 4; i++)
+        if (m[i]) dnnl_memory_destroy(m[i]);
     if (s) ops_set_error(E_FAIL, "oneDNN's matmul failed (status %d)", (int)s);
+}
+
+// brgemm may split a long sum over k among threads where a is transposed (or of one row, which looks the same to it), and
+// then the bits depend on the number of threads. Planned for one thread it does not.
+static bool splits_sum(const Product *p) { return p->K >= 2048 && !p->tb && (p->ta || p->M == 1); }
+
+// How a product is run: at once, or where the sum would be split, in slices of rows, one a thread. brgemm sums in other
+// blocks where M is no multiple of 16: slices are, and what M has beyond them is always a slice of its own.
+typedef struct {
+    int slices;
+    int64_t rows;           // of a slice; the last ones have fewer
+    int64_t even;           // M rounded down to a multiple of 16
+    Cached *part, *last, *rest;
+} Plan;
+
+static int64_t slice_rows(const Plan *plan, const Product *p, int i) {
+    int64_t first = i * plan->rows;
+    if (first >= plan->even) return p->M - plan->even;
+    return first + plan->rows <= plan->even ? plan->rows : plan->even - first;
+}
+
+static Cached *slice_primitive(const Plan *plan, const Product *p, int i) {
+    int64_t rows = slice_rows(plan, p, i);
+    return rows == plan->rows ? plan->part : i * plan->rows < plan->even ? plan->last : plan->rest;
+}
+
+static bool make_plan(Plan *plan, const Product *p, dnnl_data_type_t type) {
+    int threads = max_threads();
+    cache_reserve(3);
+    if (!splits_sum(p)) {
+        *plan = (Plan){.slices = 1, .rows = p->M, .even = p->M, .part = cached_get(p, type, threads)};
+        return plan->part;
+    }
+    *plan = (Plan){.even = p->M & ~15ll};
+    plan->rows = ((plan->even + threads - 1) / threads + 63) & ~63ll;
+    if (plan->rows > plan->even) plan->rows = plan->even;
+    int whole = plan->rows ? (int)((plan->even + plan->rows - 1) / plan->rows) : 0;
+    plan->slices = whole + (p->M > plan->even);
+    int64_t rows[3] = {plan->rows, whole ? plan->even - (whole - 1) * plan->rows : 0, p->M - plan->even};
+    Cached **entry[3] = {&plan->part, &plan->last, &plan->rest};
+#ifdef _OPENMP
+    omp_set_num_threads(1);
+#endif
+    bool ok = true;
+    for (int i = 0; i < 3 && ok; i++) {
+        Product slice = *p;
+        slice.M = rows[i];
+        if (rows[i] && !(*entry[i] = cached_get(&slice, type, 1))) ok = false;
+    }
+#ifdef _OPENMP
+    omp_set_num_threads(threads);
+#endif
+    return ok;
+}
+
+// Bytes of scratch for one slice.
+static size_t plan_scratch(const Plan *plan) {
+    const Cached *e[3] = {plan->part, plan->last, plan->rest};
+    size_t most = 0;
+    for (int i = 0; i < 3; i++)
+        if (e[i] && e[i]->scratch_bytes > most) most = e[i]->scratch_bytes;
+    return most;
+}
+
+static void plan_run(const Plan *plan, const Product *p, char *scratch, void *c, const void *a, const void *b,
+                     const float *scale) {
+    if (plan->slices == 1) {
+        cached_run(plan->part ? plan->part : plan->rest, scratch, c, a, b, scale);
+        return;
+    }
+    // Slices are of weight gradients: c is f32, a (K, M) has its rows side by side, nothing is scaled.
+    size_t each = plan_scratch(plan), row = (size_t)p->N * sizeof(float), value = plan->part->type == dnnl_f32 ? 4 : 2;
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < plan->slices; i++) {
+        size_t first = (size_t)(i * plan->rows < plan->even ? i * plan->rows : plan->even);
+        cached_run(slice_primitive(plan, p, i), scratch + (size_t)i * each, (char *)c + first * row,
+                   (const char *)a + first * value, b, NULL);
+    }
 }
 
 #ifndef PRECISION_FP32
@@ -201,37 +282,38 @@ static void narrow(bf16 *y, const float *x, int64_t n) {
 }
 
 // A bf16 product in f32: operands are widened, the result is rounded as f2x does.
-static void widened_run(const Cached *e, char *scratch, void *c, const bf16 *a, const bf16 *b, const float *scale) {
-    const Product *p = &e->what;
-    float *wa = (float *)(void *)(scratch + e->scratch_bytes), *wb = wa + p->M * p->K;
+static void widened_run(const Plan *plan, const Product *p, char *scratch, void *c, const bf16 *a, const bf16 *b,
+                        const float *scale) {
+    float *wa = (float *)(void *)(scratch + plan_scratch(plan) * (size_t)plan->slices), *wb = wa + p->M * p->K;
     float *wc = p->out_f32 ? c : wb + p->K * p->N;
     widen(wa, a, p->M * p->K);
     widen(wb, b, p->K * p->N);
-    cached_run(e, scratch, wc, wa, wb, scale);
+    plan_run(plan, p, scratch, wc, wa, wb, scale);
     if (!p->out_f32) narrow(c, wc, p->M * p->N);
 }
 #endif
 
 static void product(const Product *p, void *c, const floatX *a, const floatX *b, const float *scale) {
+    Plan plan;
 #ifdef PRECISION_FP32
-    bool wide = false;
-    Cached *e = cached_get(p, dnnl_f32);
+    const bool wide = false;
+    const dnnl_data_type_t type = dnnl_f32;
 #else
-    bool wide = !dnnl_has_bf16();
-    Cached *e = cached_get(p, wide ? dnnl_f32 : dnnl_bf16);
+    const bool wide = !dnnl_has_bf16();
+    const dnnl_data_type_t type = wide ? dnnl_f32 : dnnl_bf16;
 #endif
-    if (!e) return;
+    if (!make_plan(&plan, p, type)) return;
     int64_t extra = wide ? p->M * p->K + p->K * p->N + (p->out_f32 ? 0 : p->M * p->N) : 0;
-    size_t bytes = e->scratch_bytes + (size_t)extra * sizeof(float);
+    size_t bytes = plan_scratch(&plan) * (size_t)plan.slices + (size_t)extra * sizeof(float);
     char *scratch = bytes ? cpu_workspace(bytes) : NULL;
     if (bytes && !scratch) return;
 #ifndef PRECISION_FP32
     if (wide) {
-        widened_run(e, scratch, c, a, b, scale);
+        widened_run(&plan, p, scratch, c, a, b, scale);
         return;
     }
 #endif
-    cached_run(e, scratch, c, a, b, scale);
+    plan_run(&plan, p, scratch, c, a, b, scale);
 }
 
 const char *cpu_matmul_description(void) {
@@ -355,7 +437,8 @@ void cpu_linear_backward_input(floatX *dx, const floatX *dy, const floatX *w, co
 }
 
 void cpu_linear_backward_weight(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC, bool accumulate) {
-    Product p = {.ta = true, .out_f32 = true, .accumulate = accumulate, .M = OC, .N = C, .K = (int64_t)N};
+    Product p = {.ta = true, .out_f32 = true, .accumulate = accumulate, .M = OC, .N = C, .K = (int64_t)N,
+                 .lda = OC};
     if (N) product(&p, dw, dy, x, NULL);
     else if (!accumulate) memset(dw, 0, (size_t)OC * (size_t)C * sizeof *dw);
 }
