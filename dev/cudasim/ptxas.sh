@@ -14,5 +14,6 @@ out=$(awk '
     END { exit bad }
 ' "$1")
 status=$?
+[ -n "$out" ] || exit $status
 if command -v c++filt > /dev/null; then printf '%s\n' "$out" | c++filt; else printf '%s\n' "$out"; fi
 exit $status
