@@ -149,7 +149,7 @@ test-programs: $(TESTS) programs
 test:
 	@$(MAKE) --no-print-directory PRECISION=bf16 test-programs
 	@$(MAKE) --no-print-directory PRECISION=fp32 test-programs
-	@MAKE="$(MAKE)" BUILD="$(BUILD)" scripts/run_tests.sh $(TEST_DIRS) $(if $(SANITIZE),,$(if $(CUDASIM_TESTS),cudasim))
+	@MAKE="$(MAKE)" BUILD="$(BUILD)" scripts/run_tests.sh $(TEST_DIRS) $(if $(CUDASIM_TESTS),cudasim)
 test-sanitize:
 	@$(MAKE) --no-print-directory SANITIZE=1 test
 endif

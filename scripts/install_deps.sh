@@ -1,11 +1,11 @@
 #!/bin/bash
 # Installs what is missing on Debian 12 (or a relative of it): scripts/install_deps.sh [--ci] [--dry-run]
-# Plain: compiler, make, cJSON and PCRE2 (required); oneDNN (fast matmuls), cmocka (make test), gnuplot (scripts/plot.sh).
+# Plain: compilers, make, cJSON and PCRE2 (required); oneDNN (fast matmuls), cmocka (make test), gnuplot (scripts/plot.sh).
 # --ci:  also clang with libFuzzer (make fuzz). --dry-run: only print what would be installed.
 # Works as root or with sudo; needs no other tool than bash, dpkg and apt-get.
 set -eu
 
-packages=(gcc libc6-dev make libcjson-dev libpcre2-dev libdnnl-dev libcmocka-dev gnuplot-nox fonts-dejavu-core)
+packages=(gcc g++ libc6-dev make libcjson-dev libpcre2-dev libdnnl-dev libcmocka-dev gnuplot-nox fonts-dejavu-core)
 dry_run=
 for argument in "$@"; do
     case $argument in

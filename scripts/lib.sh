@@ -1,7 +1,9 @@
 # What the recipes share; read by `. scripts/lib.sh` with the repository root as working folder.
 # shellcheck shell=bash disable=SC2154
 # The caller sets: out (folder of the run), table (file), EVENT and PPL (the result of eval that counts).
+# THREADS=N limits the CPU threads: on a machine that is busy otherwise, fewer can be faster.
 bin=${QLLM_BIN:-.}
+threads=(--threads "${THREADS:-0}")
 
 need_programs() {
     local p
@@ -29,6 +31,7 @@ run() {
 train() {
     local log=$1
     shift
+    set -- "$@" "${threads[@]}"
     echo "\$ $bin/train_llama_qat $*"
     if ! "$bin/train_llama_qat" "$@" 2>&1 | tee "$log" | awk -v every="${STEP_LINES:-50}" '
             /^step/ { split($2, s, "/"); if (s[1] % every == 0) print; fflush(); next } /^val/ { print; fflush() }'; then
@@ -50,8 +53,8 @@ measure() {
     shift 2
     json=$out/$name.json
     rm -f "$json"
-    run "$out/$name-eval.txt" "$bin/eval" "$file" "$@" --json "$json"
-    run "$out/$name-speed.txt" "$bin/generate" "$file" --benchmark --runs 3 --json "$json"
+    run "$out/$name-eval.txt" "$bin/eval" "$file" "$@" "${threads[@]}" --json "$json"
+    run "$out/$name-speed.txt" "$bin/generate" "$file" --benchmark --runs 3 "${threads[@]}" --json "$json"
     ppl=$(json_field "$json" "$EVENT" "$PPL")
     printf '%s %s %s %s\n' "$name" "$ppl" "$(stat -c %s "$file")" \
         "$(awk '$1 == "result" && $2 == "generate_decode" { print $3 }' "$out/$name-speed.txt")" >>"$table"

@@ -3,7 +3,7 @@
 # Gathers text that the machine has, trains a Llama of a million parameters on its bytes, trains on with quantization-aware
 # training (and, for comparison, as many steps in float), converts, scores on held-out text, and ends with a table: float,
 # rounded to nearest, QAT. OUT (runs/quickstart) keeps the models, logs and loss.png.
-# Settings: SCHEME=int3-32 SHAPE=1M STEPS=1200 MORE_STEPS=400 SEED=1337.
+# Settings: SCHEME=int3-32 SHAPE=1M STEPS=1200 MORE_STEPS=400 SEED=1337 THREADS=0 (all cores).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/lib.sh

@@ -5,7 +5,7 @@
 # training text that occur in the scored text are left out. OUT (runs/smollm2) keeps everything; runs that are complete
 # are not repeated, one that was stopped goes on.
 # Settings: SCHEMES="8da4w-64 int4wo-64 int3-32" STEPS=150 (or MINUTES=10 a run, measured by a short trial first)
-#           BATCH=4 SEQ_LEN=512 LR=2e-5 SEED=1337 PAGES=0 (score only so many pages; 0: all) MODEL=other.gguf or folder.
+#           BATCH=4 SEQ_LEN=512 LR=2e-5 SEED=1337 PAGES=0 (score only so many pages; 0: all) MODEL=other.gguf or folder THREADS=0.
 # On two cores with bf16 instructions a run of 150 steps takes about seven minutes, scoring one model about four.
 set -euo pipefail
 cd "$(dirname "$0")/.."
