@@ -19,7 +19,7 @@
 
 static struct {
     const char *wikitext, *text, *hellaswag, *val_data, *tokens, *logits_out, *device, *json;
-    int limit, seq_len, batch, arithmetic, threads;
+    int limit, seq_len, batch, step, arithmetic, threads;
     bool as_float, add_bos;
 } run;
 
@@ -32,6 +32,7 @@ static const Option options[] = {
     {"--val-data",     OPT_STRING, &run.val_data,    NULL,      NULL,             "held-out data of the trainer: the loss of its validation, same windows, same bits"},
     {"--seq-len",      OPT_INT,    &run.seq_len,     "0",       "0..1048576",     "tokens in a window (0: the model's context, at most 2048; with --val-data 512)"},
     {"--batch",        OPT_INT,    &run.batch,       "0",       "0..65536",       "windows at a time (0: about 4096 tokens)"},
+    {"--step",         OPT_INT,    &run.step,        "0",       "0..1048576",     "tokens of a window in one call (0: all). 1 with served arithmetic: as generate decodes"},
     {"--arithmetic",   OPT_ENUM,   &run.arithmetic,  "trained", "trained,served", "codes unpacked as in training, or read packed by the fast kernels"},
     {"--float",        OPT_FLAG,   &run.as_float,    "0",       NULL,             "ignore the scheme of a float model.bin: no fake quantization"},
     {"--add-bos",      OPT_FLAG,   &run.add_bos,     "0",       NULL,             "put bos before HellaSwag contexts (lm-eval's add_bos_token)"},
@@ -78,33 +79,38 @@ static int by_length(const void *a, const void *b) {
     return (x->len < y->len) - (x->len > y->len);
 }
 
-// Runs the jobs, longest first so that those of a batch are of like length, and leaves each one's log-likelihood.
+// Runs the jobs, longest first so that those of a batch are of like length, and leaves each one's log-likelihood. A
+// window goes through the model in one call, or in steps over its cache.
 static int run_jobs(const Eval *e, Job *jobs, size_t n, const char *what, Err *err) {
     size_t most = (size_t)e->B * (size_t)e->M;
     int32_t *in = xmalloc(most * sizeof *in), *out = xmalloc(most * sizeof *out);
     float *losses = xmalloc(most * sizeof *losses);
     double total = 0, done = 0, start = now_seconds();
     qsort(jobs, n, sizeof *jobs, by_length);
-    for (size_t i = 0; i < n; i++) total += jobs[i].len;
+    for (size_t i = 0; i < n; i++) {
+        total += jobs[i].len;
+        *jobs[i].loglik = 0;
+    }
     Progress bar;
     progress_begin(&bar, what, total);
     int rc = 0;
     for (size_t i = 0; rc == 0 && i < n;) {
-        int rows = n - i < (size_t)e->B ? (int)(n - i) : e->B, T = jobs[i].len;
-        for (int b = 0; b < rows; b++)
-            for (int t = 0; t < T; t++) {
-                const Job *j = &jobs[i + (size_t)b];
-                in[b * T + t] = t < j->len ? j->in[t] : 0;
-                out[b * T + t] = t < j->len && t >= j->unscored ? j->out[t] : -1;
-            }
+        int rows = n - i < (size_t)e->B ? (int)(n - i) : e->B, longest = jobs[i].len;
+        int step = run.step ? run.step : longest;
         infer_reset(e->s, rows);
-        rc = infer_forward(e->s, in, out, T, NULL, losses, err);
-        for (int b = 0; rc == 0 && b < rows; b++, i++) {
-            double sum = 0;
-            for (int t = 0; t < T; t++) sum -= (double)losses[b * T + t];
-            *jobs[i].loglik = sum;
-            done += jobs[i].len;
+        for (int at = 0; rc == 0 && at < longest; at += step) {
+            int T = longest - at < step ? longest - at : step;
+            for (int b = 0; b < rows; b++)
+                for (int k = 0, t = at; k < T; k++, t++) {
+                    const Job *j = &jobs[i + (size_t)b];
+                    in[b * T + k] = t < j->len ? j->in[t] : 0;
+                    out[b * T + k] = t < j->len && t >= j->unscored ? j->out[t] : -1;
+                }
+            rc = infer_forward(e->s, in, out, T, NULL, losses, err);
+            for (int b = 0; rc == 0 && b < rows; b++)
+                for (int k = 0; k < T; k++) *jobs[i + (size_t)b].loglik -= (double)losses[b * T + k];
         }
+        for (int b = 0; b < rows; b++, i++) done += jobs[i].len;
         char rate[32], suffix[64];
         snprintf(suffix, sizeof suffix, "%s tok/s", fmt_count(rate, done / (now_seconds() - start)));
         progress_update(&bar, done, suffix);
