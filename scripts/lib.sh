@@ -49,15 +49,15 @@ json_field() {
 
 # measure NAME FILE [ARGUMENTS OF EVAL]: appends "NAME perplexity bytes tokens/s" to $table.
 measure() {
-    local name=$1 file=$2 json ppl
+    local name=$1 file=$2 base ppl json
     shift 2
-    json=$out/$name.json
+    base=$out/${name/:/-} json=$out/${name/:/-}.json
     rm -f "$json"
-    run "$out/$name-eval.txt" "$bin/eval" "$file" "$@" "${threads[@]}" --json "$json"
-    run "$out/$name-speed.txt" "$bin/generate" "$file" --benchmark --runs 3 "${threads[@]}" --json "$json"
+    run "$base-eval.txt" "$bin/eval" "$file" "$@" "${threads[@]}" --json "$json"
+    run "$base-speed.txt" "$bin/generate" "$file" --benchmark --runs 3 "${threads[@]}" --json "$json"
     ppl=$(json_field "$json" "$EVENT" "$PPL")
     printf '%s %s %s %s\n' "$name" "$ppl" "$(stat -c %s "$file")" \
-        "$(awk '$1 == "result" && $2 == "generate_decode" { print $3 }' "$out/$name-speed.txt")" >>"$table"
+        "$(awk '$1 == "result" && $2 == "generate_decode" { print $3 }' "$base-speed.txt")" >>"$table"
 }
 
 # print_table TITLE: what was measured under the names `untouched`, `float`, `rtn:SCHEME` and `qat:SCHEME`, and for each

@@ -2,7 +2,7 @@
 # The whole path on a small Llama, with nothing downloaded: scripts/quickstart.sh [OUT]
 # Gathers text that the machine has, trains a Llama of a million parameters on its bytes, trains on with quantization-aware
 # training (and, for comparison, as many steps in float), converts, scores on held-out text, and ends with a table: float,
-# rounded to nearest, QAT. OUT (runs/quickstart) keeps the models, logs and loss.png.
+# rounded to nearest, QAT. OUT (runs/quickstart) keeps the models, logs and loss.png (the second part, float and QAT).
 # Settings: SCHEME=int3-32 SHAPE=1M STEPS=1200 MORE_STEPS=400 SEED=1337 THREADS=0 (all cores).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -40,7 +40,7 @@ say "a sample of the quantized model"
 "$bin/generate" "$out/qat/model-$scheme.bin" --prompt "The file is" --max-new-tokens 200 --seed 1 2>/dev/null || true
 if command -v gnuplot >/dev/null; then
     echo
-    scripts/plot.sh -o "$out/loss.png" "$out/base" "$out/float" "$out/qat" || true
+    scripts/plot.sh -o "$out/loss.png" "$out/float" "$out/qat" || true
 fi
 say "done"
 print_table "perplexity/byte"
