@@ -36,18 +36,7 @@ VEC v16 update_step(const Update *u, UpdateKind kind, size_t at, int n) {
     return p;
 }
 
-typedef struct { v16 lo, hi; } Range;   // smallest and largest of each lane; NaN left out
-
-VEC void range_add(Range *r, v16 w16, int n) {
-    if (n < 16) {                       // lanes beyond the span repeat its first value
-        v16 first = v16_set1(w16[0]);
-        for (int i = n; i < 16; i++) w16[i] = first[i];
-    }
-    r->lo = v16_min(w16, r->lo);
-    r->hi = v16_max(w16, r->hi);
-}
-
-// Updates cols values in a row, gathering the range of their bf16 values.
+// Updates cols values in a row, adding their bf16 values to the range.
 VEC void update_span(const Update *u, UpdateKind kind, size_t at, int64_t cols, Range *r) {
     int64_t c = 0;
     for (; c + 16 <= cols; c += 16) range_add(r, v16_bf16_round(update_step(u, kind, at + (size_t)c, 16)), 16);
@@ -57,31 +46,37 @@ VEC void update_span(const Update *u, UpdateKind kind, size_t at, int64_t cols, 
     }
 }
 
-static Range range_empty(void) { return (Range){v16_set1(INFINITY), v16_set1(-INFINITY)}; }
+// What the working values of one tensor are made by; constants where it is inlined.
+typedef struct {
+    bool zero_is_float, codes;
+    float mid;
+} Working;
 
-VEC void quantize_step(floatX *work, const float *master, int n, const BlockQuant *b, bool zero_is_float, bool codes) {
-    v16 w16 = v16_bf16_round(v16_load(master, n));
-    v16 q = v16_nan_to(v16_clamp_code(v16_unclamped(w16, b, zero_is_float, QD_BF16), b), b->nan_code);
-    v16_storex(work, codes ? q : v16_dequant(q, b, zero_is_float, QD_BF16), n);
+VEC v16 quantize_step(const float *master, int n, const BlockQuant *b, Working w) {
+    v16 u = v16_unclamped(v16_bf16_round(v16_load(master, n)), b, w.zero_is_float, QD_BF16);
+    v16 q = v16_nan_to(v16_clamp_code(u, b), b->nan);
+    // As codes the zero point is 0, and adding it turns -0 into 0.
+    return w.codes ? q + b->zp : v16_dequant(q, b, w.zero_is_float, w.mid);
 }
 
-VEC void quantize_loop(floatX *work, const float *master, int64_t cols, const BlockQuant *b, bool zero_is_float,
-                       bool codes) {
+// Working values of cols values in a row that share one scale. In the fp32 build they are rounded to bf16 all the same.
+VEC void quantize_loop(floatX *work, const float *master, int64_t cols, const BlockQuant *b, Working w) {
     int64_t c = 0;
-    for (; c + 16 <= cols; c += 16) quantize_step(work + c, master + c, 16, b, zero_is_float, codes);
-    if (c < cols) quantize_step(work + c, master + c, (int)(cols - c), b, zero_is_float, codes);
+    for (; c + 32 <= cols; c += 32) {
+        v16 lo = quantize_step(master + c, 16, b, w), hi = quantize_step(master + c + 16, 16, b, w);
+        v32_storex(work + c, v16_work(lo), v16_work(hi));
+    }
+    for (; c < cols; c += 16) {
+        int n = cols - c < 16 ? (int)(cols - c) : 16;
+        v16_storex(work + c, v16_work(quantize_step(master + c, n, b, w)), n);
+    }
 }
 
-// Working values of cols values in a row that share one scale.
 VEC void quantize_span(floatX *work, const float *master, int64_t cols, const BlockQuant *b, const QuantSpec *s,
                        bool codes) {
-    if (s->zero == QZ_FLOAT) quantize_loop(work, master, cols, b, true, false);
-    else if (codes) quantize_loop(work, master, cols, b, false, true);
-    else quantize_loop(work, master, cols, b, false, false);
-}
-
-static QParams range_choose(Range r, const QuantSpec *s) {
-    return quant_choose(v16_hmin(r.lo), v16_hmax(r.hi), s, QD_BF16);
+    if (s->zero == QZ_FLOAT) quantize_loop(work, master, cols, b, (Working){true, false, quant_mid(s)});
+    else if (codes) quantize_loop(work, master, cols, b, (Working){false, true, 0.0f});
+    else quantize_loop(work, master, cols, b, (Working){false, false, 0.0f});
 }
 
 // Values that a thread takes at a time where rows do not matter.
@@ -93,8 +88,14 @@ VEC void update_plain(const Update *u, UpdateKind kind, floatX *work, float *wsc
 #pragma omp parallel for schedule(static) if (total >= CPU_MIN_PARALLEL)
     for (size_t k = 0; k < chunks; k++) {
         size_t i = k * CHUNK, end = i + CHUNK < total ? i + CHUNK : total;
-        for (; i + 16 <= end; i += 16) v16_storex(work + i, update_step(u, kind, i, 16), 16);
-        if (i < end) v16_storex(work + i, update_step(u, kind, i, (int)(end - i)), (int)(end - i));
+        for (; i + 32 <= end; i += 32) {
+            v16 lo = update_step(u, kind, i, 16), hi = update_step(u, kind, i + 16, 16);
+            v32_storex(work + i, lo, hi);
+        }
+        for (; i < end; i += 16) {
+            int n = end - i < 16 ? (int)(end - i) : 16;
+            v16_storex(work + i, update_step(u, kind, i, n), n);
+        }
     }
     if (wscale)
         for (int64_t r = 0; r < rows; r++) wscale[r] = 1.0f;
@@ -111,9 +112,23 @@ VEC void update_tensor(const Update *u, UpdateKind kind, floatX *work, const Qua
         lo = rl < lo ? rl : lo;
         hi = rh > hi ? rh : hi;
     }
-    BlockQuant b = block_quant(quant_choose(lo, hi, s, QD_BF16), s, QD_BF16);
+    BlockQuant b = block_quant(v16_choose(v16_set1(lo), v16_set1(hi), s, QD_BF16), s, QD_BF16);
 #pragma omp parallel for schedule(static) if (rows * cols >= CPU_MIN_PARALLEL)
     for (int64_t r = 0; r < rows; r++) quantize_span(work + r * cols, u->master + r * cols, cols, &b, s, false);
+}
+
+// Updates up to sixteen blocks of b0 rows by b1 columns, the first at row r0 and column c0, and returns their parameters.
+// Sixteen at a time, since choosing a scale takes two divisions one after the other.
+VEC BlockQuant update_sixteen(const Update *u, UpdateKind kind, const QuantSpec *s, int64_t r0, int64_t c0, int64_t cols,
+                              int64_t b0, int64_t b1, int blocks) {
+    float lo[16] = {0}, hi[16] = {0};
+    for (int k = 0; k < blocks; k++) {
+        Range range = range_empty();
+        for (int64_t r = r0; r < r0 + b0; r++) update_span(u, kind, (size_t)(r * cols + c0 + k * b1), b1, &range);
+        lo[k] = v16_hmin(range.lo);
+        hi[k] = v16_hmax(range.hi);
+    }
+    return block_quant(v16_choose(v16_load(lo, 16), v16_load(hi, 16), s, QD_BF16), s, QD_BF16);
 }
 
 // Blocks of b0 rows by b1 columns: a strip of b0 rows is updated and quantized while it is in cache.
@@ -122,15 +137,16 @@ VEC void update_blocks(const Update *u, UpdateKind kind, floatX *work, float *ws
     bool codes = quant_works_as_codes(s);
 #pragma omp parallel for schedule(static) if (rows * cols >= CPU_MIN_PARALLEL)
     for (int64_t r0 = 0; r0 < rows; r0 += b0) {
-        for (int64_t c0 = 0; c0 < cols; c0 += b1) {
-            Range range = range_empty();
-            for (int64_t r = r0; r < r0 + b0; r++) update_span(u, kind, (size_t)(r * cols + c0), b1, &range);
-            QParams p = range_choose(range, s);
-            BlockQuant b = block_quant(p, s, QD_BF16);
+        for (int64_t c0 = 0; c0 < cols; c0 += 16 * b1) {
+            int blocks = cols - c0 < 16 * b1 ? (int)((cols - c0) / b1) : 16;
+            BlockQuant all = update_sixteen(u, kind, s, r0, c0, cols, b0, b1, blocks);
             for (int64_t r = r0; r < r0 + b0; r++) {
-                int64_t at = r * cols + c0;
-                quantize_span(work + at, u->master + at, b1, &b, s, codes);
-                if (wscale && c0 == 0) wscale[r] = codes ? p.scale : 1.0f;
+                for (int k = 0; k < blocks; k++) {
+                    int64_t at = r * cols + c0 + k * b1;
+                    BlockQuant b = block_quant_lane(&all, k);
+                    quantize_span(work + at, u->master + at, b1, &b, s, codes);
+                }
+                if (wscale && c0 == 0) wscale[r] = codes ? all.scale[0] : 1.0f;
             }
         }
     }
@@ -202,12 +218,15 @@ void cpu_weight_ste_mask(float *grad, const float *master, const QuantSpec *wq, 
     int64_t b0 = block[0], b1 = block[1];
 #pragma omp parallel for schedule(static) if (rows * cols >= CPU_MIN_PARALLEL)
     for (int64_t r0 = 0; r0 < rows; r0 += b0) {
-        for (int64_t c0 = 0; c0 < cols; c0 += b1) {
-            Range range = range_empty();
-            for (int64_t r = r0; r < r0 + b0; r++) update_span(&u, UPDATE_NONE, (size_t)(r * cols + c0), b1, &range);
-            BlockQuant b = block_quant(range_choose(range, wq), wq, QD_BF16);
+        for (int64_t c0 = 0; c0 < cols; c0 += 16 * b1) {
+            int blocks = cols - c0 < 16 * b1 ? (int)((cols - c0) / b1) : 16;
+            BlockQuant all = update_sixteen(&u, UPDATE_NONE, wq, r0, c0, cols, b0, b1, blocks);
             for (int64_t r = r0; r < r0 + b0; r++)
-                ste_mask_span(grad + r * cols + c0, master + r * cols + c0, b1, &b, wq->zero == QZ_FLOAT);
+                for (int k = 0; k < blocks; k++) {
+                    int64_t at = r * cols + c0 + k * b1;
+                    BlockQuant b = block_quant_lane(&all, k);
+                    ste_mask_span(grad + at, master + at, b1, &b, wq->zero == QZ_FLOAT);
+                }
         }
     }
 }

@@ -67,32 +67,111 @@ static inline void cpu_share(int *first, int *last, int n) {
 #define QD_X QD_BF16
 #endif
 
-// What quantizing the values of one block needs, from its scale and zero point.
-typedef struct { v16 scale, inv, zp, mid, m, lo, hi, nan_code; } BlockQuant;
+// ---------------------------------------------------------------------------------------------
+// quant.h sixteen at a time, the same bits.
 
-VEC BlockQuant block_quant(QParams p, const QuantSpec *s, QuantDType d) {
-    float mid = quant_mid(s);
-    BlockQuant b = {.scale = v16_set1(p.scale), .inv = v16_set1(1.0f / p.scale), .zp = v16_set1(p.zp),
-                    .mid = v16_set1(mid), .lo = v16_set1((float)s->qmin), .hi = v16_set1((float)s->qmax)};
-    b.m = v16_set1(quant_round_d(p.zp - quant_round_d(p.scale * mid, d), d));
-    b.nan_code = v16_set1((float)quant_code(NAN, p, s, d));
+VEC v16 v16_round_d(v16 v, QuantDType d) { return d == QD_BF16 ? v16_bf16_round(v) : v; }
+
+// quant_choose: scales and zero points of sixteen blocks from their smallest and largest values.
+typedef struct { v16 scale, zp; } V16QParams;
+
+VEC V16QParams v16_choose(v16 mn, v16 mx, const QuantSpec *s, QuantDType d) {
+    v16 range = v16_set1((float)(s->qmax - s->qmin)), mid = v16_set1(quant_mid(s)), zero = {0};
+    v16 qmin = v16_set1((float)s->qmin), qmax = v16_set1((float)s->qmax), eps = v16_set1(quant_round_d(s->eps, d));
+    V16QParams p;
+    v16 low = v16_keep_inside(mn, mn, v16_set1(-INFINITY), mx);      // no value: 0
+    mx = v16_keep_inside(mx, mn, v16_set1(-INFINITY), mx);
+    mn = low;
+    if (s->zero == QZ_FLOAT) {
+        p.scale = v16_max(eps, v16_round_d(v16_round_d(mx - mn, d) / range, d));
+        p.zp = v16_round_d(mn + v16_round_d(p.scale * mid, d), d);
+        return p;
+    }
+    mn = v16_min(mn, zero);
+    mx = v16_max(mx, zero);
+    if (s->mapping == QM_ASYMMETRIC) {
+        p.scale = v16_max(eps, v16_round_d(v16_round_d(mx - mn, d) / range, d));
+        v16 r = v16_round_d(qmin - v16_rint(v16_round_d(mn / p.scale, d)), d);
+        p.zp = v16_nan_to(v16_min(qmax, v16_max(qmin, r)), qmin);
+        return p;
+    }
+    v16 size = s->mapping == QM_SYMMETRIC_NO_CLIP ? v16_max(v16_round_d(mn / qmin, d), v16_round_d(mx / qmax, d))
+                                                  : v16_round_d(v16_max(-mn, mx) / (range * v16_set1(0.5f)), d);
+    p.scale = v16_max(eps, size);
+    p.zp = mid;
+    return p;
+}
+
+// What quantizing the values of blocks needs. Integer domain: codes are counted from the zero point, so lo and hi are
+// qmin - zp and qmax - zp (whole numbers, exact), and a value is one product.
+typedef struct {
+    v16 scale, inv;
+    v16 lo, hi;         // bounds of v16_unclamped
+    v16 nan;            // what NaN is taken for where codes are stored
+    v16 zp;
+    v16 m;              // float domain: the value of code qmin
+} BlockQuant;
+
+VEC BlockQuant block_quant(V16QParams p, const QuantSpec *s, QuantDType d) {
+    v16 qmin = v16_set1((float)s->qmin), qmax = v16_set1((float)s->qmax), zero = {0};
+    BlockQuant b = {.scale = p.scale, .inv = v16_set1(1.0f) / p.scale, .zp = p.zp};
+    v16 code;
+    if (s->zero == QZ_FLOAT) {
+        b.lo = qmin;
+        b.hi = qmax;
+        b.m = v16_round_d(p.zp - v16_round_d(p.scale * v16_set1(quant_mid(s)), d), d);
+        code = v16_rint(v16_round_d(v16_round_d(zero - b.m, d) / p.scale, d));
+    } else {
+        b.lo = qmin - p.zp;
+        b.hi = qmax - p.zp;
+        b.m = zero;
+        code = zero * b.inv;                                      // 0, or NaN
+    }
+    b.nan = v16_nan_to(v16_min(b.hi, v16_max(b.lo, code)), b.lo);
     return b;
 }
-VEC v16 v16_round_d(v16 v, QuantDType d) { return d == QD_BF16 ? v16_bf16_round(v) : v; }
-// quant_unclamped, quant_clampf and quant_dequant of quant.h, sixteen at a time: the same bits.
-VEC v16 v16_unclamped(v16 x, const BlockQuant *b, bool zero_is_float, QuantDType d) {
-    if (zero_is_float) return v16_rint(v16_round_d(v16_round_d(x - b->m, d) / b->scale, d));
-    return v16_rint(x * b->inv) + b->zp;
-}
-VEC v16 v16_clamp_code(v16 u, const BlockQuant *b) { return v16_min(b->hi, v16_max(b->lo, u)); }
-VEC v16 v16_dequant(v16 q, const BlockQuant *b, bool zero_is_float, QuantDType d) {
-    if (zero_is_float) return v16_round_d(v16_fma(q - b->mid, b->scale, b->zp), d);
-    return v16_round_d((q - b->zp) * b->scale, d);
+// Lane i in all lanes.
+VEC BlockQuant block_quant_lane(const BlockQuant *b, int i) {
+    return (BlockQuant){v16_set1(b->scale[i]), v16_set1(b->inv[i]), v16_set1(b->lo[i]), v16_set1(b->hi[i]),
+                        v16_set1(b->nan[i]), v16_set1(b->zp[i]), v16_set1(b->m[i])};
 }
 
-// Activation fake quantization of one row (C) X whose values span [mn, mx] (NaN left out of it; of f32 values before
-// their rounding to X is as good: rounding keeps order). y may be x. For operations that have just written the row:
-// it is read back from the nearest cache, so that quantizing costs no memory traffic.
-void fakequant_row(floatX *y, uint8_t *mask, const floatX *x, int C, float mn, float mx, const QuantSpec *act);
+// The code before clamping, counted from the zero point in the integer domain.
+VEC v16 v16_unclamped(v16 x, const BlockQuant *b, bool zero_is_float, QuantDType d) {
+    if (zero_is_float) return v16_rint(v16_round_d(v16_round_d(x - b->m, d) / b->scale, d));
+    return v16_rint(x * b->inv);
+}
+VEC v16 v16_clamp_code(v16 u, const BlockQuant *b) { return v16_min(b->hi, v16_max(b->lo, u)); }
+// Its value, before the rounding to d. The fused addition of 0 turns -0 (of codes rounded from below) into 0, as adding
+// the zero point does in quant.h.
+VEC v16 v16_dequant(v16 q, const BlockQuant *b, bool zero_is_float, float mid) {
+    if (zero_is_float) return v16_fma(q - v16_set1(mid), b->scale, b->zp);
+    return v16_fma(q, b->scale, v16_set1(0.0f));
+}
+
+// Working values of weights are bf16 values in both builds; bf16 stores round by themselves.
+VEC v16 v16_work(v16 v) {
+#ifdef PRECISION_FP32
+    return v16_bf16_round(v);
+#else
+    return v;
+#endif
+}
+
+// Smallest and largest value of each lane; NaN takes no part.
+typedef struct { v16 lo, hi; } Range;
+
+VEC Range range_empty(void) { return (Range){v16_set1(INFINITY), v16_set1(-INFINITY)}; }
+VEC void range_add(Range *r, v16 v, int n) {
+    if (n < 16)
+        for (int i = n; i < 16; i++) v[i] = v[0];    // lanes beyond the span repeat its first value
+    r->lo = v16_min(v, r->lo);
+    r->hi = v16_max(v, r->hi);
+}
+
+// Activation fake quantization of one row (C) X with the given range (of f32 values before their rounding to X is as
+// good: rounding keeps order). y may be x. For operations that have just written the row: it is read back from the
+// nearest cache, so that quantizing costs no memory traffic.
+void fakequant_row(floatX *y, uint8_t *mask, const floatX *x, int C, Range range, const QuantSpec *act);
 static inline bool quant_is_on(const QuantSpec *s) { return s && s->bits; }
 #endif

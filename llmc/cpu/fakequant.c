@@ -1,58 +1,65 @@
 // Activation fake quantization by row, and its straight-through masks.
 #include "cpu.h"
 
-VEC void fakequant_step(floatX *y, uint8_t *mask, const floatX *x, int n, const BlockQuant *b, bool zero_is_float,
-                        bool with_mask) {
+// The value, before its rounding to X. The flags are constants where this is inlined: four loops, no branches inside.
+VEC v16 fakequant_step(uint8_t *mask, const floatX *x, int n, const BlockQuant *b, float mid, bool zero_is_float,
+                       bool with_mask) {
     v16 u = v16_unclamped(v16_loadx(x, n), b, zero_is_float, QD_X);
     if (with_mask) v16_store_inside(mask, u, b->lo, b->hi, n);
-    v16_storex(y, v16_dequant(v16_clamp_code(u, b), b, zero_is_float, QD_X), n);
+    return v16_dequant(v16_clamp_code(u, b), b, zero_is_float, mid);
 }
 
-// zero_is_float and with_mask are constants at each call: four loops, no branches inside.
-VEC void fakequant_loop(floatX *y, uint8_t *mask, const floatX *x, int C, const BlockQuant *b, bool zero_is_float,
-                        bool with_mask) {
+VEC void fakequant_loop(floatX *y, uint8_t *mask, const floatX *x, int C, const BlockQuant *b, float mid,
+                        bool zero_is_float, bool with_mask) {
     int c = 0;
-    for (; c + 16 <= C; c += 16) fakequant_step(y + c, with_mask ? mask + c : NULL, x + c, 16, b, zero_is_float, with_mask);
-    if (c < C) fakequant_step(y + c, with_mask ? mask + c : NULL, x + c, C - c, b, zero_is_float, with_mask);
+    for (; c + 32 <= C; c += 32) {
+        v16 lo = fakequant_step(with_mask ? mask + c : NULL, x + c, 16, b, mid, zero_is_float, with_mask);
+        v16 hi = fakequant_step(with_mask ? mask + c + 16 : NULL, x + c + 16, 16, b, mid, zero_is_float, with_mask);
+        v32_storex(y + c, lo, hi);
+    }
+    for (; c < C; c += 16) {
+        int n = C - c < 16 ? C - c : 16;
+        v16_storex(y + c, fakequant_step(with_mask ? mask + c : NULL, x + c, n, b, mid, zero_is_float, with_mask), n);
+    }
 }
 
-void fakequant_row(floatX *y, uint8_t *mask, const floatX *x, int C, float mn, float mx, const QuantSpec *act) {
-    QParams p = quant_choose(quant_round_d(mn, QD_X), quant_round_d(mx, QD_X), act, QD_X);
+void fakequant_row(floatX *y, uint8_t *mask, const floatX *x, int C, Range range, const QuantSpec *act) {
+    V16QParams p = v16_choose(v16_roundx(v16_set1(v16_hmin(range.lo))), v16_roundx(v16_set1(v16_hmax(range.hi))), act, QD_X);
     BlockQuant b = block_quant(p, act, QD_X);
+    float mid = quant_mid(act);
     if (act->zero == QZ_FLOAT) {
-        if (mask) fakequant_loop(y, mask, x, C, &b, true, true);
-        else fakequant_loop(y, NULL, x, C, &b, true, false);
+        if (mask) fakequant_loop(y, mask, x, C, &b, mid, true, true);
+        else fakequant_loop(y, NULL, x, C, &b, mid, true, false);
     } else {
-        if (mask) fakequant_loop(y, mask, x, C, &b, false, true);
-        else fakequant_loop(y, NULL, x, C, &b, false, false);
+        if (mask) fakequant_loop(y, mask, x, C, &b, mid, false, true);
+        else fakequant_loop(y, NULL, x, C, &b, mid, false, false);
     }
+}
+
+static Range range_of(const floatX *x, int C) {
+    Range even = range_empty(), odd = even;          // two, so that an addition need not wait for the one before
+    int c = 0;
+    for (; c + 32 <= C; c += 32) {
+        range_add(&even, v16_loadx(x + c, 16), 16);
+        range_add(&odd, v16_loadx(x + c + 16, 16), 16);
+    }
+    for (; c < C; c += 16) {
+        int n = C - c < 16 ? C - c : 16;
+        range_add(&even, v16_loadx(x + c, n), n);
+    }
+    return (Range){v16_min(even.lo, odd.lo), v16_max(even.hi, odd.hi)};
 }
 
 void cpu_fakequant_forward(floatX *y, uint8_t *mask, const floatX *x, size_t N, int C, const QuantSpec *act) {
 #pragma omp parallel for schedule(static) if (N * (size_t)C >= CPU_MIN_PARALLEL)
     for (size_t n = 0; n < N; n++) {
-        const floatX *xn = x + n * (size_t)C;
-        floatX *yn = y + n * (size_t)C;
-        uint8_t *mn = mask ? mask + n * (size_t)C : NULL;
-        if (!quant_is_on(act)) {
-            if (yn != xn) memcpy(yn, xn, (size_t)C * sizeof(floatX));
-            if (mn) memset(mn, 1, (size_t)C);
+        size_t at = n * (size_t)C;
+        if (quant_is_on(act)) {
+            fakequant_row(y + at, mask ? mask + at : NULL, x + at, C, range_of(x + at, C), act);
             continue;
         }
-        v16 lo = v16_set1(INFINITY), hi = v16_set1(-INFINITY);
-        int c = 0;
-        for (; c + 16 <= C; c += 16) {
-            v16 v = v16_loadx(xn + c, 16);
-            lo = v16_min(v, lo);
-            hi = v16_max(v, hi);
-        }
-        float rmin = v16_hmin(lo), rmax = v16_hmax(hi);
-        for (; c < C; c++) {
-            float v = x2f(xn[c]);
-            rmin = v < rmin ? v : rmin;
-            rmax = v > rmax ? v : rmax;
-        }
-        fakequant_row(yn, mn, xn, C, rmin, rmax, act);
+        if (y != x) memcpy(y + at, x + at, (size_t)C * sizeof *y);
+        if (mask) memset(mask + at, 1, (size_t)C);
     }
 }
 

@@ -24,10 +24,6 @@ static int packed_init(Packed *p, const QuantSpec *s, int64_t rows, int64_t cols
     return 0;
 }
 
-static QParams packed_qparams(const float *scale, const float *zero, const QuantSpec *s, int64_t i) {
-    return (QParams){.scale = scale[i], .zp = zero ? zero[i] : quant_mid(s)};
-}
-
 // Eight fields of `bits` bits, one to a byte.
 VEC uint64_t spread8(uint64_t fields, int bits) {
 #ifdef __BMI2__
@@ -54,45 +50,58 @@ VEC v16 unpack16(const uint8_t *src, size_t left, int bits, int sign) {
     uint64_t flip = 0x0101010101010101u * (uint64_t)sign;
     w[0] = spread8(w[0], bits) ^ flip;                 // with its sign bit flipped, a code is a byte from 0 up
     w[1] = spread8(w[1], bits) ^ flip;
-    uint8_t bytes[16];
-    memcpy(bytes, w, 16);
     v16 v;
 #ifdef QLLM_AVX512
-    v = (v16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)bytes)));
+    v = (v16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_set_epi64x((long long)w[1], (long long)w[0])));
 #else
-    for (int i = 0; i < 16; i++) v[i] = (float)bytes[i];
+    for (int i = 0; i < 16; i++) v[i] = (float)(w[i / 8] >> (8 * (i % 8)) & 255u);
 #endif
     return v - v16_set1((float)sign);
+}
+
+// Working values of n codes in a row, from code number c on, that share one scale; blocks of sixteens.
+VEC void dequant_span(floatX *work, const uint8_t *row, const Packed *pk, int64_t c, int64_t n, const BlockQuant *b,
+                      bool as_codes, bool zero_is_float, float mid) {
+    for (int64_t end = c + n; c < end; c += 16) {
+        size_t byte = (size_t)c * (size_t)pk->bits / 8;
+        v16 q = unpack16(row + byte, pk->row_bytes - byte, pk->bits, pk->sign);
+        if (!as_codes) q = v16_work(v16_dequant(zero_is_float ? q : q - b->zp, b, zero_is_float, mid));
+        v16_storex(work + c, q, end - c < 16 ? (int)(end - c) : 16);
+    }
+}
+
+// One row of blocks that end anywhere.
+static void dequant_odd(floatX *work, const uint8_t *row, const Packed *pk, const float *scale, const float *zero,
+                        const QuantSpec *s, int64_t cols) {
+    for (int64_t c = 0; c < cols; c++) {
+        size_t byte = (size_t)(c & ~7) * (size_t)pk->bits / 8;       // eight codes start at a byte
+        v16 q = unpack16(row + byte, pk->row_bytes - byte, pk->bits, pk->sign);
+        QParams p = {scale[c / pk->b1], zero ? zero[c / pk->b1] : quant_mid(s)};
+        work[c] = f2x(quant_dequant(q[c % 8], p, s, QD_BF16));
+    }
 }
 
 void cpu_dequant_rows(floatX *work, float *wscale, const uint8_t *codes, const float *scale, const float *zero,
                       const QuantSpec *wq, int64_t rows, int64_t cols) {
     Packed pk;
     if (packed_init(&pk, wq, rows, cols) < 0) return;
-    bool as_codes = quant_works_as_codes(wq), zero_is_float = wq->zero == QZ_FLOAT;
+    bool as_codes = quant_works_as_codes(wq);
+    float mid = quant_mid(wq);
 #pragma omp parallel for schedule(static) if (rows * cols >= CPU_MIN_PARALLEL)
     for (int64_t r = 0; r < rows; r++) {
         const uint8_t *row = codes + (size_t)r * pk.row_bytes;
-        int64_t first = r / pk.b0 * pk.across, at = -1;
-        BlockQuant b = {0};
-        if (wscale) wscale[r] = as_codes ? scale[first] : 1.0f;
-        for (int64_t c = 0; c < cols; c += 16) {
-            size_t byte = (size_t)c * (size_t)pk.bits / 8;
-            v16 q = unpack16(row + byte, pk.row_bytes - byte, pk.bits, pk.sign), v = q;
-            int n = cols - c < 16 ? (int)(cols - c) : 16;
-            // A block need not end with these sixteen: each of them is dequantized for each block it meets.
-            for (int i = 0; !as_codes && i < n;) {
-                int64_t block = (c + i) / pk.b1, end = (block + 1) * pk.b1 - c;
-                if (block != at) b = block_quant(packed_qparams(scale, zero, wq, first + block), wq, QD_BF16);
-                at = block;
-                v16 d = v16_dequant(q, &b, zero_is_float, QD_BF16);
-                if (i == 0 && end >= n) {
-                    v = d;
-                    break;
-                }
-                for (; i < n && i < end; i++) v[i] = d[i];
-            }
-            v16_storex(work + r * cols + c, v, n);
+        const float *s = scale + r / pk.b0 * pk.across, *z = zero ? zero + r / pk.b0 * pk.across : NULL;
+        floatX *out = work + r * cols;
+        if (wscale) wscale[r] = as_codes ? s[0] : 1.0f;
+        if (pk.across > 1 && pk.b1 % 16) {
+            dequant_odd(out, row, &pk, s, z, wq, cols);
+            continue;
+        }
+        for (int64_t g = 0; g < pk.across; g++) {
+            BlockQuant b = {.scale = v16_set1(s[g]), .zp = v16_set1(z ? z[g] : mid)};
+            if (as_codes) dequant_span(out, row, &pk, g * pk.b1, pk.b1, &b, true, false, 0.0f);
+            else if (wq->zero == QZ_FLOAT) dequant_span(out, row, &pk, g * pk.b1, pk.b1, &b, false, true, mid);
+            else dequant_span(out, row, &pk, g * pk.b1, pk.b1, &b, false, false, 0.0f);
         }
     }
 }
@@ -115,15 +124,6 @@ typedef struct {
     size_t ldx, ld_sums;
 } Matvec;
 
-// Up to 16 bytes of a row, zeros behind its end.
-typedef struct { uint8_t b[16]; } Bytes16;
-VEC Bytes16 bytes16(const uint8_t *src, size_t left) {
-    Bytes16 v = {{0}};
-    if (left >= 16) memcpy(v.b, src, 16);
-    else memcpy(v.b, src, left);
-    return v;
-}
-
 // Values of the sixteen 4-bit fields, counted from `from`.
 VEC v16 nibble_table(int sign, float from) {
     v16 t;
@@ -131,62 +131,89 @@ VEC v16 nibble_table(int sign, float from) {
     return t;
 }
 
-// 32 codes of 4 bits by table: the even ones (low nibbles) and the odd ones (high nibbles).
-VEC void nibbles32(v16 *even, v16 *odd, Bytes16 b, v16 table) {
+// Sixteen bytes of a row, of which `left` are still in it; zeros stand for the others.
 #ifdef QLLM_AVX512
-    __m128i bytes;
-    memcpy(&bytes, b.b, 16);
-    __m512i w = _mm512_cvtepu8_epi32(bytes);         // a permutation looks at the low four bits of its indices only
-    *even = (v16)_mm512_permutexvar_ps(w, (__m512)table);
-    *odd = (v16)_mm512_permutexvar_ps(_mm512_srli_epi32(w, 4), (__m512)table);
-#else
-    for (int i = 0; i < 16; i++) {
-        (*even)[i] = table[b.b[i] & 15];
-        (*odd)[i] = table[b.b[i] >> 4];
-    }
-#endif
+typedef __m128i Bytes16;
+VEC Bytes16 bytes16(const uint8_t *src, size_t left) {
+    if (__builtin_expect(left >= 16, 1)) return _mm_loadu_si128((const __m128i *)(const void *)src);
+    return _mm_maskz_loadu_epi8(v16_mask((int)left), src);
 }
-
+// 32 codes of 4 bits by table: the even ones (low nibbles), then the odd ones. A permutation looks at the low four bits
+// of its indices only.
+VEC v16 nibbles_even(Bytes16 b, v16 table) {
+    return (v16)_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(b), (__m512)table);
+}
+VEC v16 nibbles_odd(Bytes16 b, v16 table) {
+    return (v16)_mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(b), 4), (__m512)table);
+}
 VEC v16 codes16(Bytes16 b, int sign) {
-#ifdef QLLM_AVX512
-    __m128i bytes;
-    memcpy(&bytes, b.b, 16);
-    return (v16)_mm512_cvtepi32_ps(sign ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+    return (v16)_mm512_cvtepi32_ps(sign ? _mm512_cvtepi8_epi32(b) : _mm512_cvtepu8_epi32(b));
+}
 #else
+typedef struct { uint8_t b[16]; } Bytes16;
+VEC Bytes16 bytes16(const uint8_t *src, size_t left) {
+    Bytes16 v = {{0}};
+    memcpy(v.b, src, left < 16 ? left : 16);
+    return v;
+}
+VEC v16 nibbles_even(Bytes16 b, v16 table) {
+    v16 v;
+    for (int i = 0; i < 16; i++) v[i] = table[b.b[i] & 15];
+    return v;
+}
+VEC v16 nibbles_odd(Bytes16 b, v16 table) {
+    v16 v;
+    for (int i = 0; i < 16; i++) v[i] = table[b.b[i] >> 4];
+    return v;
+}
+VEC v16 codes16(Bytes16 b, int sign) {
     v16 v;
     for (int i = 0; i < 16; i++) v[i] = (float)((b.b[i] ^ sign) - sign);
     return v;
-#endif
 }
+#endif
 
-// Row r against n <= TOKENS tokens from xt on: total[t] += sum over blocks of scale * sum (code - centre) * x, lanes apart.
-// bits (where it is 4 or 8) and n are constants at the calls that matter.
-VEC void row_dot(v16 *total, const Matvec *mv, int64_t r, const float *xt, int n, int bits) {
-    const Packed *pk = &mv->pk;
-    const uint8_t *row = mv->codes + (size_t)r * pk->row_bytes;
-    int64_t first = r / pk->b0 * pk->across;
-    bool zero_is_int = mv->zero && !mv->zero_is_float;
-    v16 table = nibble_table(pk->sign, mv->centre), from = v16_set1(mv->centre);
-    for (int64_t g = 0; g < pk->across; g++) {
+// Row r against n <= TOKENS tokens from xt on: total[t] = sum over blocks of scale * sum (code - centre) * x, lanes apart.
+// bits (where it is 4 or 8), n and zero_is_int are constants where this is inlined, so that sums stay in registers.
+VEC void row_dot(v16 *total, const Matvec *mv, int64_t r, const float *xt, int n, int bits, bool zero_is_int) {
+    const size_t ldx = mv->ldx, row_bytes = mv->pk.row_bytes;
+    const int64_t b1 = mv->pk.b1, across = mv->pk.across, first = r / mv->pk.b0 * across;
+    const uint8_t *row = mv->codes + (size_t)r * row_bytes;
+    const int sign = mv->pk.sign;
+    v16 sum[TOKENS] = {{0}}, table = nibble_table(sign, mv->centre), from = v16_set1(mv->centre);
+    for (int64_t g = 0; g < across; g++) {
         v16 acc[TOKENS] = {{0}};
         if (zero_is_int) {
             from = v16_set1(mv->zero[first + g]);
-            table = nibble_table(pk->sign, mv->zero[first + g]);
+            if (bits == 4) table = nibble_table(sign, 0.0f) - from;
         }
-        for (int64_t c = g * pk->b1; c < (g + 1) * pk->b1; c += bits == 4 ? 32 : 16) {
-            size_t byte = (size_t)c * (size_t)bits / 8, left = pk->row_bytes - byte;
-            v16 q, odd = {0};
-            if (bits == 4) nibbles32(&q, &odd, bytes16(row + byte, left), table);
-            else if (bits == 8) q = codes16(bytes16(row + byte, left), pk->sign) - from;
-            else q = unpack16(row + byte, left, bits, pk->sign) - from;
-            for (int t = 0; t < n; t++) {
-                const float *x = xt + (size_t)t * mv->ldx + c;
-                acc[t] = v16_fma(q, v16_load(x, 16), acc[t]);
-                if (bits == 4) acc[t] = v16_fma(odd, v16_load(x + 16, 16), acc[t]);
+        for (int64_t c = g * b1; c < (g + 1) * b1; c += bits == 4 ? 32 : 16) {
+            size_t byte = (size_t)c * (size_t)bits / 8, left = row_bytes - byte;
+            if (bits == 4) {
+                Bytes16 b = bytes16(row + byte, left);
+                v16 even = nibbles_even(b, table), odd = nibbles_odd(b, table);
+                for (int t = 0; t < n; t++) {
+                    acc[t] = v16_fma(even, v16_load(xt + (size_t)t * ldx + c, 16), acc[t]);
+                    acc[t] = v16_fma(odd, v16_load(xt + (size_t)t * ldx + c + 16, 16), acc[t]);
+                }
+            } else {
+                v16 q = bits == 8 ? codes16(bytes16(row + byte, left), sign) : unpack16(row + byte, left, bits, sign);
+                q -= from;
+                for (int t = 0; t < n; t++) acc[t] = v16_fma(q, v16_load(xt + (size_t)t * ldx + c, 16), acc[t]);
             }
         }
         v16 s = v16_set1(mv->scale[first + g]);
-        for (int t = 0; t < n; t++) total[t] = v16_fma(acc[t], s, total[t]);
+        for (int t = 0; t < n; t++) sum[t] = v16_fma(acc[t], s, sum[t]);
+    }
+    for (int t = 0; t < n; t++) total[t] = sum[t];
+}
+
+VEC void row_dot_tokens(v16 *total, const Matvec *mv, int64_t r, const float *xt, int n, int bits, bool zero_is_int) {
+    switch (n) {
+    case 1: row_dot(total, mv, r, xt, 1, bits, zero_is_int); break;
+    case 2: row_dot(total, mv, r, xt, 2, bits, zero_is_int); break;
+    case 3: row_dot(total, mv, r, xt, 3, bits, zero_is_int); break;
+    default: row_dot(total, mv, r, xt, TOKENS, bits, zero_is_int);
     }
 }
 
@@ -219,8 +246,8 @@ VEC void rows_by_tokens(floatX *y, const Matvec *mv, int64_t r, size_t N, int OC
         v16 lanes[TOKENS] = {{0}};
         float total[TOKENS] = {0};
         if (!aligned) row_dot_odd(total, mv, r, xt, n, cols);
-        else if (n == 1) row_dot(lanes, mv, r, xt, 1, bits);
-        else row_dot(lanes, mv, r, xt, n, bits);
+        else if (mv->zero && !mv->zero_is_float) row_dot_tokens(lanes, mv, r, xt, n, bits, true);
+        else row_dot_tokens(lanes, mv, r, xt, n, bits, false);
         for (int t = 0; t < n; t++) {
             if (mv->zero_is_float) {
                 const float *z = mv->zero + r / mv->pk.b0 * mv->pk.across, *sums = mv->sums + (t0 + (size_t)t) * mv->ld_sums;

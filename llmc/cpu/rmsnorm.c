@@ -1,32 +1,53 @@
 // RMSNorm with the residual add before it and the activation fake quantization after it.
 #include "cpu.h"
 
-// r = X(x + delta), kept in res; returns r.
-VEC v16 residual_step(floatX *res, const floatX *x, const floatX *delta, int n, bool with_delta, bool with_res) {
+// x, or X(x + delta): what is normalized.
+VEC v16 residual_step(const floatX *x, const floatX *delta, int n, bool with_delta) {
     v16 r = v16_loadx(x, n);
-    if (with_delta) r = v16_roundx(r + v16_loadx(delta, n));
-    if (with_res) v16_storex(res, r, n);
-    return r;
+    return with_delta ? v16_roundx(r + v16_loadx(delta, n)) : r;
 }
 
+// Sum of squares of a row: one chain of fused multiply-adds, since its order is part of the operation.
 VEC float residual_row(floatX *res, const floatX *x, const floatX *delta, int C, bool with_delta, bool with_res) {
     v16 sum = {0};
     int c = 0;
-    for (; c + 16 <= C; c += 16) {
-        v16 r = residual_step(with_res ? res + c : NULL, x + c, with_delta ? delta + c : NULL, 16, with_delta, with_res);
-        sum = v16_fma(r, r, sum);
+    for (; c + 32 <= C; c += 32) {
+        v16 lo = residual_step(x + c, with_delta ? delta + c : NULL, 16, with_delta);
+        v16 hi = residual_step(x + c + 16, with_delta ? delta + c + 16 : NULL, 16, with_delta);
+        if (with_res) v32_storex(res + c, lo, hi);
+        sum = v16_fma(lo, lo, sum);
+        sum = v16_fma(hi, hi, sum);
     }
-    if (c < C) {                                    // lanes beyond the row load as 0 and add nothing
-        v16 r = residual_step(with_res ? res + c : NULL, x + c, with_delta ? delta + c : NULL, C - c, with_delta, with_res);
+    for (; c < C; c += 16) {                        // lanes beyond the row load as 0 and add nothing
+        int n = C - c < 16 ? C - c : 16;
+        v16 r = residual_step(x + c, with_delta ? delta + c : NULL, n, with_delta);
+        if (with_res) v16_storex(res + c, r, n);
         sum = v16_fma(r, r, sum);
     }
     return v16_sum(sum);
 }
 
-VEC v16 normalize_step(floatX *y, const floatX *r, const floatX *weight, v16 rstd, int n) {
-    v16 v = v16_loadx(r, n) * rstd * v16_loadx(weight, n);
-    v16_storex(y, v, n);
-    return v;
+VEC v16 normalize_step(const floatX *r, const floatX *weight, v16 rstd, int n) {
+    return v16_loadx(r, n) * rstd * v16_loadx(weight, n);
+}
+
+static Range normalize_row(floatX *y, const floatX *r, const floatX *weight, float rstd, int C) {
+    v16 scale = v16_set1(rstd);
+    Range even = range_empty(), odd = even;
+    int c = 0;
+    for (; c + 32 <= C; c += 32) {
+        v16 lo = normalize_step(r + c, weight + c, scale, 16), hi = normalize_step(r + c + 16, weight + c + 16, scale, 16);
+        v32_storex(y + c, lo, hi);
+        range_add(&even, lo, 16);
+        range_add(&odd, hi, 16);
+    }
+    for (; c < C; c += 16) {
+        int n = C - c < 16 ? C - c : 16;
+        v16 v = normalize_step(r + c, weight + c, scale, n);
+        v16_storex(y + c, v, n);
+        range_add(&even, v, n);
+    }
+    return (Range){v16_min(even.lo, odd.lo), v16_max(even.hi, odd.hi)};
 }
 
 void cpu_rmsnorm_fq_forward(floatX *res, floatX *y, float *rstd, uint8_t *mask, const floatX *x, const floatX *delta,
@@ -46,23 +67,8 @@ void cpu_rmsnorm_fq_forward(floatX *res, floatX *y, float *rstd, uint8_t *mask, 
         }
         float s = 1.0f / sqrtf(sum / (float)C + eps);
         if (rstd) rstd[n] = s;
-        v16 scale = v16_set1(s), lo = v16_set1(INFINITY), hi = v16_set1(-INFINITY);
-        floatX *yn = y + at;
-        int c = 0;
-        for (; c + 16 <= C; c += 16) {
-            v16 v = normalize_step(yn + c, r + c, weight + c, scale, 16);
-            lo = v16_min(v, lo);
-            hi = v16_max(v, hi);
-        }
-        float rmin = v16_hmin(lo), rmax = v16_hmax(hi);
-        if (c < C) {
-            v16 v = normalize_step(yn + c, r + c, weight + c, scale, C - c);
-            for (int i = 0; i < C - c; i++) {
-                rmin = v[i] < rmin ? v[i] : rmin;
-                rmax = v[i] > rmax ? v[i] : rmax;
-            }
-        }
-        if (quant_is_on(act)) fakequant_row(yn, mask ? mask + at : NULL, yn, C, rmin, rmax, act);
+        Range range = normalize_row(y + at, r, weight, s, C);
+        if (quant_is_on(act)) fakequant_row(y + at, mask ? mask + at : NULL, y + at, C, range, act);
         else if (mask) memset(mask + at, 1, (size_t)C);
     }
 }
@@ -74,23 +80,39 @@ VEC v16 masked_dy(const floatX *dy, const uint8_t *mask, int n) {
 
 // One row: y_c = x_c rstd w_c, so with g = dy * w and xhat = x * rstd
 //   dx = rstd * (g - xhat * mean(g * xhat)),   dw += dy * xhat.
+VEC v16 backward_sums(float *dw, const floatX *dy, const uint8_t *mask, const floatX *x, const floatX *weight, v16 rstd,
+                      v16 sum, int n) {
+    v16 gx = masked_dy(dy, mask, n) * (v16_loadx(x, n) * rstd);
+    v16_store(dw, v16_load(dw, n) + gx, n);
+    return v16_fma(gx, v16_loadx(weight, n), sum);
+}
+
+VEC v16 backward_dres(const floatX *dres, const floatX *dy, const uint8_t *mask, const floatX *x, const floatX *weight,
+                      v16 rstd, v16 mean, int n) {
+    v16 g = masked_dy(dy, mask, n) * v16_loadx(weight, n);
+    return v16_loadx(dres, n) + rstd * (g - v16_loadx(x, n) * rstd * mean);
+}
+
 VEC void rmsnorm_backward_row(floatX *dres, float *dw, const floatX *dy, const uint8_t *mask, const floatX *x,
                               const floatX *weight, float rstd, int C) {
-    v16 sum = {0}, scale = v16_set1(rstd);
+    v16 even = {0}, odd = {0}, scale = v16_set1(rstd);
     int c = 0;
+    for (; c + 32 <= C; c += 32) {
+        even = backward_sums(dw + c, dy + c, mask ? mask + c : NULL, x + c, weight + c, scale, even, 16);
+        odd = backward_sums(dw + c + 16, dy + c + 16, mask ? mask + c + 16 : NULL, x + c + 16, weight + c + 16, scale, odd, 16);
+    }
+    for (; c < C; c += 16)
+        even = backward_sums(dw + c, dy + c, mask ? mask + c : NULL, x + c, weight + c, scale, even, C - c < 16 ? C - c : 16);
+    v16 mean = v16_set1(v16_sum(even + odd) / (float)C);
+    for (c = 0; c + 32 <= C; c += 32) {
+        v16 lo = backward_dres(dres + c, dy + c, mask ? mask + c : NULL, x + c, weight + c, scale, mean, 16);
+        int d = c + 16;
+        v16 hi = backward_dres(dres + d, dy + d, mask ? mask + d : NULL, x + d, weight + d, scale, mean, 16);
+        v32_storex(dres + c, lo, hi);
+    }
     for (; c < C; c += 16) {
         int n = C - c < 16 ? C - c : 16;
-        v16 d = masked_dy(dy + c, mask ? mask + c : NULL, n), xhat = v16_loadx(x + c, n) * scale;
-        v16 gx = d * xhat;
-        v16_store(dw + c, v16_load(dw + c, n) + gx, n);
-        sum = v16_fma(gx, v16_loadx(weight + c, n), sum);
-    }
-    v16 mean = v16_set1(v16_sum(sum) / (float)C);
-    for (c = 0; c < C; c += 16) {
-        int n = C - c < 16 ? C - c : 16;
-        v16 g = masked_dy(dy + c, mask ? mask + c : NULL, n) * v16_loadx(weight + c, n);
-        v16 dx = scale * (g - v16_loadx(x + c, n) * scale * mean);
-        v16_storex(dres + c, v16_loadx(dres + c, n) + dx, n);
+        v16_storex(dres + c, backward_dres(dres + c, dy + c, mask ? mask + c : NULL, x + c, weight + c, scale, mean, n), n);
     }
 }
 

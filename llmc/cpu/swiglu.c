@@ -1,62 +1,77 @@
 // SwiGLU with the activation fake quantization of what it produces.
 #include "cpu.h"
 
-VEC v16 sigmoid(v16 g) { return v16_set1(1.0f) / (v16_set1(1.0f) + v16_exp(-g)); }
-
 // silu(gate) * up = gate / (1 + e^-gate) * up
-VEC v16 swiglu_step(floatX *y, const floatX *gate, const floatX *up, int n) {
+VEC v16 swiglu_step(const floatX *gate, const floatX *up, int n) {
     v16 g = v16_loadx(gate, n);
-    v16 v = g / (v16_set1(1.0f) + v16_exp(-g)) * v16_loadx(up, n);
-    v16_storex(y, v, n);
-    return v;
+    return g / (v16_set1(1.0f) + v16_exp(-g)) * v16_loadx(up, n);
+}
+
+static Range swiglu_row(floatX *y, const floatX *gate, const floatX *up, int FF) {
+    Range even = range_empty(), odd = even;
+    int c = 0;
+    for (; c + 32 <= FF; c += 32) {
+        v16 lo = swiglu_step(gate + c, up + c, 16), hi = swiglu_step(gate + c + 16, up + c + 16, 16);
+        v32_storex(y + c, lo, hi);
+        range_add(&even, lo, 16);
+        range_add(&odd, hi, 16);
+    }
+    for (; c < FF; c += 16) {
+        int n = FF - c < 16 ? FF - c : 16;
+        v16 v = swiglu_step(gate + c, up + c, n);
+        v16_storex(y + c, v, n);
+        range_add(&even, v, n);
+    }
+    return (Range){v16_min(even.lo, odd.lo), v16_max(even.hi, odd.hi)};
 }
 
 void cpu_swiglu_fq_forward(floatX *y, uint8_t *mask, const floatX *gateup, size_t N, int FF, const QuantSpec *act) {
 #pragma omp parallel for schedule(static) if (N * (size_t)FF >= CPU_MIN_PARALLEL)
     for (size_t n = 0; n < N; n++) {
-        const floatX *gate = gateup + n * 2 * (size_t)FF, *up = gate + FF;
+        const floatX *gate = gateup + n * 2 * (size_t)FF;
         floatX *yn = y + n * (size_t)FF;
         uint8_t *mn = mask ? mask + n * (size_t)FF : NULL;
-        v16 lo = v16_set1(INFINITY), hi = v16_set1(-INFINITY);
-        int c = 0;
-        for (; c + 16 <= FF; c += 16) {
-            v16 v = swiglu_step(yn + c, gate + c, up + c, 16);
-            lo = v16_min(v, lo);
-            hi = v16_max(v, hi);
-        }
-        float rmin = v16_hmin(lo), rmax = v16_hmax(hi);
-        if (c < FF) {
-            v16 v = swiglu_step(yn + c, gate + c, up + c, FF - c);
-            for (int i = 0; i < FF - c; i++) {
-                rmin = v[i] < rmin ? v[i] : rmin;
-                rmax = v[i] > rmax ? v[i] : rmax;
-            }
-        }
-        if (quant_is_on(act)) fakequant_row(yn, mn, yn, FF, rmin, rmax, act);
+        Range range = swiglu_row(yn, gate, gate + FF, FF);
+        if (quant_is_on(act)) fakequant_row(yn, mn, yn, FF, range, act);
         else if (mn) memset(mn, 1, (size_t)FF);
     }
 }
 
-// y = g s u with s = sigmoid(g):  du = dy g s,  dg = dy u s (1 + g (1 - s)). Both inputs are read before either output
-// is written, so dgateup may be gateup.
-VEC void swiglu_backward_step(floatX *dgate, floatX *dup, const floatX *dy, const uint8_t *mask, const floatX *gate,
-                              const floatX *up, int n) {
-    v16 g = v16_loadx(gate, n), u = v16_loadx(up, n), d = v16_loadx(dy, n), one = v16_set1(1.0f);
+// y = g s u with s = sigmoid(g):  du = dy g s,  dg = dy u s (1 + g (1 - s)).
+typedef struct { v16 dgate, dup; } SwigluGrad;
+
+VEC SwigluGrad swiglu_backward_step(const floatX *dy, const uint8_t *mask, const floatX *gate, const floatX *up, int n) {
+    v16 g = v16_loadx(gate, n), d = v16_loadx(dy, n), one = v16_set1(1.0f);
     if (mask) d = v16_keep(d, mask, n);
-    v16 s = sigmoid(g), ds = d * s;
-    v16_storex(dgate, ds * u * v16_fma(g, one - s, one), n);
-    v16_storex(dup, ds * g, n);
+    v16 s = one / (one + v16_exp(-g)), ds = d * s;
+    return (SwigluGrad){ds * v16_loadx(up, n) * v16_fma(g, one - s, one), ds * g};
+}
+
+// All inputs of a step are read before its outputs are written, so dgateup may be gateup.
+VEC void swiglu_backward_row(floatX *dgate, floatX *dup, const floatX *dy, const uint8_t *mask, const floatX *gate,
+                             const floatX *up, int FF, bool with_mask) {
+    int c = 0;
+    for (; c + 32 <= FF; c += 32) {
+        int e = c + 16;
+        SwigluGrad lo = swiglu_backward_step(dy + c, with_mask ? mask + c : NULL, gate + c, up + c, 16);
+        SwigluGrad hi = swiglu_backward_step(dy + e, with_mask ? mask + e : NULL, gate + e, up + e, 16);
+        v32_storex(dgate + c, lo.dgate, hi.dgate);
+        v32_storex(dup + c, lo.dup, hi.dup);
+    }
+    for (; c < FF; c += 16) {
+        int n = FF - c < 16 ? FF - c : 16;
+        SwigluGrad g = swiglu_backward_step(dy + c, with_mask ? mask + c : NULL, gate + c, up + c, n);
+        v16_storex(dgate + c, g.dgate, n);
+        v16_storex(dup + c, g.dup, n);
+    }
 }
 
 void cpu_swiglu_backward(floatX *dgateup, const floatX *dy, const uint8_t *mask, const floatX *gateup, size_t N, int FF) {
 #pragma omp parallel for schedule(static) if (N * (size_t)FF >= CPU_MIN_PARALLEL)
     for (size_t n = 0; n < N; n++) {
-        const floatX *gate = gateup + n * 2 * (size_t)FF, *up = gate + FF, *d = dy + n * (size_t)FF;
-        const uint8_t *mn = mask ? mask + n * (size_t)FF : NULL;
-        floatX *dgate = dgateup + n * 2 * (size_t)FF, *dup = dgate + FF;
-        int c = 0;
-        for (; c + 16 <= FF; c += 16)
-            swiglu_backward_step(dgate + c, dup + c, d + c, mn ? mn + c : NULL, gate + c, up + c, 16);
-        if (c < FF) swiglu_backward_step(dgate + c, dup + c, d + c, mn ? mn + c : NULL, gate + c, up + c, FF - c);
+        const floatX *gate = gateup + n * 2 * (size_t)FF, *d = dy + n * (size_t)FF;
+        floatX *dgate = dgateup + n * 2 * (size_t)FF;
+        if (mask) swiglu_backward_row(dgate, dgate + FF, d, mask + n * (size_t)FF, gate, gate + FF, FF, true);
+        else swiglu_backward_row(dgate, dgate + FF, d, NULL, gate, gate + FF, FF, false);
     }
 }
