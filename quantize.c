@@ -147,7 +147,8 @@ static Totals totals(const Report *t, const ModelFile *m, const char *out, doubl
     Totals s = {.before = input_bytes(m), .after = file_bytes(out), .seconds = seconds};
     for (int i = 0; i < t->n; i++) {
         const Row *row = &t->row[i];
-        s.float_bytes += (double)row->r.float_bytes;
+        // A tied head has codes of its own, but its floats are the embedding's.
+        if (!m->config.tied || strcmp(row->name, "lm_head.weight")) s.float_bytes += (double)row->r.float_bytes;
         s.bytes += (double)row->r.bytes;
         if (!s.lowest || row->r.sqnr_db < s.lowest->r.sqnr_db) s.lowest = row;
         if (!s.worst || row->r.max_abs_err > s.worst->r.max_abs_err) s.worst = row;

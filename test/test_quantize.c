@@ -160,6 +160,7 @@ static int check_file(const char *path, const LlamaConfig *c, const char *json) 
     Param head = {.name = "lm_head.weight", .role = ROLE_HEAD, .layer = -1, .rows = c->V, .cols = c->C};
     bool extra = c->tied && m.plan.tied_head.bits;
     int packed = 0;
+    double values = 0, per_value = 0, before;           // the floats that were there before: a tied table once
     for (int i = 0; i < table.n + extra; i++) {
         const Param *p = i < table.n ? &table.p[i] : &head;
         const QuantSpec *s = p == &head ? &m.plan.tied_head : &p->scheme.weight;
@@ -173,6 +174,9 @@ static int check_file(const char *path, const LlamaConfig *c, const char *json) 
         check_param(&m, p, s, c, &sqnr);
         packed++;
         assert_non_null(row);
+        if (p != &head) values += (double)p->rows * (double)p->cols;
+        assert_int_equal(json_double(row, "float_bytes", true, 0, 1e12, &per_value, &err), 0);
+        per_value /= (double)p->rows * (double)p->cols;
         assert_string_equal(json_string(row, "name"), p->name);
         const cJSON *reported = cJSON_GetObjectItem(row, "sqnr_db");
         // Both sums run in double, in another order: a relative 1e-12 of a ratio is far below 1e-9 dB.
@@ -181,6 +185,9 @@ static int check_file(const char *path, const LlamaConfig *c, const char *json) 
         row = row->next;
     }
     assert_null(row);
+    assert_int_equal(json_double(cJSON_GetObjectItem(root, "quantized_bytes"), "before", true, 0, 1e12, &before,
+                                 &err), 0);
+    assert_true(before == values * per_value);
     cJSON_Delete(root);
     free(text);
     param_table_free(&table);
