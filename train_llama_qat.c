@@ -415,27 +415,12 @@ static const Option options[] = {
 };
 #define N_OPTIONS ((int)(sizeof options / sizeof *options))
 
-// The scheme: from the general form, else by name, else the model's own, else 8da4w-32.
+// The scheme: as the options say, else the model's own, else 8da4w-32.
 static int plan_from_options(QuantPlan *plan, const QuantPlan *models_own, Err *err) {
-    int rc = 0;
-    bool general = run.weight || run.activation;
-    if (general && run.scheme) return err_set(err, E_USAGE, "--scheme %s and --weight or --activation exclude each other", run.scheme);
-    quant_plan_none(plan);
-    if (general) {
-        snprintf(plan->name, sizeof plan->name, "custom");
-        if (run.weight) rc = quant_spec_parse(&plan->linear.weight, run.weight, false, err);
-        if (rc == 0 && run.activation) rc = quant_spec_parse(&plan->linear.act, run.activation, true, err);
-    } else if (!run.scheme && models_own && !quant_plan_is_none(models_own)) {
-        *plan = *models_own;
-    } else {
-        const char *name = run.scheme ? run.scheme : "8da4w-32";
-        snprintf(plan->name, sizeof plan->name, "%s", name);
-        rc = quant_scheme_from_name(&plan->linear, name, err);
-    }
-    if (rc == 0 && run.embedding) rc = quant_spec_parse(&plan->embedding, run.embedding, false, err);
-    if (rc == 0 && run.head) rc = quant_spec_parse(&plan->tied_head, run.head, false, err);
-    for (int i = 0; i < run.rules.n && rc == 0; i++) rc = quant_plan_add_rule(plan, run.rules.item[i], err);
-    return rc;
+    const QuantPlan *base = models_own && !quant_plan_is_none(models_own) ? models_own : NULL;
+    const char *scheme = run.scheme || run.weight || base ? run.scheme : "8da4w-32";
+    return quant_plan_from_options(plan, base, scheme, run.weight, run.activation, run.embedding, run.head, run.rules.item,
+                                   run.rules.n, err);
 }
 
 // ---------------------------------------------------------------------------------------------
