@@ -565,12 +565,16 @@ int tokenizer_finish(Tokenizer *t, Err *err) {
     }
     t->cuts = find_cuts(t);
 
+    if (tokenizer_rehash(t) < 0) return err_set(err, E_NOMEM, "tokenizer: no memory for its binary form");
+    return 0;
+}
+
+int tokenizer_rehash(Tokenizer *t) {
     Buf b = {0};
     tokenizer_content(t, &b);
     t->hash = hash_bytes(b.p, b.n, 1);
-    rc = b.failed ? err_set(err, E_NOMEM, "tokenizer: no memory for %zu bytes", b.n) : 0;
     free(b.p);
-    return rc;
+    return b.failed ? -1 : 0;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -652,6 +656,7 @@ static int no_memory(Enc *e) { return err_set(e->err, E_NOMEM, "tokenizer: no me
                                               "far)", e->n); }
 
 static int emit(Enc *e, const int32_t *ids, size_t n) {
+    if (!n) return 0;
     if (e->cap - e->n < n) {
         size_t cap = e->cap ? e->cap * 2 : 256, bytes;
         if (cap - e->n < n) cap = e->n + n;

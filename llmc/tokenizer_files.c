@@ -29,6 +29,12 @@ static Step step_make(StepKind kind, Behavior how, int flags, const char *a, con
 // A tokenizer of no consistent meaning is refused before anything is built on it. Whoever built t has checked ids,
 // UTF-8 and spans.
 static int check(const Tokenizer *t, Err *err) {
+    for (int i = 0; i < t->n_norm + t->n_pre; i++) {
+        const Step *s = i < t->n_norm ? &t->norm[i] : &t->pre[i - t->n_norm];
+        if (s->a_len > MAX_PATTERN || s->b_len > MAX_PATTERN)
+            return err_set(err, E_FORMAT, "tokenizer: a %s with a text of %u bytes; expected at most %d",
+                           KIND_NAME[s->kind], s->a_len > s->b_len ? s->a_len : s->b_len, MAX_PATTERN);
+    }
     bool byte_level = t->options & OPT_BYTE_LEVEL;
     for (int i = 0; i < t->n_pre; i++)
         if (t->pre[i].kind == PRE_BYTE_LEVEL ? !byte_level || i != t->n_pre - 1 : i == t->n_pre - 1 && byte_level)
@@ -362,6 +368,7 @@ static int read_json(Tokenizer **out, const cJSON *root, const char *text, size_
 
 int tokenizer_from_json(Tokenizer **out, const char *text, size_t len, Err *err) {
     *out = NULL;
+    if (!utf8_valid(text, len)) return err_set(err, E_FORMAT, "tokenizer.json is not valid UTF-8");
     cJSON *root = json_parse(text, len, "tokenizer.json", err);
     if (!root) return E_FORMAT;
     int rc = read_json(out, root, text, len, err);
@@ -384,6 +391,7 @@ void tokenizer_set_config(Tokenizer *t, const char *config_json, size_t len) {
         int32_t id = s ? tokenizer_id_of(t, s, strlen(s)) : -1;
         if (id >= 0 || cJSON_IsNull(v)) *(k ? &t->eos : &t->bos) = id;
     }
+    tokenizer_rehash(t);
     cJSON_Delete(root);
 }
 

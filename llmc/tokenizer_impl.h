@@ -91,6 +91,7 @@ Tokenizer *tokenizer_new(int n);
 void tokenizer_put(Tokenizer *t, int32_t id, const char *s, size_t len, int flags);
 // Builds what is derived and checks what it is derived from. On failure the caller frees t.
 int tokenizer_finish(Tokenizer *t, Err *err);
+int tokenizer_rehash(Tokenizer *t);                     // after a change of bos or eos; -1: no memory
 void tokenizer_content(const Tokenizer *t, Buf *b);     // the blob's body, without the configuration
 // By spelling; ids only of tokens in the table (-1: none).
 int32_t table_find(const StrTable *h, const Buf *text, const Span *span, const char *s, size_t len);

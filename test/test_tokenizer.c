@@ -151,6 +151,14 @@ static void test_gguf(void **state) {
     assert_non_null(strstr(config, "{{ messages }}"));
     free(config);
     tokenizer_free(u);
+    uint64_t before = tokenizer_hash(t);                // bos and eos belong to the content
+    const char other[] = "{\"bos_token\": {\"content\": \"</s>\"}, \"eos_token\": null}";
+    tokenizer_set_config(t, other, sizeof other - 1);
+    assert_int_equal(tokenizer_bos(t), 2);
+    assert_int_equal(tokenizer_eos(t), -1);
+    assert_true(tokenizer_hash(t) != before);
+    tokenizer_set_config(t, "not JSON", 8);             // is as if there were none
+    assert_int_equal(tokenizer_bos(t), 2);
     tokenizer_free(t);
 }
 
