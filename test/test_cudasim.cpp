@@ -1,7 +1,7 @@
-// The CUDA wing against the CPU wing, over shapes that hurt; and the simulator itself: what it claims to catch is planted
-// here and must be caught. Compiled by g++ against dev/cudasim (make test-cudasim), where every operation runs in several
-// orders of blocks, warps and lanes that must give the same bits; or by nvcc against a GPU (dev/gpu/check.sh), where the
-// planted mistakes are left out. An argument selects tests by part of their name.
+// The CUDA wing against the CPU wing, over shapes that hurt; and the simulator itself: what it claims to catch is
+// planted here and must be caught. Compiled by g++ against dev/cudasim (make test-cudasim), where every operation runs
+// in several orders of blocks, warps and lanes that must give the same bits; or by nvcc against a GPU
+// (dev/gpu/check.sh), where the planted mistakes are left out. An argument selects tests by part of their name.
 #include <stdarg.h>
 #include <stdio.h>
 #include <vector>
@@ -76,8 +76,8 @@ template <class T> static void check_same(const char *what, const char *where, c
     size_t bad = 0, first = 0;
     for (size_t i = 0; i < want.size(); i++)
         if (!same(value(got[i]), value(want[i])) && bad++ == 0) first = i;
-    CHECK(bad == 0, "%s, %s: %zu of %zu differ, the first at %zu: %.9g, expected %.9g", where, what, bad, want.size(), first,
-          (double)value(got[first]), (double)value(want[first]));
+    CHECK(bad == 0, "%s, %s: %zu of %zu differ, the first at %zu: %.9g, expected %.9g", where, what, bad, want.size(),
+          first, (double)value(got[first]), (double)value(want[first]));
 }
 
 static float uniform(uint64_t stream, uint64_t i) {             // in [-1, 1)
@@ -102,7 +102,7 @@ static QuantSpec spec(const char *text) {
 // ---------------------------------------------------------------------------------------------
 // Operations.
 
-static const int row_shapes[][2] = {                            // rows, C: one value, odd, one vector, several blocks' worth
+static const int row_shapes[][2] = {                            // rows, C: one value, odd, one vector, many vectors
     {1, 1}, {3, 7}, {2, 16}, {1, 33}, {5, 64}, {3, 100}, {4, 576}, {2, 2048}, {2, 2056}, {1, 30000}};
 static const char *const act_specs[] = {
     "none", "int8,token,asymmetric", "int8,token,symmetric", "uint4,token,asymmetric", "int3,token,symmetric-no-clip"};
@@ -129,9 +129,9 @@ static void test_rmsnorm_fq(void) {
                     Device<floatX> dx(x, offset), dd(delta, offset), dw(weight, offset), dy(n, offset), dres(n, offset);
                     Device<float> drstd(N);
                     Device<uint8_t> dmask(n, offset);
-                    ops_cuda.rmsnorm_fq_forward(!add ? nullptr : in_place ? dx.p : dres.p, dy.p, bare ? nullptr : drstd.p,
-                                                bare ? nullptr : dmask.p, dx.p, add ? dd.p : nullptr, dw.p, N, C, 1e-5f,
-                                                s.bits ? &s : nullptr);
+                    ops_cuda.rmsnorm_fq_forward(!add ? nullptr : in_place ? dx.p : dres.p, dy.p,
+                                                bare ? nullptr : drstd.p, bare ? nullptr : dmask.p, dx.p,
+                                                add ? dd.p : nullptr, dw.p, N, C, 1e-5f, s.bits ? &s : nullptr);
                     std::vector<floatX> hx = x;
                     ops_cpu.rmsnorm_fq_forward(!add ? nullptr : in_place ? hx.data() : res.data(), y.data(),
                                                bare ? nullptr : rstd.data(), bare ? nullptr : mask.data(), hx.data(),
@@ -180,12 +180,11 @@ static const int matmul_shapes[][3] = {                         // N, C, OC
 
 // Out: floatX or float. The kernel must give the bits of its definition in matmul.cu, and lie within a bound of the CPU
 // wing, whose library sums in an order of its own:
-//   |sum - exact| <= (C + 1) 2^-24 S, S = sum |x w|, for any order of C products and additions, fused or not, on each side;
+//   |sum - exact| <= (C + 1) 2^-24 S, S = sum |x w|, for any order of C products and additions, fused or not, on each;
 //   wscale multiplies both and adds one rounding, 2^-24 |y| <= 2^-24 S |wscale|, on each; X = bf16 adds one of 2^-9 |y|
 //   on each. Together 2 ((C + 2) 2^-24 + 2^-9) S |wscale|, the last term for bf16 outputs only.
-template <class Out> static void check_linear(void (*cuda)(Out *, const floatX *, const floatX *, const float *, size_t, int, int),
-                                              void (*cpu)(Out *, const floatX *, const floatX *, const float *, size_t, int, int),
-                                              const char *name) {
+template <class Out> using Linear = void (*)(Out *, const floatX *, const floatX *, const float *, size_t, int, int);
+template <class Out> static void check_linear(Linear<Out> cuda, Linear<Out> cpu, const char *name) {
     for (auto &shape : matmul_shapes)
         for (int variant = 0; variant < 3; variant++) {          // plain; wscale; wscale and unaligned
             size_t N = (size_t)shape[0];
@@ -215,7 +214,8 @@ template <class Out> static void check_linear(void (*cuda)(Out *, const floatX *
             cpu(wing.data(), x.data(), w.data(), hs, N, C, OC);
             for (int order = 0; order < ORDERS; order++) {
                 char where[96];
-                snprintf(where, sizeof where, "%s N=%zu C=%d OC=%d variant=%d order=%d", name, N, C, OC, variant, order);
+                snprintf(where, sizeof where, "%s N=%zu C=%d OC=%d variant=%d order=%d", name, N, C, OC, variant,
+                         order);
                 set_order(order);
                 Device<floatX> dx(x, offset), dw(w, offset);
                 Device<Out> dy(ny, offset);
@@ -226,12 +226,14 @@ template <class Out> static void check_linear(void (*cuda)(Out *, const floatX *
                 size_t bad = 0, first = 0;
                 for (size_t i = 0; i < ny; i++)
                     if (!(fabs((double)value(y[i]) - (double)value(wing[i])) <= bound[i]) && bad++ == 0) first = i;
-                CHECK(bad == 0, "%s: %zu of %zu beyond the bound, the first at %zu: %.9g, CPU wing %.9g, bound %.3g", where,
-                      bad, ny, first, (double)value(y[first]), (double)value(wing[first]), bound[first]);
+                CHECK(bad == 0, "%s: %zu of %zu beyond the bound, the first at %zu: %.9g, CPU wing %.9g, bound %.3g",
+                      where, bad, ny, first, (double)value(y[first]), (double)value(wing[first]), bound[first]);
             }
         }
 }
-static void test_linear(void) { check_linear<floatX>(ops_cuda.linear_forward, ops_cpu.linear_forward, "linear_forward"); }
+static void test_linear(void) {
+    check_linear<floatX>(ops_cuda.linear_forward, ops_cpu.linear_forward, "linear_forward");
+}
 static void test_linear_f32(void) {
     check_linear<float>(ops_cuda.linear_forward_f32, ops_cpu.linear_forward_f32, "linear_forward_f32");
 }
@@ -291,7 +293,8 @@ static void test_refused_launch(void) {
     Device<int> out(1);
     LAUNCH(lanes_kernel, 1, 2048, 0, cuda_stream)(out.p, nullptr, out.p);
     cudaError_t e = cudaGetLastError();
-    CHECK(e == cudaErrorInvalidConfiguration || e == cudaErrorInvalidValue, "a block of 2048 threads: %s", cudaGetErrorString(e));
+    CHECK(e == cudaErrorInvalidConfiguration || e == cudaErrorInvalidValue, "a block of 2048 threads: %s",
+          cudaGetErrorString(e));
     CHECK(cudaGetLastError() == cudaSuccess, "reading an error clears it");
 }
 
@@ -330,7 +333,8 @@ template <bool BARRIER> static __global__ void warp_sum_kernel(float *y, const f
 }
 
 // In how many of 8 orders the result is not the expected one.
-static int wrong_orders(void (*kernel)(float *, const float *), const std::vector<float> &x, const std::vector<float> &want) {
+static int wrong_orders(void (*kernel)(float *, const float *), const std::vector<float> &x,
+                        const std::vector<float> &want) {
     int wrong = 0;
     for (int order = 0; order < 8; order++) {
         set_order(order);
@@ -351,7 +355,7 @@ static void test_planted_missing_barrier(void) {
     CHECK(wrong_orders(warp_sum_kernel<true>, x, sums) == 0, "the correct kernel");
     CHECK(wrong_orders(rotate_kernel<false>, x, rotated) > 0, "an early overwrite shows in some order");
 #ifndef __SANITIZE_ADDRESS__           // which takes the place of the poison
-    CHECK(wrong_orders(reverse_kernel<false>, x, reversed) == 8, "a read of what is not written yet shows in every order");
+    CHECK(wrong_orders(reverse_kernel<false>, x, reversed) == 8, "a read before the write shows in every order");
     CHECK(wrong_orders(warp_sum_kernel<false>, x, sums) == 8, "lanes of a warp do not run in step");
 #endif
 }
@@ -371,13 +375,14 @@ static void check_dies(const char *name, void (*crime)(void), const char *word, 
     close(pipe_fd[1]);
     std::vector<char> text(1 << 16);
     size_t n = 0;
-    for (ssize_t got; n + 1 < text.size() && (got = read(pipe_fd[0], &text[n], text.size() - 1 - n)) > 0;) n += (size_t)got;
+    for (ssize_t got; n + 1 < text.size() && (got = read(pipe_fd[0], &text[n], text.size() - 1 - n)) > 0;)
+        n += (size_t)got;
     close(pipe_fd[0]);
     int status;
     waitpid(pid, &status, 0);
     CHECK(!(WIFEXITED(status) && WEXITSTATUS(status) == 0), "%s was not caught", name);
-    CHECK(strstr(text.data(), word) || (asan_word && strstr(text.data(), asan_word)), "%s: expected \"%s\" in the message:\n%s",
-          name, word, text.data());
+    CHECK(strstr(text.data(), word) || (asan_word && strstr(text.data(), asan_word)),
+          "%s: expected \"%s\" in the message:\n%s", name, word, text.data());
 }
 
 static __global__ void read_past_kernel(float *y, const float *x, int n) { y[threadIdx.x] = x[n + (int)threadIdx.x]; }
@@ -463,7 +468,8 @@ static void test_planted_out_of_bounds(void) {
     check_dies("a stack that is too deep", deep, "below the stack", "AddressSanitizer");
 }
 #ifdef __SANITIZE_ADDRESS__
-// The guards around static shared arrays are AddressSanitizer's, and so are those in the 15 bytes at an allocation's end.
+// The guards around static shared arrays are AddressSanitizer's, and so are those in the 15 bytes at an allocation's
+// end.
 static __global__ void static_past_kernel(float *y, int n) {
     __shared__ float s[8];
     float *p = s;
@@ -518,7 +524,8 @@ int main(int argc, char **argv) {
         Err err = {};
         int e = device_sync(&err);
         CHECK(e == 0, "an operation reported: %s", err.text);
-        printf("%s %s %s %s (%.1f s)\n", failures ? "not ok" : "ok", ops_cuda.name, FLOATX_NAME, t.name, now_seconds() - start);
+        printf("%s %s %s %s (%.1f s)\n", failures ? "not ok" : "ok", ops_cuda.name, FLOATX_NAME, t.name,
+               now_seconds() - start);
         fflush(stdout);
         failed += failures != 0;
         run++;

@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -24,7 +25,7 @@ namespace {
 
 const size_t PAGE = 4096;
 const size_t STACK = ASAN ? 256 << 10 : 64 << 10;             // of a simulated thread
-const int MAX_THREADS = 1024;                                 // in a block, as on every GPU since compute capability 2.0
+const int MAX_THREADS = 1024;                                 // in a block, as on every GPU
 const size_t DEFAULT_SMEM = 48 << 10, MAX_SMEM = 163 << 10;   // sm_80: with and without cudaFuncSetAttribute
 
 [[noreturn]] void fail(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
@@ -69,7 +70,6 @@ void context_make(Context *c, char *stack, size_t size, void (*entry)()) {
 }
 void context_swap(Context *from, Context *to) { cudasim_swap(from, *to); }
 #else
-#include <ucontext.h>
 typedef ucontext_t Context;
 void context_make(Context *c, char *stack, size_t size, void (*entry)()) {
     getcontext(c);
@@ -143,9 +143,9 @@ void fail(const char *fmt, ...) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Device memory. Each allocation ends (to 16 bytes) at a page that cannot be touched, and begins after another; the bytes
-// left over on both sides hold a pattern that is checked after each launch. Freed memory stays mapped without access, so
-// that its address is never used again. Under AddressSanitizer the left-over bytes are poisoned as well.
+// Device memory. Each allocation ends (to 16 bytes) at a page that cannot be touched, and begins after another; the
+// bytes left over on both sides hold a pattern that is checked after each launch. Freed memory stays mapped without
+// access, so that its address is never used again. Under AddressSanitizer the left-over bytes are poisoned as well.
 //
 //   | no access | pattern ... | the allocation | pattern, 0..15 bytes | no access |
 //               ^ base                         ^ p + bytes            ^ base + size
@@ -186,8 +186,8 @@ void check_patterns() {
         const Allocation *a = &allocations[i];
         if (a->freed || pattern_intact(a, &where)) continue;
         if (where < a->p) fail("a write %td bytes before a device allocation of %zu bytes", a->p - where, a->bytes);
-        fail("a write %td bytes past the end of a device allocation of %zu bytes", where - a->p - (ptrdiff_t)a->bytes + 1,
-             a->bytes);
+        fail("a write %td bytes past the end of a device allocation of %zu bytes",
+             where - a->p - (ptrdiff_t)a->bytes + 1, a->bytes);
     }
 }
 
@@ -204,18 +204,19 @@ void on_fault(int, siginfo_t *info, void *) {
         fprintf(stderr, "cudasim: %s touches address %p, which is no device memory\n", who, (const void *)p);
         for (int i = 0; i < n_threads; i++)
             if (threads[i].stack && p < threads[i].stack && p >= threads[i].stack - PAGE)
-                fprintf(stderr, "cudasim: it is below the stack of a simulated thread (%zu bytes): too deep, or arrays too "
-                                "large for registers\n", STACK);
+                fprintf(stderr, "cudasim: it is below the stack of a simulated thread (%zu bytes): too deep, or arrays "
+                                "too large for registers\n", STACK);
     } else if (a->freed) {
         fprintf(stderr, "cudasim: %s touches freed device memory (an allocation of %zu bytes)\n", who, a->bytes);
     } else if (p < a->p) {
-        fprintf(stderr, "cudasim: %s touches %td bytes before a device allocation of %zu bytes\n", who, a->p - p, a->bytes);
+        fprintf(stderr, "cudasim: %s touches %td bytes before a device allocation of %zu bytes\n", who, a->p - p,
+                a->bytes);
     } else if (p >= a->p + a->bytes) {
         fprintf(stderr, "cudasim: %s touches %td bytes past the end of a device allocation of %zu bytes\n", who,
                 p - a->p - (ptrdiff_t)a->bytes + 1, a->bytes);
     } else {
-        fprintf(stderr, "cudasim: %s touches device memory (byte %td of an allocation of %zu): copy it out first\n", who,
-                p - a->p, a->bytes);
+        fprintf(stderr, "cudasim: %s touches device memory (byte %td of an allocation of %zu): copy it out first\n",
+                who, p - a->p, a->bytes);
     }
     print_place(stderr);
     fflush(stderr);
@@ -317,15 +318,17 @@ void try_warp_collective(Thread *t) {
         if (o->wait != IN_WARP) return;
         if (!(o->mask >> (index_of(t) % 32) & 1)) return;      // it waits for others first
         if (o->kind != t->kind || o->mask != mask || o->line != t->line || strcmp(o->file, t->file) != 0)
-            fail("lanes of one mask wait in different calls: lane %d at %s:%d (mask %08x), lane %d at %s:%d (mask %08x)",
-                 index_of(t) % 32, t->file, t->line, mask, l, o->file, o->line, o->mask);
+            fail("lanes of one mask wait in different calls: lane %d at %s:%d (mask %08x), "
+                 "lane %d at %s:%d (mask %08x)", index_of(t) % 32, t->file, t->line, mask, l, o->file, o->line,
+                 o->mask);
         if (o->value) ballot |= 1u << l;
     }
     for (int l = 0; l < 32; l++) {
         if (!(lanes >> l & 1)) continue;
         Thread *o = &warp[l];
         if (o->kind == cudasim::SHUFFLE && !(lanes >> o->src & 1))
-            fail("lane %d reads lane %d at %s:%d, which is not in the mask %08x or has ended", l, o->src, o->file, o->line, mask);
+            fail("lane %d reads lane %d at %s:%d, which is not in the mask %08x or has ended", l, o->src, o->file,
+                 o->line, mask);
         o->result = o->kind == cudasim::SHUFFLE ? warp[o->src].value : ballot;
     }
     for (int l = 0; l < 32; l++)
@@ -340,8 +343,8 @@ void try_barrier() {
         if (t->wait != AT_BARRIER) continue;
         if (!first) first = t;
         if (t->line != first->line || strcmp(t->file, first->file) != 0)
-            fail("threads of one block wait at different barriers: thread %d at %s:%d, thread %d at %s:%d", index_of(first),
-                 first->file, first->line, i, t->file, t->line);
+            fail("threads of one block wait at different barriers: thread %d at %s:%d, thread %d at %s:%d",
+                 index_of(first), first->file, first->line, i, t->file, t->line);
         make_ready(t);
     }
     n_at_barrier = 0;
@@ -391,9 +394,10 @@ void deadlock() {
         const Thread *t = &threads[i], *before = i ? &threads[i - 1] : nullptr;
         if (before && before->wait == t->wait && before->file == t->file && before->line == t->line) continue;
         shown++;
-        if (t->wait == DONE) fprintf(stderr, "  from thread %d on: ended\n", i);
-        else if (t->wait == AT_BARRIER) fprintf(stderr, "  from thread %d on: at the barrier %s:%d\n", i, t->file, t->line);
-        else fprintf(stderr, "  from thread %d on: waits for lanes %08x at %s:%d\n", i, t->mask, t->file, t->line);
+        fprintf(stderr, "  from thread %d on: ", i);
+        if (t->wait == DONE) fprintf(stderr, "ended\n");
+        else if (t->wait == AT_BARRIER) fprintf(stderr, "at the barrier %s:%d\n", t->file, t->line);
+        else fprintf(stderr, "waits for lanes %08x at %s:%d\n", t->mask, t->file, t->line);
     }
     fail("deadlock");
 }
@@ -427,7 +431,8 @@ void run_block() {
 void make_stacks(int n) {
     for (int i = 0; i < n; i++) {
         if (threads[i].stack) continue;
-        void *p = mmap(nullptr, STACK + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void *p = mmap(nullptr, STACK + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+                       0);
         if (p == MAP_FAILED) fail("no memory for the stack of thread %d", i);
         mprotect(p, PAGE, PROT_NONE);
         threads[i].stack = (char *)p + PAGE;

@@ -27,8 +27,8 @@
 #define __align__(n) __attribute__((aligned(n)))
 // One block runs at a time on one thread of the system, so a static variable is a block's shared memory. A thread-local
 // one can be found by the run time, which poisons them all before each block. (A section of their own would do as well,
-// but g++ ignores section attributes in templates.) AddressSanitizer guards only those that are not thread-local, so under
-// it shared arrays have guards and no poison.
+// but g++ ignores section attributes in templates.) AddressSanitizer guards only those that are not thread-local, so
+// under it shared arrays have guards and no poison.
 #ifdef __SANITIZE_ADDRESS__
 #define __shared__ static
 #else
@@ -70,9 +70,10 @@ cudaError_t cudaDeviceSynchronize(void);
 const char *cudaGetErrorString(cudaError_t e);
 
 // ---------------------------------------------------------------------------------------------
-// Scheduling. Order 0 always runs the lowest-numbered warp and lane that can run, 1 the highest, any other number is the
-// seed of a random choice at every step; blocks follow the same rule. Even orders poison fresh memory with 0xff bytes
-// (NaN), odd ones with 0x7e (2^125 or so: survives fminf and fmaxf). CUDASIM_ORDER in the environment sets the first.
+// Scheduling. Order 0 always runs the lowest-numbered warp and lane that can run, 1 the highest, any other number is
+// the seed of a random choice at every step; blocks follow the same rule. Even orders poison fresh memory with 0xff
+// bytes (NaN), odd ones with 0x7e (8e37, which fminf and fmaxf do not swallow). CUDASIM_ORDER in the environment sets
+// the first.
 void cudasim_set_order(unsigned order);
 
 namespace cudasim {
@@ -80,7 +81,8 @@ namespace cudasim {
 #define CUDASIM_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 enum Collective { SYNCWARP, SHUFFLE, BALLOT };
-// Waits until every lane of mask has come; returns value of lane src (SHUFFLE) or the lanes whose value is not 0 (BALLOT).
+// Waits until every lane of mask has come; returns value of lane src (SHUFFLE) or the lanes whose value is not 0
+// (BALLOT).
 uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int src, const char *file, int line);
 int lane();
 void maybe_switch();                   // a point where another thread may come first: atomics and fences
@@ -117,8 +119,8 @@ template <class... P> struct Launcher {
         run(l);
     }
 };
-template <class... P> Launcher<P...> launcher(void (*kernel)(P...), const char *name, dim3 grid, dim3 block, size_t smem,
-                                              CUDASIM_HERE) {
+template <class... P>
+Launcher<P...> launcher(void (*kernel)(P...), const char *name, dim3 grid, dim3 block, size_t smem, CUDASIM_HERE) {
     return {kernel, {name, file, line, grid, block, smem, nullptr, nullptr, nullptr}};
 }
 
@@ -181,12 +183,19 @@ static inline int __all_sync(unsigned mask, int predicate, CUDASIM_HERE) {
 
 // Nothing runs between a load and its store here, so an ordinary update is atomic. The type is that of the pointer.
 namespace cudasim { template <class T> using Same = typename std::common_type<T>::type; }
-template <class T> T atomicAdd(T *p, cudasim::Same<T> v) { cudasim::maybe_switch(); T old = *p; *p = (T)(old + v); return old; }
-template <class T> T atomicMax(T *p, cudasim::Same<T> v) { cudasim::maybe_switch(); T old = *p; *p = old < v ? v : old; return old; }
-template <class T> T atomicMin(T *p, cudasim::Same<T> v) { cudasim::maybe_switch(); T old = *p; *p = v < old ? v : old; return old; }
-template <class T> T atomicOr(T *p, cudasim::Same<T> v) { cudasim::maybe_switch(); T old = *p; *p = old | v; return old; }
-template <class T> T atomicAnd(T *p, cudasim::Same<T> v) { cudasim::maybe_switch(); T old = *p; *p = old & v; return old; }
-template <class T> T atomicExch(T *p, cudasim::Same<T> v) { cudasim::maybe_switch(); T old = *p; *p = v; return old; }
+#define CUDASIM_ATOMIC(name, updated) \
+    template <class T> T name(T *p, cudasim::Same<T> v) { \
+        cudasim::maybe_switch(); \
+        T old = *p; \
+        *p = (T)(updated); \
+        return old; \
+    }
+CUDASIM_ATOMIC(atomicAdd, old + v)
+CUDASIM_ATOMIC(atomicMax, old < v ? v : old)
+CUDASIM_ATOMIC(atomicMin, v < old ? v : old)
+CUDASIM_ATOMIC(atomicOr, old | v)
+CUDASIM_ATOMIC(atomicAnd, old & v)
+CUDASIM_ATOMIC(atomicExch, v)
 template <class T> T atomicCAS(T *p, cudasim::Same<T> expected, cudasim::Same<T> v) {
     cudasim::maybe_switch();
     T old = *p;

@@ -5,7 +5,8 @@
 
 # Each fiber that ends would free a heap of its own for use-after-return, were kernels compiled for it.
 SIM_ASAN  := $(if $(SANITIZE),--param asan-use-after-return=0)
-SIM_FLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Wno-unknown-pragmas $(if $(WERROR),-Werror) -march=$(ARCH) \
+SIM_FLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Wno-unknown-pragmas $(if $(WERROR),-Werror) \
+             -march=$(ARCH) \
              -ffp-contract=off -fno-math-errno -fstack-clash-protection -O2 -g -I. -Illmc -Idev/cudasim $(SIM_ASAN) \
              $(filter -DPRECISION_FP32 -fsanitize=% -fno-sanitize-recover=% -fno-omit-frame-pointer,$(ALLFLAGS))
 CUDA_SRC  := $(wildcard llmc/cuda/*.cu)
@@ -38,7 +39,8 @@ test-cudasim-one: $(OUT)/test/test_cudasim
 endif
 
 # -fmad=false: see llmc/cuda/cuda.cuh.
-NVCC       ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+NVCC       ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) \
+              $(wildcard /usr/local/cuda/bin/nvcc))
 NVCC_FLAGS := -std=c++17 -O3 -lineinfo -fmad=false -DQLLM_FMAD_FALSE -I. -Illmc $(filter -DPRECISION_FP32,$(ALLFLAGS)) \
               -Xcompiler -Wall,-Wextra,-ffp-contract=off
 CUDA_ARCHS := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \

@@ -7,7 +7,8 @@ out=$(awk '
     /spill stores/             { stores = $0; sub(/ bytes spill stores.*/, "", stores); sub(/.* /, "", stores); next }
     /Used [0-9]+ registers/    { regs = $0; sub(/.*Used /, "", regs); sub(/ registers.*/, "", regs)
                                  smem = "0"; if (match($0, /[0-9]+ bytes smem/)) smem = substr($0, RSTART, RLENGTH - 11)
-                                 printf "  %-6s %3d registers %6d B shared %4d B spilled  %s\n", arch, regs, smem, stores, kernel
+                                 printf "  %-6s %3d registers %6d B shared %4d B spilled  %s\n", \
+                                        arch, regs, smem, stores, kernel
                                  if (stores > 0) bad = 1; next }
     /Function properties for|bytes gmem|Compile time/ { next }
     { print }

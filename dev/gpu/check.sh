@@ -26,7 +26,8 @@ for precision in bf16 fp32; do
     out=$BUILD/$precision
     make -s BUILD="$BUILD" PRECISION=$precision "$out/libqllm.a"
     libs=$(make -s BUILD="$BUILD" PRECISION=$precision cuda-link-libs | tail -n 1)
-    flags="-std=c++17 -O3 ${ARCH_FLAGS:--arch=native} -fmad=false -DQLLM_FMAD_FALSE -I. -Illmc"   # see llmc/cuda/cuda.cuh
+    # -fmad=false: see llmc/cuda/cuda.cuh.
+    flags="-std=c++17 -O3 ${ARCH_FLAGS:--arch=native} -fmad=false -DQLLM_FMAD_FALSE -I. -Illmc"
     if [ $precision = fp32 ]; then flags="$flags -DPRECISION_FP32"; fi
     "$nvcc" $flags -x cu -c test/test_cudasim.cpp -o "$out/test_cuda.o"
     "$nvcc" $flags llmc/cuda/*.cu "$out/test_cuda.o" "$out/libqllm.a" -Xcompiler -fopenmp $libs -o "$out/test_cuda"

@@ -1,14 +1,17 @@
 // Inside the CUDA wing: what every .cu file shares. Semantics of the operations are documented in ops.h.
 //
-// A .cu file is read by two compilers. nvcc builds it for the GPU; g++ builds it against dev/cudasim, which runs the same
-// kernels on the CPU for the tests. So kernels are launched by LAUNCH, dynamic shared memory is declared by DYN_SHARED,
-// and kernels and device functions are `static` (why: dev/cudasim/cudasim.h).
+// A .cu file is read by two compilers. nvcc builds it for the GPU; g++ builds it against dev/cudasim, which runs the
+// same kernels on the CPU for the tests. So kernels are launched by LAUNCH and dynamic shared memory is declared by
+// DYN_SHARED.
+// The form of an operation: kernels and device functions, static, then cuda_NAME, which picks a kernel (a template
+// where rows are read in vectors), launches it on cuda_stream and keeps a launch's error; an entry in ops_cuda.cu; a
+// test in test/test_cudasim.cpp.
 //
-// Arithmetic. The whole wing is compiled with -fmad=false, as the CPU wing is with -ffp-contract=off: a multiplication and
-// an addition in the source are two roundings everywhere, and where one is meant, fmaf stands. Together with nvcc's
-// defaults (-prec-div=true -prec-sqrt=true -ftz=false: division, square root and subnormals as in IEEE 754) scalar.h and
-// quant.h then give the same bits on CPU, GPU and simulator. No __expf, rsqrtf or -use_fast_math: their bits are the
-// GPU's own.
+// Arithmetic. The whole wing is compiled with -fmad=false, as the CPU wing is with -ffp-contract=off: a multiplication
+// and an addition in the source are two roundings everywhere, and where one is meant, fmaf stands. Together with nvcc's
+// defaults (-prec-div=true -prec-sqrt=true -ftz=false: division, square root and subnormals as in IEEE 754) scalar.h
+// and quant.h then give the same bits on CPU, GPU and simulator. No __expf, rsqrtf or -use_fast_math: their bits are
+// the GPU's own.
 #ifndef QLLM_CUDA_CUH
 #define QLLM_CUDA_CUH
 #include <type_traits>
@@ -54,8 +57,10 @@ extern cudaStream_t cuda_stream;      // where operations are launched
 
 // N values that move in one load or store. N is 16 bytes' worth where rows allow it, else 1.
 template <class T, int N> struct alignas(sizeof(T) * N) Vec { T v[N]; };
-template <class T, int N> static __device__ __forceinline__ Vec<T, N> vec_load(const T *p) { return *(const Vec<T, N> *)p; }
-template <class T, int N> static __device__ __forceinline__ void vec_store(T *p, Vec<T, N> v) { *(Vec<T, N> *)p = v; }
+template <class T, int N>
+static __device__ __forceinline__ Vec<T, N> vec_load(const T *p) { return *(const Vec<T, N> *)p; }
+template <class T, int N>
+static __device__ __forceinline__ void vec_store(T *p, Vec<T, N> v) { *(Vec<T, N> *)p = v; }
 
 #define VEC_X (16 / (int)sizeof(floatX))          // floatX values in 16 bytes
 
@@ -66,15 +71,15 @@ static inline bool rows_take_vec(int C, const void *a, const void *b = nullptr, 
     return bits % 16 == 0 && C % VEC_X == 0;
 }
 
-// Lets a kernel have `bytes` of dynamic shared memory: above 48 KiB that must be asked for. False, and the error kept, if
-// the device has less.
+// Lets a kernel have `bytes` of dynamic shared memory: above 48 KiB that must be asked for. False, and the error kept,
+// if the device has less.
 template <class Kernel> static inline bool allow_shared(Kernel *kernel, size_t bytes) {
     if (bytes <= 48 << 10) return true;
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (e == cudaSuccess) return true;
     (void)cudaGetLastError();
-    ops_set_error(E_FAIL, "a kernel needs %zu bytes of shared memory, more than this device allows: %s; use a narrower model",
-                  bytes, cudaGetErrorString(e));
+    ops_set_error(E_FAIL, "a kernel needs %zu bytes of shared memory, more than this device allows: %s; use a narrower "
+                  "model", bytes, cudaGetErrorString(e));
     return false;
 }
 #endif

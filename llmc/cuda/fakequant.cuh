@@ -1,5 +1,5 @@
-// Fake quantization of a row that a block has just written to shared memory: what the operations that produce a linear's
-// input share (rmsnorm_fq, fakequant, swiglu_fq).
+// Fake quantization of a row that a block has just written to shared memory: what the operations that produce a
+// linear's input share (rmsnorm_fq, fakequant, swiglu_fq).
 #ifndef QLLM_FAKEQUANT_CUH
 #define QLLM_FAKEQUANT_CUH
 #include "cuda.cuh"
@@ -33,12 +33,12 @@ static __device__ void block_minmax(float *mn, float *mx) {
     for (int w = 0; w < (int)blockDim.x / 32; w++) widen(mn, mx, part[0][w], part[1][w]);
 }
 
-// y (C) X = fq(row), mask (C) or NULL; mn and mx are this thread's share of row's span. Without quantization y is the row
-// and the mask is 1. Each thread reads the very elements it wrote to row, so no barrier stands between; y may be row.
+// y (C) X = fq(row), mask (C) or NULL; mn and mx are this thread's share of row's span. Without quantization y is the
+// row and the mask is 1. Each thread reads the very elements it wrote to row, so no barrier stands between.
 template <int V>
 static __device__ void fakequant_row(floatX *y, uint8_t *mask, const floatX *row, int C, float mn, float mx,
                                      const QuantSpec *act) {
-    bool on = quant_is_on(act);                                // the same in all threads: all meet block_minmax's barrier
+    bool on = quant_is_on(act);                                // in all threads alike: all meet block_minmax's barrier
     QParams p = {};
     if (on) {
         block_minmax(&mn, &mx);

@@ -1,10 +1,11 @@
-// linear_forward and linear_forward_f32 (ops.h), plainly: y = x . w^T by square tiles through shared memory, on CUDA cores.
-// It runs wherever CUDA runs and its bits are easy to state, which makes it the reference for a matmul of a library:
+// linear_forward and linear_forward_f32 (ops.h), plainly: y = x . w^T by square tiles through shared memory, without
+// tensor cores. It runs wherever CUDA runs and its bits are easy to state, which makes it the reference for a library's
+// matmul:
 //   y[n][o] = X( wscale[o] * s ),  s = 0, then s = fmaf(x[n][k], w[o][k], s) for k = 0, 1, .. C-1
 // A block computes a TILE x TILE square of y, a thread a 4 x 4 square of that.
 //
-//   xs[k][n], ws[k][o]: a slice of DEPTH columns of x and of w, as f32, transposed so that the four values that a thread
-//   needs for one k are one 16-byte read. Example: x[n0 + 5][k0 + 2] lies at xs[2][5].
+//   xs[k][n], ws[k][o]: a slice of DEPTH columns of x and of w, as f32, transposed so that the four values that a
+//   thread needs for one k are one 16-byte read. Example: x[n0 + 5][k0 + 2] lies at xs[2][5].
 #include "cuda.cuh"
 
 #define TILE 64
@@ -33,7 +34,8 @@ static __device__ __forceinline__ void store(float *p, float v) { *p = v; }
 
 template <class Out>
 static __global__ void __launch_bounds__(SIDE * SIDE)
-linear_forward_kernel(Out *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC, bool vec) {
+linear_forward_kernel(Out *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC,
+                      bool vec) {
     __shared__ __align__(16) float xs[DEPTH][TILE + PAD], ws[DEPTH][TILE + PAD];
     size_t n0 = (size_t)blockIdx.x * TILE, o0 = (size_t)blockIdx.y * TILE;
     float acc[4][4] = {};
@@ -43,7 +45,8 @@ linear_forward_kernel(Out *y, const floatX *x, const floatX *w, const float *wsc
         __syncthreads();                                       // the slices are complete
 #pragma unroll
         for (int k = 0; k < DEPTH; k++) {                      // zeros beyond C leave every sum as it is
-            Vec<float, 4> a = vec_load<float, 4>(&xs[k][threadIdx.y * 4]), b = vec_load<float, 4>(&ws[k][threadIdx.x * 4]);
+            Vec<float, 4> a = vec_load<float, 4>(&xs[k][threadIdx.y * 4]);
+            Vec<float, 4> b = vec_load<float, 4>(&ws[k][threadIdx.x * 4]);
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll

@@ -2,9 +2,9 @@
 // A block a row. The row stays in shared memory from the first load to the last store: each byte of x, delta and weight
 // is read once and each of res and y written once, (4 N C + C) sizeof(floatX) in all with a delta.
 //
-// The sum of squares keeps the order that ops.h fixes, so that CPU and GPU agree to the bit: element c belongs to partial
-// sum c mod 16. Sixteen lanes of the first warp hold the sums and walk the row in shared memory, which is a chain of C/16
-// additions; blocks that share a multiprocessor hide its latency behind each other's loads and stores.
+// The sum of squares keeps the order that ops.h fixes, so that CPU and GPU agree to the bit: element c belongs to
+// partial sum c mod 16. Sixteen lanes of the first warp hold the sums and walk the row in shared memory, which is a
+// chain of C/16 additions; blocks that share a multiprocessor hide its latency behind each other's loads and stores.
 #include "fakequant.cuh"
 
 #define BLOCK 256
