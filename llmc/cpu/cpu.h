@@ -49,15 +49,29 @@ void *cpu_workspace(size_t bytes);
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+static inline int cpu_max_threads(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+static inline int cpu_thread(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 // The calling thread's part [*first, *last) of n things, inside a parallel region.
 static inline void cpu_share(int *first, int *last, int n) {
 #ifdef _OPENMP
-    int64_t t = omp_get_thread_num(), threads = omp_get_num_threads();
+    int64_t threads = omp_get_num_threads();
 #else
-    int64_t t = 0, threads = 1;
+    int64_t threads = 1;
 #endif
-    *first = (int)(n * t / threads);
-    *last = (int)(n * (t + 1) / threads);
+    *first = (int)(n * (int64_t)cpu_thread() / threads);
+    *last = (int)(n * ((int64_t)cpu_thread() + 1) / threads);
 }
 
 // dtype of the activations for quant.h.

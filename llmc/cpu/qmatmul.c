@@ -1,7 +1,61 @@
 // Packed codes: back to working values, and multiplied by a few tokens without unpacking them to memory.
 #include "cpu.h"
-#ifdef __BMI2__
-#include <immintrin.h>
+
+// How sixteen codes come out of their 2 * bits bytes. Code i begins at bit i * bits, in byte i * bits / 8, and ends there
+// or in the next one. With AVX-512 each 32-bit lane takes these two bytes, shifts the code to its top, and back down.
+typedef struct {
+    int bits, sign;
+#ifdef QLLM_AVX512
+    __m512i pick, up, down;
+#endif
+} Unpack;
+
+static Unpack unpack_init(int bits, int sign) {
+    Unpack u = {.bits = bits, .sign = sign};
+#ifdef QLLM_AVX512
+    uint32_t pick[16], up[16], down[16];
+    for (uint32_t i = 0, b = (uint32_t)bits; i < 16; i++) {
+        uint32_t byte = i * b / 8, next = byte + 1 < 2 * b ? byte + 1 : byte;
+        pick[i] = byte | next << 8 | 0x80800000u;           // an index with its top bit set picks a zero
+        up[i] = 32 - b - i * b % 8;
+        down[i] = 32 - b;
+    }
+    u.pick = _mm512_loadu_si512(pick);
+    u.up = _mm512_loadu_si512(up);
+    u.down = _mm512_loadu_si512(down);
+#endif
+    return u;
+}
+
+// Sixteen bytes of a row, of which `left` are still in it; zeros stand for the others.
+#ifdef QLLM_AVX512
+typedef __m128i Bytes16;
+VEC Bytes16 bytes16(const uint8_t *src, size_t left) {
+    if (__builtin_expect(left >= 16, 1)) return _mm_loadu_si128((const __m128i *)(const void *)src);
+    return _mm_maskz_loadu_epi8(v16_mask((int)left), src);
+}
+VEC v16 unpack16(const uint8_t *src, size_t left, const Unpack *u) {
+    __m512i w = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes16(src, left)), u->pick);
+    w = _mm512_sllv_epi32(w, u->up);
+    return (v16)_mm512_cvtepi32_ps(u->sign ? _mm512_srav_epi32(w, u->down) : _mm512_srlv_epi32(w, u->down));
+}
+#else
+typedef struct { uint8_t b[16]; } Bytes16;
+VEC Bytes16 bytes16(const uint8_t *src, size_t left) {
+    Bytes16 v = {{0}};
+    memcpy(v.b, src, left < 16 ? left : 16);
+    return v;
+}
+VEC v16 unpack16(const uint8_t *src, size_t left, const Unpack *u) {
+    Bytes16 bytes = bytes16(src, left);
+    v16 v;
+    for (int i = 0; i < 16; i++) {
+        int at = i * u->bits, byte = at / 8, next = byte + 1 < 2 * u->bits ? byte + 1 : byte;
+        int field = (bytes.b[byte] | bytes.b[next] << 8) >> (at % 8) & ((1 << u->bits) - 1);
+        v[i] = (float)((field ^ u->sign) - u->sign);
+    }
+    return v;
+}
 #endif
 
 // How the codes of one tensor are read.
@@ -9,6 +63,7 @@ typedef struct {
     int bits, sign;             // sign: value of the sign bit, 0 when unsigned
     size_t row_bytes;
     int64_t b0, b1, across;     // rows and columns of a block, blocks across a row
+    Unpack unpack;
 } Packed;
 
 static int packed_init(Packed *p, const QuantSpec *s, int64_t rows, int64_t cols) {
@@ -21,42 +76,8 @@ static int packed_init(Packed *p, const QuantSpec *s, int64_t rows, int64_t cols
     *p = (Packed){.bits = s->bits, .sign = s->is_unsigned ? 0 : 1 << (s->bits - 1),
                   .row_bytes = quant_row_bytes(s->bits, cols), .b0 = block[0], .b1 = block[1],
                   .across = cols / block[1]};
+    p->unpack = unpack_init(p->bits, p->sign);
     return 0;
-}
-
-// Eight fields of `bits` bits, one to a byte.
-VEC uint64_t spread8(uint64_t fields, int bits) {
-#ifdef __BMI2__
-    return _pdep_u64(fields, 0x0101010101010101u * (uint64_t)((1 << bits) - 1));
-#else
-    uint64_t bytes = 0;
-    for (int i = 0; i < 8; i++) bytes |= (fields >> (i * bits) & (uint64_t)((1 << bits) - 1)) << (8 * i);
-    return bytes;
-#endif
-}
-
-// Sixteen codes from the 2 * bits bytes at src, `left` of them still in the row: a whole word is read where the row has
-// it, and nothing behind its end. Codes beyond the row are what zero bits say.
-VEC v16 unpack16(const uint8_t *src, size_t left, int bits, int sign) {
-    uint64_t w[2] = {0, 0};
-    size_t half = (size_t)bits;
-    if (left >= half + 8) {
-        memcpy(&w[0], src, 8);
-        memcpy(&w[1], src + half, 8);
-    } else {
-        memcpy(&w[0], src, left < half ? left : half);
-        if (left > half) memcpy(&w[1], src + half, left - half < half ? left - half : half);
-    }
-    uint64_t flip = 0x0101010101010101u * (uint64_t)sign;
-    w[0] = spread8(w[0], bits) ^ flip;                 // with its sign bit flipped, a code is a byte from 0 up
-    w[1] = spread8(w[1], bits) ^ flip;
-    v16 v;
-#ifdef QLLM_AVX512
-    v = (v16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_set_epi64x((long long)w[1], (long long)w[0])));
-#else
-    for (int i = 0; i < 16; i++) v[i] = (float)(w[i / 8] >> (8 * (i % 8)) & 255u);
-#endif
-    return v - v16_set1((float)sign);
 }
 
 // Working values of n codes in a row, from code number c on, that share one scale; blocks of sixteens.
@@ -64,7 +85,7 @@ VEC void dequant_span(floatX *work, const uint8_t *row, const Packed *pk, int64_
                       bool as_codes, bool zero_is_float, float mid) {
     for (int64_t end = c + n; c < end; c += 16) {
         size_t byte = (size_t)c * (size_t)pk->bits / 8;
-        v16 q = unpack16(row + byte, pk->row_bytes - byte, pk->bits, pk->sign);
+        v16 q = unpack16(row + byte, pk->row_bytes - byte, &pk->unpack);
         if (!as_codes) q = v16_work(v16_dequant(zero_is_float ? q : q - b->zp, b, zero_is_float, mid));
         v16_storex(work + c, q, end - c < 16 ? (int)(end - c) : 16);
     }
@@ -75,7 +96,7 @@ static void dequant_odd(floatX *work, const uint8_t *row, const Packed *pk, cons
                         const QuantSpec *s, int64_t cols) {
     for (int64_t c = 0; c < cols; c++) {
         size_t byte = (size_t)(c & ~7) * (size_t)pk->bits / 8;       // eight codes start at a byte
-        v16 q = unpack16(row + byte, pk->row_bytes - byte, pk->bits, pk->sign);
+        v16 q = unpack16(row + byte, pk->row_bytes - byte, &pk->unpack);
         QParams p = {scale[c / pk->b1], zero ? zero[c / pk->b1] : quant_mid(s)};
         work[c] = f2x(quant_dequant(q[c % 8], p, s, QD_BF16));
     }
@@ -109,8 +130,10 @@ void cpu_dequant_rows(floatX *work, float *wscale, const uint8_t *codes, const f
 // ---------------------------------------------------------------------------------------------
 // Few tokens against packed codes.
 
-// Tokens that share one reading of the codes.
+// Tokens that share one reading of the codes, rows whose sums run side by side, rows that a thread takes at a time.
 #define TOKENS 4
+#define ROWS 4
+#define STRIP_ROWS 32
 
 // What the rows share. x lies in scratch as f32, ldx values a token, zeros behind the last column; sums of x over each
 // block, ld_sums a token, for the float domain, whose zero point multiplies them.
@@ -131,13 +154,7 @@ VEC v16 nibble_table(int sign, float from) {
     return t;
 }
 
-// Sixteen bytes of a row, of which `left` are still in it; zeros stand for the others.
 #ifdef QLLM_AVX512
-typedef __m128i Bytes16;
-VEC Bytes16 bytes16(const uint8_t *src, size_t left) {
-    if (__builtin_expect(left >= 16, 1)) return _mm_loadu_si128((const __m128i *)(const void *)src);
-    return _mm_maskz_loadu_epi8(v16_mask((int)left), src);
-}
 // 32 codes of 4 bits by table: the even ones (low nibbles), then the odd ones. A permutation looks at the low four bits
 // of its indices only.
 VEC v16 nibbles_even(Bytes16 b, v16 table) {
@@ -146,16 +163,8 @@ VEC v16 nibbles_even(Bytes16 b, v16 table) {
 VEC v16 nibbles_odd(Bytes16 b, v16 table) {
     return (v16)_mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(b), 4), (__m512)table);
 }
-VEC v16 codes16(Bytes16 b, int sign) {
-    return (v16)_mm512_cvtepi32_ps(sign ? _mm512_cvtepi8_epi32(b) : _mm512_cvtepu8_epi32(b));
-}
+VEC v16 signed16(Bytes16 b) { return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b)); }
 #else
-typedef struct { uint8_t b[16]; } Bytes16;
-VEC Bytes16 bytes16(const uint8_t *src, size_t left) {
-    Bytes16 v = {{0}};
-    memcpy(v.b, src, left < 16 ? left : 16);
-    return v;
-}
 VEC v16 nibbles_even(Bytes16 b, v16 table) {
     v16 v;
     for (int i = 0; i < 16; i++) v[i] = table[b.b[i] & 15];
@@ -166,99 +175,145 @@ VEC v16 nibbles_odd(Bytes16 b, v16 table) {
     for (int i = 0; i < 16; i++) v[i] = table[b.b[i] >> 4];
     return v;
 }
-VEC v16 codes16(Bytes16 b, int sign) {
+VEC v16 signed16(Bytes16 b) {
     v16 v;
-    for (int i = 0; i < 16; i++) v[i] = (float)((b.b[i] ^ sign) - sign);
+    for (int i = 0; i < 16; i++) v[i] = (float)(int8_t)b.b[i];
     return v;
 }
 #endif
 
-// Row r against n <= TOKENS tokens from xt on: total[t] = sum over blocks of scale * sum (code - centre) * x, lanes apart.
-// bits (where it is 4 or 8), n and zero_is_int are constants where this is inlined, so that sums stay in registers.
-VEC void row_dot(v16 *total, const Matvec *mv, int64_t r, const float *xt, int n, int bits, bool zero_is_int) {
+// The kinds of codes that have a loop of their own.
+typedef enum { CODES_4, CODES_S8, CODES_ANY } CodesKind;
+
+// Rows r to r + rows - 1 against n tokens from xt on: total[i][t] = sum over blocks of scale * sum (code - centre) * x,
+// lanes apart. Several rows at a time, because one row's sum is a chain of multiply-adds that each wait for the last.
+// rows, n, zero_is_int and kind are constants where this is inlined and the loops over them are unrolled, so that sums stay
+// in registers.
+VEC void rows_dot(v16 total[ROWS][TOKENS], const Matvec *mv, int64_t r, int rows, const float *xt, int n, CodesKind kind,
+                  bool zero_is_int) {
     const size_t ldx = mv->ldx, row_bytes = mv->pk.row_bytes;
-    const int64_t b1 = mv->pk.b1, across = mv->pk.across, first = r / mv->pk.b0 * across;
-    const uint8_t *row = mv->codes + (size_t)r * row_bytes;
-    const int sign = mv->pk.sign;
-    v16 sum[TOKENS] = {{0}}, table = nibble_table(sign, mv->centre), from = v16_set1(mv->centre);
+    const int64_t b1 = mv->pk.b1, across = mv->pk.across;
+    const Unpack unpack = mv->pk.unpack;
+    const uint8_t *row[ROWS];
+    const float *scale[ROWS], *zero[ROWS];
+    const v16 plain = nibble_table(unpack.sign, mv->centre);
+    v16 sum[ROWS][TOKENS], from = v16_set1(mv->centre), table = plain;
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++) {
+        int64_t first = (r + i) / mv->pk.b0 * across;
+        row[i] = mv->codes + (size_t)(r + i) * row_bytes;
+        scale[i] = mv->scale + first;
+        zero[i] = zero_is_int ? mv->zero + first : NULL;
+#pragma GCC unroll 4
+        for (int t = 0; t < n; t++) sum[i][t] = v16_set1(0.0f);
+    }
     for (int64_t g = 0; g < across; g++) {
-        v16 acc[TOKENS] = {{0}};
-        if (zero_is_int) {
-            from = v16_set1(mv->zero[first + g]);
-            if (bits == 4) table = nibble_table(sign, 0.0f) - from;
-        }
-        for (int64_t c = g * b1; c < (g + 1) * b1; c += bits == 4 ? 32 : 16) {
-            size_t byte = (size_t)c * (size_t)bits / 8, left = row_bytes - byte;
-            if (bits == 4) {
-                Bytes16 b = bytes16(row + byte, left);
-                v16 even = nibbles_even(b, table), odd = nibbles_odd(b, table);
-                for (int t = 0; t < n; t++) {
-                    acc[t] = v16_fma(even, v16_load(xt + (size_t)t * ldx + c, 16), acc[t]);
-                    acc[t] = v16_fma(odd, v16_load(xt + (size_t)t * ldx + c + 16, 16), acc[t]);
+        v16 acc[ROWS][TOKENS];
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+            for (int t = 0; t < n; t++) acc[i][t] = v16_set1(0.0f);
+        for (int64_t c = g * b1; c < (g + 1) * b1; c += kind == CODES_4 ? 32 : 16) {
+            size_t byte = (size_t)c * (size_t)unpack.bits / 8, left = row_bytes - byte;
+            const float *x = xt + c;
+#pragma GCC unroll 4
+            for (int i = 0; i < rows; i++) {
+                if (zero_is_int) from = v16_set1(zero[i][g]);
+                if (kind == CODES_4) {
+                    if (zero_is_int) table = plain + v16_set1(mv->centre) - from;
+                    Bytes16 b = bytes16(row[i] + byte, left);
+                    v16 even = nibbles_even(b, table), odd = nibbles_odd(b, table);
+#pragma GCC unroll 4
+                    for (int t = 0; t < n; t++) {
+                        acc[i][t] = v16_fma(even, v16_load(x + (size_t)t * ldx, 16), acc[i][t]);
+                        acc[i][t] = v16_fma(odd, v16_load(x + (size_t)t * ldx + 16, 16), acc[i][t]);
+                    }
+                } else {
+                    v16 q = kind == CODES_S8 ? signed16(bytes16(row[i] + byte, left)) : unpack16(row[i] + byte, left, &unpack);
+                    q -= from;
+#pragma GCC unroll 4
+                    for (int t = 0; t < n; t++)
+                        acc[i][t] = v16_fma(q, v16_load(x + (size_t)t * ldx, 16), acc[i][t]);
                 }
-            } else {
-                v16 q = bits == 8 ? codes16(bytes16(row + byte, left), sign) : unpack16(row + byte, left, bits, sign);
-                q -= from;
-                for (int t = 0; t < n; t++) acc[t] = v16_fma(q, v16_load(xt + (size_t)t * ldx + c, 16), acc[t]);
             }
         }
-        v16 s = v16_set1(mv->scale[first + g]);
-        for (int t = 0; t < n; t++) sum[t] = v16_fma(acc[t], s, sum[t]);
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++) {
+            v16 s = v16_set1(scale[i][g]);
+#pragma GCC unroll 4
+            for (int t = 0; t < n; t++) sum[i][t] = v16_fma(acc[i][t], s, sum[i][t]);
+        }
     }
-    for (int t = 0; t < n; t++) total[t] = sum[t];
+    for (int i = 0; i < rows; i++)
+        for (int t = 0; t < n; t++) total[i][t] = sum[i][t];
 }
 
-VEC void row_dot_tokens(v16 *total, const Matvec *mv, int64_t r, const float *xt, int n, int bits, bool zero_is_int) {
-    switch (n) {
-    case 1: row_dot(total, mv, r, xt, 1, bits, zero_is_int); break;
-    case 2: row_dot(total, mv, r, xt, 2, bits, zero_is_int); break;
-    case 3: row_dot(total, mv, r, xt, 3, bits, zero_is_int); break;
-    default: row_dot(total, mv, r, xt, TOKENS, bits, zero_is_int);
-    }
-}
-
-// The same for blocks that do not end where vectors do.
-static void row_dot_odd(float *total, const Matvec *mv, int64_t r, const float *xt, int n, int64_t cols) {
+// The same of one row and one token for blocks that do not end where vectors do.
+static float row_dot_odd(const Matvec *mv, int64_t r, const float *x, int64_t cols) {
     const Packed *pk = &mv->pk;
     const uint8_t *row = mv->codes + (size_t)r * pk->row_bytes;
     int64_t first = r / pk->b0 * pk->across;
-    float acc[TOKENS] = {0};
+    bool zero_is_int = mv->zero && !mv->zero_is_float;
+    float acc = 0.0f, total = 0.0f;
     for (int64_t c = 0; c < cols; c += 16) {
         size_t byte = (size_t)c * (size_t)pk->bits / 8;
-        v16 q = unpack16(row + byte, pk->row_bytes - byte, pk->bits, pk->sign);
+        v16 q = unpack16(row + byte, pk->row_bytes - byte, &pk->unpack);
         for (int i = 0; i < 16 && c + i < cols; i++) {
-            int64_t g = (c + i) / pk->b1;
-            float code = q[i] - (mv->zero && !mv->zero_is_float ? mv->zero[first + g] : mv->centre);
-            bool last = (c + i + 1) % pk->b1 == 0;
-            for (int t = 0; t < n; t++) {
-                acc[t] = fmaf(code, xt[(size_t)t * mv->ldx + (size_t)(c + i)], acc[t]);
-                if (last) total[t] = fmaf(acc[t], mv->scale[first + g], total[t]);
-                if (last) acc[t] = 0.0f;
-            }
+            int64_t g = first + (c + i) / pk->b1;
+            acc = fmaf(q[i] - (zero_is_int ? mv->zero[g] : mv->centre), x[c + i], acc);
+            if ((c + i + 1) % pk->b1) continue;
+            total = fmaf(acc, mv->scale[g], total);
+            acc = 0.0f;
         }
     }
+    return total;
 }
 
-VEC void rows_by_tokens(floatX *y, const Matvec *mv, int64_t r, size_t N, int OC, int64_t cols, int bits, bool aligned) {
-    for (size_t t0 = 0; t0 < N; t0 += TOKENS) {
-        int n = N - t0 < TOKENS ? (int)(N - t0) : TOKENS;
-        const float *xt = mv->x + t0 * mv->ldx;
-        v16 lanes[TOKENS] = {{0}};
-        float total[TOKENS] = {0};
-        if (!aligned) row_dot_odd(total, mv, r, xt, n, cols);
-        else if (mv->zero && !mv->zero_is_float) row_dot_tokens(lanes, mv, r, xt, n, bits, true);
-        else row_dot_tokens(lanes, mv, r, xt, n, bits, false);
-        for (int t = 0; t < n; t++) {
-            if (mv->zero_is_float) {
-                const float *z = mv->zero + r / mv->pk.b0 * mv->pk.across, *sums = mv->sums + (t0 + (size_t)t) * mv->ld_sums;
-                for (int64_t g = 0; g < mv->pk.across; g += 16) {
-                    int k = mv->pk.across - g < 16 ? (int)(mv->pk.across - g) : 16;
-                    lanes[t] = v16_fma(v16_load(z + g, k), v16_load(sums + g, k), lanes[t]);
-                }
-            }
-            y[(t0 + (size_t)t) * (size_t)OC + (size_t)r] = f2x(total[t] + v16_sum(lanes[t]));
-        }
+// The zero points of the float domain: what they add to the sums of row r and token t.
+VEC v16 float_zeros(v16 total, const Matvec *mv, int64_t r, size_t t) {
+    const float *z = mv->zero + r / mv->pk.b0 * mv->pk.across, *sums = mv->sums + t * mv->ld_sums;
+    for (int64_t g = 0; g < mv->pk.across; g += 16) {
+        int k = mv->pk.across - g < 16 ? (int)(mv->pk.across - g) : 16;
+        total = v16_fma(v16_load(z + g, k), v16_load(sums + g, k), total);
     }
+    return total;
+}
+
+VEC void rows_by_tokens(floatX *y, const Matvec *mv, int64_t r, int rows, size_t t0, int n, int OC,
+                        CodesKind kind, bool zero_is_int) {
+    v16 total[ROWS][TOKENS];
+    rows_dot(total, mv, r, rows, mv->x + t0 * mv->ldx, n, kind, zero_is_int);
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < rows; i++) {
+            v16 v = total[i][t];
+            if (mv->zero_is_float) v = float_zeros(v, mv, r + i, t0 + (size_t)t);
+            y[(t0 + (size_t)t) * (size_t)OC + (size_t)(r + i)] = f2x(v16_sum(v));
+        }
+}
+
+// Rows first..last - 1 against all tokens: one token alone by four rows, tokens by pairs with two rows, odd ones singly.
+VEC void rows_all(floatX *y, const Matvec *mv, int64_t first, int64_t last, size_t N, int OC, CodesKind kind,
+                  bool zero_is_int) {
+    int64_t r = first;
+    for (; r + ROWS <= last; r += ROWS) {
+        size_t t = 0;
+        for (; t + TOKENS <= N; t += TOKENS) {
+            rows_by_tokens(y, mv, r, ROWS / 2, t, TOKENS, OC, kind, zero_is_int);
+            rows_by_tokens(y, mv, r + ROWS / 2, ROWS / 2, t, TOKENS, OC, kind, zero_is_int);
+        }
+        for (; t < N; t++) rows_by_tokens(y, mv, r, ROWS, t, 1, OC, kind, zero_is_int);
+    }
+    for (; r < last; r++)
+        for (size_t t = 0; t < N; t++) rows_by_tokens(y, mv, r, 1, t, 1, OC, kind, zero_is_int);
+}
+
+static void rows_odd(floatX *y, const Matvec *mv, int64_t first, int64_t last, size_t N, int C, int OC) {
+    for (int64_t r = first; r < last; r++)
+        for (size_t t = 0; t < N; t++) {
+            v16 zeros = {0};
+            if (mv->zero_is_float) zeros = float_zeros(zeros, mv, r, t);
+            y[t * (size_t)OC + (size_t)r] = f2x(row_dot_odd(mv, r, mv->x + t * mv->ldx, C) + v16_sum(zeros));
+        }
 }
 
 void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
@@ -277,19 +332,31 @@ void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const
     for (size_t t = 0; t < N; t++) {
         const floatX *xt = x + t * (size_t)C;
         float *to = mv.x + t * mv.ldx, *sums = mv.sums + t * mv.ld_sums;
-        memset(to, 0, mv.ldx * sizeof(float));
-        for (int c = 0; c < C; c++)       // 4 bits: the even columns of each 32, then the odd ones
-            to[bits == 4 && aligned ? c / 32 * 32 + c % 2 * 16 + c % 32 / 2 : c] = x2f(xt[c]);
+        int c = 0;
+        for (; c + 32 <= C; c += 32)      // 4 bits: the even columns of each 32, then the odd ones
+            for (int i = 0; i < 16; i++) {
+                bool split = bits == 4 && aligned;
+                to[c + i] = x2f(xt[c + (split ? 2 * i : i)]);
+                to[c + 16 + i] = x2f(xt[c + (split ? 2 * i + 1 : 16 + i)]);
+            }
+        for (size_t i = (size_t)c; i < mv.ldx; i++) to[i] = 0.0f;
+        for (int i = 0; c + i < C; i++) to[bits == 4 && aligned ? c + i % 2 * 16 + i / 2 : c + i] = x2f(xt[c + i]);
         for (size_t g = 0; g < mv.ld_sums; g++) {
             double sum = 0.0;
-            for (int64_t c = 0; c < mv.pk.b1; c++) sum += (double)x2f(xt[(int64_t)g * mv.pk.b1 + c]);
+            for (int64_t k = 0; k < mv.pk.b1; k++) sum += (double)x2f(xt[(int64_t)g * mv.pk.b1 + k]);
             sums[g] = (float)sum;
         }
     }
+    bool zero_is_int = zero && !mv.zero_is_float;
+    int64_t strips = (OC + STRIP_ROWS - 1) / STRIP_ROWS;
 #pragma omp parallel for schedule(static) if ((size_t)OC * (size_t)C >= CPU_MIN_PARALLEL)
-    for (int64_t r = 0; r < OC; r++) {
-        if (bits == 4) rows_by_tokens(y, &mv, r, N, OC, C, 4, aligned);
-        else if (bits == 8) rows_by_tokens(y, &mv, r, N, OC, C, 8, aligned);
-        else rows_by_tokens(y, &mv, r, N, OC, C, bits, aligned);
+    for (int64_t k = 0; k < strips; k++) {
+        int64_t first = k * STRIP_ROWS, last = first + STRIP_ROWS < OC ? first + STRIP_ROWS : OC;
+        if (!aligned) rows_odd(y, &mv, first, last, N, C, OC);
+        else if (bits == 4 && zero_is_int) rows_all(y, &mv, first, last, N, OC, CODES_4, true);
+        else if (bits == 4) rows_all(y, &mv, first, last, N, OC, CODES_4, false);
+        else if (zero_is_int) rows_all(y, &mv, first, last, N, OC, CODES_ANY, true);
+        else if (bits == 8 && !wq->is_unsigned) rows_all(y, &mv, first, last, N, OC, CODES_S8, false);
+        else rows_all(y, &mv, first, last, N, OC, CODES_ANY, false);
     }
 }
