@@ -435,7 +435,7 @@ static int eval_validation(Eval *e, Err *err) {
 // ---------------------------------------------------------------------------------------------
 // Logits of given tokens
 
-static int parse_tokens(int32_t **ids, int *n, const char *text, int most, Err *err) {
+static int parse_tokens(int32_t **ids, int *n, const char *text, int most, int V, Err *err) {
     *ids = xmalloc((size_t)most * sizeof **ids);
     *n = 0;
     for (const char *s = text; ; s++) {
@@ -443,6 +443,8 @@ static int parse_tokens(int32_t **ids, int *n, const char *text, int most, Err *
         long v = strtol(s, &end, 10);
         if (end == s || v < 0 || v > INT32_MAX || (*end && *end != ','))
             return err_set(err, E_USAGE, "--tokens %.200s: expected ids separated by commas, such as 1,2,3", text);
+        if (v >= V)
+            return err_set(err, E_USAGE, "--tokens: id %ld is not in the vocabulary, which has 0 to %d", v, V - 1);
         if (*n == most) return err_set(err, E_USAGE,
                                        "--tokens: more than %d ids; the context is no longer (--seq-len)", most);
         (*ids)[(*n)++] = (int32_t)v;
@@ -457,7 +459,7 @@ static int eval_tokens(Eval *e, Err *err) {
     int n, V = e->m->config.V;
     float *logits = xmalloc((size_t)V * sizeof *logits);
     StWriter *w = NULL;
-    int rc = parse_tokens(&ids, &n, run.tokens, e->M, err);
+    int rc = parse_tokens(&ids, &n, run.tokens, e->M, V, err);
     infer_reset(e->s, 1);
     for (int i = 0; rc == 0 && i < n; i++) {
         rc = infer_forward(e->s, &ids[i], NULL, 1, logits, NULL, err);
