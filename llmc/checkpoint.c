@@ -292,6 +292,20 @@ static int open_tokenizer(ModelFile *m, Err *err) {
     return 0;
 }
 
+// Folders of other quantizers (GPTQ, AWQ, bitsandbytes) hold tensors in forms of their own.
+static int refuse_quantized(const char *path, const char *text, size_t len, Err *err) {
+    cJSON *root = json_parse(text, len, path, err);
+    if (!root) return E_FORMAT;
+    const cJSON *q = cJSON_GetObjectItemCaseSensitive(root, "quantization_config");
+    const char *method = json_string(q, "quant_method");
+    int rc = 0;
+    if (q && !cJSON_IsNull(q))
+        rc = err_set(err, E_FORMAT, "%s: the weights are quantized already (%.40s); give the model in F32, F16 or BF16",
+                     path, method ? method : "quantization_config");
+    cJSON_Delete(root);
+    return rc;
+}
+
 static int open_hf(ModelFile *m, Err *err) {
     char path[1024], *text;
     size_t len;
@@ -306,7 +320,8 @@ static int open_hf(ModelFile *m, Err *err) {
                        has_bin ? "; did you mean " : "; a Hugging Face model folder has one", has_bin ? bin : "");
     }
     if (rc) return rc;
-    rc = llama_config_from_json(&m->config, text, len, err);
+    rc = refuse_quantized(path, text, len, err);
+    if (rc == 0) rc = llama_config_from_json(&m->config, text, len, err);
     free(text);
     if (rc) {
         char why[700];

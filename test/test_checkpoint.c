@@ -536,6 +536,8 @@ static void strange_places(void **state) {
     expect_refused(dir, E_FORMAT, "MixtralForCausalLM");
     write_text(path, "not json");
     expect_refused(dir, E_FORMAT, dir);
+    write_text(path, "{\"quantization_config\": {\"quant_method\": \"gptq\"}}");
+    expect_refused(dir, E_FORMAT, "gptq");
     char *config = llama_config_to_json(&c, "float32");
     write_text(path, config);
     free(config);
