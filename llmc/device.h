@@ -2,6 +2,9 @@
 #ifndef QLLM_DEVICE_H
 #define QLLM_DEVICE_H
 #include "ops.h"
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 // name: "auto" or "cpu" ("cuda" where the program was built with it). threads: 0 for all cores. Sets `ops`.
 int device_init(const char *name, int threads, Err *err);
@@ -18,4 +21,7 @@ int device_sync(Err *err);
 // Measured peak in FLOP/s of the widest multiply-add of the build's type, register only (cached per process), and what
 // it is ("avx512-bf16 vdpbf16ps"). On the CPU about 0.2 s.
 double device_peak_flops(const char **source);
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -5,7 +5,7 @@
 // statistics, losses, gradients of parameters and master weights are f32. N = B*T tokens. Tensors are row-major and do not
 // overlap unless said. Every operation is deterministic: the same inputs give the same bits, whatever the number of
 // threads. Pointers are device memory of the same backend. Sizes are checked when the model is built, so operations do
-// not fail for them; what a library or the system refuses is kept as the backend's first error, which device_error()
+// not fail for them; what a library or the system refuses is kept as the backend's first error, which device_sync()
 // returns once a step.
 //
 // Activation fake quantization belongs to the operation that produces a linear's input: where `act` is not NULL and has
@@ -50,7 +50,8 @@ typedef struct Ops {
     //   res (N, C) X = bf(x + delta)          delta may be NULL, then res may be NULL too and x is normalized itself
     //   rstd (N) f32 = 1 / sqrt(mean(res^2) + eps)    may be NULL
     //   y (N, C) X   = fq(X(res * rstd * weight))     f32 inside, one rounding to X before fq
-    // The sum of squares is f32 in 16 partial sums (element c goes to sum c mod 16), folded as a tree. res may be x.
+    // The sum of squares is f32 in 16 partial sums (element c goes to sum c mod 16, s = fmaf(v, v, s)), folded +8, +4, +2, +1.
+    // res may be x. Where act is off, mask is all 1.
     void (*rmsnorm_fq_forward)(floatX *res, floatX *y, float *rstd, uint8_t *mask, const floatX *x, const floatX *delta,
                                const floatX *weight, size_t N, int C, float eps, const QuantSpec *act);
     // dres (N, C) X = bf(dres + dx); dweight (C) f32 += ; dy (N, C) X gradient of y, x = the normalized tensor (res above).
@@ -60,7 +61,7 @@ typedef struct Ops {
 
     // --- linear --------------------------------------------------------------------------------------------------
     // linear_forward: y (N, OC) X = X( (x (N, C) X) . (w (OC, C) X)^T * wscale ), f32 accumulation.
-    // wscale (OC) f32 or NULL: per-row scale of a weight that works as its integer codes. ldy >= OC: row stride of y.
+    // wscale (OC) f32 or NULL: per-row scale of a weight that works as its integer codes.
     // Bits of a row do not depend on N or on the number of threads.
     void (*linear_forward)(floatX *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC);
     // The same with f32 output, for logits.
