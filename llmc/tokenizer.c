@@ -243,6 +243,8 @@ Tokenizer *tokenizer_new(int n) {
     t->span = xcalloc((size_t)n + 1, sizeof *t->span);
     t->bos = t->eos = t->unk = -1;
     pthread_mutex_init(&t->lock, NULL);
+    buf_put(&t->text, "", 1);              // spans of empty tokens need something to point into
+    buf_put(&t->raw, "", 1);
     return t;
 }
 
@@ -489,8 +491,6 @@ static void normalize(const Tokenizer *t, Buf *out, const char *s, size_t len, b
 int tokenizer_finish(Tokenizer *t, Err *err) {
     int rc;
     if (t->text.failed) return err_set(err, E_NOMEM, "tokenizer: no memory for %zu bytes of tokens", t->text.n);
-    if (!t->text.p) buf_put(&t->text, "", 1);                   // spans of empty tokens need something to point into
-    buf_put(&t->raw, "", 1);
     for (int32_t id = 0; id < t->n; id++) if (t->span[id].len > t->max_len) t->max_len = t->span[id].len;
     if ((rc = table_build(&t->by_text, &t->text, t->span, t->flags, t->n, TOK_MODEL, err)) < 0) return rc;
     if (build_pieces(t) < 0) return err_set(err, E_NOMEM, "tokenizer: no memory for its tokens' bytes");
@@ -924,8 +924,7 @@ static int split_regex(Enc *e, int step, const pcre2_code *re, Behavior how, boo
             uint8_t why[128] = "it matched backwards";
             if (found < 0) pcre2_get_error_message(found, why, sizeof why);
             return err_set(e->err, E_FORMAT, "tokenizer: its regular expression failed on a text of %zu bytes at "
-                           "byte %zu: %s; "
-                           "cut the text into shorter lines", len, at, (const char *)why);
+                           "byte %zu: %s; cut the text into shorter lines", len, at, (const char *)why);
         }
         size_t a = v[0], b = v[1];
         if (a == b && any && b == done) {

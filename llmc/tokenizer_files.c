@@ -209,8 +209,7 @@ static int read_pre_tokenizer(Tokenizer *t, const cJSON *o, Err *err) {
                       mark ? mark : SPACE_MARK, NULL);
     } else {
         return err_set(err, E_FORMAT, "tokenizer.json: pre-tokenizer %.60s is not supported; known: Sequence, Split, "
-                       "Digits, ByteLevel, "
-                       "Metaspace", type);
+                       "Digits, ByteLevel, Metaspace", type);
     }
     return add_step(t->pre, &t->n_pre, s, err);
 }
@@ -453,8 +452,7 @@ static int gguf_pre(Tokenizer *t, Gguf *g, Err *err) {
     char pre[64] = "";
     if (!s)
         return err_set(err, E_MISSING, "tokenizer.ggml.pre is missing, so how text is split is unknown; convert the "
-                       "model to "
-                       "GGUF again with a current converter (known: %s)", known);
+                       "model to GGUF again with a current converter (known: %s)", known);
     if (len < sizeof pre) memcpy(pre, s, len);
     t->options |= OPT_BYTE_LEVEL;
     if (!strcmp(pre, "llama-bpe") || !strcmp(pre, "llama3") || !strcmp(pre, "llama-v3")) {
@@ -497,44 +495,34 @@ static int gguf_merges(Tokenizer *t, Gguf *g, const GgufValue *v, Err *err) {
     return 0;
 }
 
-typedef struct { Merge m; double score; uint32_t la, lb, order; } Scored;
+typedef struct { Merge m; double score; } Scored;
 
 static int by_score(const void *x, const void *y) {
     const Scored *a = x, *b = y;
     if (a->score != b->score) return a->score > b->score ? -1 : 1;
-    if (a->la != b->la) return a->la > b->la ? -1 : 1;
-    if (a->lb != b->lb) return a->lb > b->lb ? -1 : 1;
-    return a->order < b->order ? -1 : a->order > b->order;
-}
-
-static int by_parts(const void *x, const void *y) {
-    const Scored *a = x, *b = y;
+    if (a->m.c != b->m.c) return a->m.c < b->m.c ? -1 : 1;
     if (a->m.a != b->m.a) return a->m.a < b->m.a ? -1 : 1;
     return a->m.b < b->m.b ? -1 : a->m.b > b->m.b;
 }
 
 // A SentencePiece vocabulary has scores and no merges. Every way to cut a token into two tokens is a merge; they are
-// ranked by the score of the token, then by the length of the left and of the right part in characters, longest first:
-// the order in which transformers' converter writes them, so that ids agree with the tokenizer.json it makes.
+// ranked by the score of the token, then by ids: the order in which transformers' converter wrote them for Llama-2 and
+// TinyLlama, so that their GGUF files give the merges of their tokenizer.json again.
 static int merges_from_scores(Tokenizer *t, const GgufValue *scores, const GgufValue *types, Err *err) {
     size_t n = 0, cap = 1024;
     Scored *all = xmalloc(cap * sizeof *all);
     for (int32_t id = 0; id < t->n; id++) {
         if (types && gguf_int_at(types, (uint64_t)id) != 1) continue;    // control, byte, user-defined: never merged
         const char *s = (const char *)t->text.p + t->span[id].off;
-        uint32_t len = t->span[id].len, chars = 0, left = 0;
+        uint32_t len = t->span[id].len;
         double score = gguf_double_at(scores, (uint64_t)id);
         if (len > 256 || score != score) {
             free(all);
             return err_set(err, E_FORMAT, "tokenizer.ggml: token %d has %u bytes and score %g; expected at most 256 "
-                           "bytes and a "
-                           "number", id, len, score);
+                           "bytes and a number", id, len, score);
         }
-        for (size_t i = 0; i < len; chars++) utf8_next(s, &i);
-        size_t first = n;
         for (size_t i = 0; i < len;) {
             utf8_next(s, &i);
-            left++;
             if (i == len) break;
             int32_t a = table_find(&t->by_text, &t->text, t->span, s, i);
             int32_t b = a < 0 ? -1 : table_find(&t->by_text, &t->text, t->span, s + i, len - i);
@@ -546,11 +534,9 @@ static int merges_from_scores(Tokenizer *t, const GgufValue *scores, const GgufV
                 all = bigger;
                 cap *= 2;
             }
-            all[n++] = (Scored){{a, b, id}, score, left, chars - left, 0};
+            all[n++] = (Scored){{a, b, id}, score};
         }
-        qsort(all + first, n - first, sizeof *all, by_parts);
     }
-    for (size_t i = 0; i < n; i++) all[i].order = (uint32_t)i;
     qsort(all, n, sizeof *all, by_score);
     t->merges = xcalloc(n + 1, sizeof *t->merges);
     for (size_t i = 0; i < n; i++) t->merges[i] = all[i].m;
@@ -770,8 +756,7 @@ static void put_template(Buf *b, const Tokenizer *t) {
     buf_str(b, "  \"post_processor\": ");
     if (!bos && !eos) {
         buf_str(b, t->options & OPT_BYTE_LEVEL ? "{\"type\": \"ByteLevel\", \"add_prefix_space\": true, "
-                "\"trim_offsets\": false, "
-                "\"use_regex\": true},\n" : "null,\n");
+                "\"trim_offsets\": false, \"use_regex\": true},\n" : "null,\n");
         return;
     }
     buf_str(b, "{\"type\": \"TemplateProcessing\", ");

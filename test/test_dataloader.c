@@ -31,16 +31,18 @@ static void make_folder(const char *name) {
     if (make_dir(in_dir(name), &err) < 0) fail_msg("%s", err.text);
 }
 
-static Tokenizer *tiny(void) {
+static Tokenizer *open_tokenizer(const char *path) {
     char *text;
     size_t len;
     Tokenizer *t;
     Err err;
-    if (file_read(&text, &len, "test/golden/tokens_llama3.json", 1 << 20, &err) < 0) fail_msg("%s", err.text);
+    if (file_read(&text, &len, path, 1 << 20, &err) < 0) fail_msg("%s", err.text);
     if (tokenizer_from_json(&t, text, len, &err) < 0) fail_msg("%s", err.text);
     free(text);
     return t;
 }
+
+static Tokenizer *tiny(void) { return open_tokenizer("test/golden/tokens_llama3.json"); }
 
 static void loads(TokenData *d, const char *path, const Tokenizer *t, int V, const char *cache) {
     Err err = {0};
@@ -132,8 +134,7 @@ static void test_first_bad_line(void **state) {
 // Tokenizing in parts by several threads gives what tokenizing in one piece does.
 static void test_parallel(void **state) {
     (void)state;
-    Tokenizer *t = tiny();
-    size_t bytes = 0, cap = 5 << 20, n;
+    size_t bytes = 0, cap = 3 << 20, n;
     char *s = xmalloc(cap + 64);
     uint64_t seed = 3;
     static const char *const part[] = {"\n", "\n\n", " ", "  ", "\r\n", "\t", "a", "B", "the ", "kader ", "1", "23",
@@ -146,22 +147,26 @@ static void test_parallel(void **state) {
         bytes += strlen(p);
     }
     char *path = write_file("long.txt", s, bytes);
-    int32_t *ids;
-    Err err;
-    assert_int_equal(tokenizer_encode(t, s, bytes, true, &ids, &n, &err), 0);
-    for (int threads = 1; threads <= 4; threads *= 2) {
-        TokenData d;
+    for (int spm = 0; spm < 2; spm++) {                         // one without and one with a prefix to each text
+        Tokenizer *t = spm ? open_tokenizer("test/golden/tokens_llama2.json") : tiny();
+        assert_true(tokenizer_safe_cut(t, s, bytes, bytes / 2) < bytes);
+        int32_t *ids;
+        Err err;
+        assert_int_equal(tokenizer_encode(t, s, bytes, true, &ids, &n, &err), 0);
+        for (int threads = 1; threads <= 4; threads *= 2) {
+            TokenData d;
 #ifdef _OPENMP
-        omp_set_num_threads(threads);
+            omp_set_num_threads(threads);
 #endif
-        loads(&d, path, t, tokenizer_vocab_size(t), NULL);
-        assert_int_equal(d.n, n);
-        assert_memory_equal(d.tokens, ids, n * sizeof *ids);
-        token_data_free(&d);
+            loads(&d, path, t, tokenizer_vocab_size(t), NULL);
+            assert_int_equal(d.n, n);
+            assert_memory_equal(d.tokens, ids, n * sizeof *ids);
+            token_data_free(&d);
+        }
+        free(ids);
+        tokenizer_free(t);
     }
-    free(ids);
     free(s);
-    tokenizer_free(t);
 }
 
 // ---------------------------------------------------------------------------------------------

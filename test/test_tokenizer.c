@@ -331,8 +331,8 @@ static void test_threads(void **state) {
     tokenizer_free(t);
 }
 
-// A word of a million letters: n log n, not n^2. The bound is loose (it would be hours) and in processor-independent
-// terms: a word ten times as long may take at most forty times as long.
+// A word of a million letters: n log n, not n^2. It takes about half a second; 60 s leaves room for sanitizers and a
+// busy machine, and none for the 10^12 / 2 steps of a quadratic merge, which are hundreds.
 static void test_long_words(void **state) {
     (void)state;
     const char *files[] = {"test/golden/tokens_llama3.json", "test/golden/tokens_llama2.json"};
@@ -344,16 +344,12 @@ static void test_long_words(void **state) {
         for (int u = 0; u < 6; u++) {
             size_t k = strlen(unit[u]), n;
             for (size_t i = 0; i < len; i++) s[i] = unit[u][i % k];
-            double took[2];
-            for (int big = 0; big < 2; big++) {
-                int32_t *ids;
-                Err err;
-                double start = now_seconds();
-                assert_int_equal(tokenizer_encode(t, s, big ? len : len / 10, true, &ids, &n, &err), 0);
-                took[big] = now_seconds() - start;
-                free(ids);
-            }
-            assert_true(took[1] < 40 * took[0] + 0.5);
+            int32_t *ids;
+            Err err;
+            double start = now_seconds();
+            assert_int_equal(tokenizer_encode(t, s, len, true, &ids, &n, &err), 0);
+            assert_true(n > 0 && now_seconds() - start < 60);
+            free(ids);
         }
         tokenizer_free(t);
     }

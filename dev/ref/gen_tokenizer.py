@@ -119,7 +119,9 @@ def sentencepiece_model():
 def spm_tokenizer(tokens, types, scores, **kw):
     vocab = {s: i for i, s in enumerate(tokens)}
     skip = {s for s, k in zip(tokens, types) if k != 1}
-    merges = generate_merges(vocab, dict(zip(tokens, scores)), skip)
+    score = dict(zip(tokens, scores))
+    merges = generate_merges(vocab, score, skip)        # now in the order that Llama-2's tokenizer.json has
+    merges.sort(key=lambda m: (-score[m[0] + m[1]], vocab[m[0] + m[1]], vocab[m[0]], vocab[m[1]]))
     tok = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", **{"byte_fallback": True,
                                                                               "fuse_unk": True, **kw}))
     tok.add_special_tokens([special(s) for s in ("<unk>", "<s>", "</s>")])
