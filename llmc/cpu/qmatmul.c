@@ -145,6 +145,7 @@ typedef struct {
     float centre;               // what a code is counted from when no integer zero point says so
     float *x, *sums;
     size_t ldx, ld_sums;
+    int64_t steps;              // loads of a row's codes a block
 } Matvec;
 
 // Values of the sixteen 4-bit fields, counted from `from`.
@@ -183,70 +184,95 @@ VEC v16 signed16(Bytes16 b) {
 #endif
 
 // The kinds of codes that have a loop of their own.
-typedef enum { CODES_4, CODES_S8, CODES_ANY } CodesKind;
+typedef enum { CODES_4, CODES_S8, CODES_ANY, CODES_ANY_ZERO } CodesKind;   // the last: with integer zero points
 
-// Rows r to r + rows - 1 against n tokens from xt on: total[i][t] = sum over blocks of scale * sum (code - centre) * x,
+// Rows r to r + rows - 1 against n tokens from x on: total[i * n + t] = sum over blocks of scale * sum (code - centre) * x,
 // lanes apart. Several rows at a time, because one row's sum is a chain of multiply-adds that each wait for the last.
-// rows, n, zero_is_int and kind are constants where this is inlined and the loops over them are unrolled, so that sums stay
-// in registers.
-VEC void rows_dot(v16 total[ROWS][TOKENS], const Matvec *mv, int64_t r, int rows, const float *xt, int n, CodesKind kind,
-                  bool zero_is_int) {
+// All but mv, r and x are constants at most calls, and the loops over rows and tokens are unrolled: sums stay in registers.
+// steps: vectors (4 bits: pairs of them) a block. guard: the tensor ends less than 16 bytes behind these rows. Without
+// it a row's last load may run into the next row, which does no harm: x is zero there.
+VEC void rows_dot(v16 *total, const Matvec *mv, int64_t r, const float *x, int rows, int n, CodesKind kind, int64_t steps,
+                  bool guard) {
     const size_t ldx = mv->ldx, row_bytes = mv->pk.row_bytes;
-    const int64_t b1 = mv->pk.b1, across = mv->pk.across;
+    const size_t stride = kind == CODES_4 || kind == CODES_S8 ? 16 : 2 * (size_t)mv->pk.bits;
+    const int64_t across = mv->pk.across;
     const Unpack unpack = mv->pk.unpack;
-    const uint8_t *row[ROWS];
+    const uint8_t *p = mv->codes + (size_t)r * row_bytes, *end = p + row_bytes;
     const float *scale[ROWS], *zero[ROWS];
-    const v16 plain = nibble_table(unpack.sign, mv->centre);
-    v16 sum[ROWS][TOKENS], from = v16_set1(mv->centre), table = plain;
+    const v16 centre = v16_set1(mv->centre), table = nibble_table(unpack.sign, mv->centre);
+    v16 sum[ROWS * TOKENS];
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++) {
         int64_t first = (r + i) / mv->pk.b0 * across;
-        row[i] = mv->codes + (size_t)(r + i) * row_bytes;
         scale[i] = mv->scale + first;
-        zero[i] = zero_is_int ? mv->zero + first : NULL;
-#pragma GCC unroll 4
-        for (int t = 0; t < n; t++) sum[i][t] = v16_set1(0.0f);
+        zero[i] = kind == CODES_ANY_ZERO ? mv->zero + first : NULL;
     }
+#pragma GCC unroll 16
+    for (int k = 0; k < rows * n; k++) sum[k] = v16_set1(0.0f);
     for (int64_t g = 0; g < across; g++) {
-        v16 acc[ROWS][TOKENS];
-#pragma GCC unroll 4
-        for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
-            for (int t = 0; t < n; t++) acc[i][t] = v16_set1(0.0f);
-        for (int64_t c = g * b1; c < (g + 1) * b1; c += kind == CODES_4 ? 32 : 16) {
-            size_t byte = (size_t)c * (size_t)unpack.bits / 8, left = row_bytes - byte;
-            const float *x = xt + c;
+        v16 acc[ROWS * TOKENS];
+#pragma GCC unroll 16
+        for (int k = 0; k < rows * n; k++) acc[k] = v16_set1(0.0f);
+        for (int64_t step = 0; step < steps; step++) {
 #pragma GCC unroll 4
             for (int i = 0; i < rows; i++) {
-                if (zero_is_int) from = v16_set1(zero[i][g]);
+                const uint8_t *src = p + (size_t)i * row_bytes;
+                size_t left = guard ? (size_t)(end - p) : 16;
                 if (kind == CODES_4) {
-                    if (zero_is_int) table = plain + v16_set1(mv->centre) - from;
-                    Bytes16 b = bytes16(row[i] + byte, left);
+                    Bytes16 b = bytes16(src, left);
                     v16 even = nibbles_even(b, table), odd = nibbles_odd(b, table);
 #pragma GCC unroll 4
                     for (int t = 0; t < n; t++) {
-                        acc[i][t] = v16_fma(even, v16_load(x + (size_t)t * ldx, 16), acc[i][t]);
-                        acc[i][t] = v16_fma(odd, v16_load(x + (size_t)t * ldx + 16, 16), acc[i][t]);
+                        acc[i * n + t] = v16_fma(even, v16_load(x + (size_t)t * ldx, 16), acc[i * n + t]);
+                        acc[i * n + t] = v16_fma(odd, v16_load(x + (size_t)t * ldx + 16, 16), acc[i * n + t]);
                     }
                 } else {
-                    v16 q = kind == CODES_S8 ? signed16(bytes16(row[i] + byte, left)) : unpack16(row[i] + byte, left, &unpack);
-                    q -= from;
+                    v16 q = kind == CODES_S8 ? signed16(bytes16(src, left)) : unpack16(src, left, &unpack);
+                    q -= kind == CODES_ANY_ZERO ? v16_set1(zero[i][g]) : centre;
 #pragma GCC unroll 4
                     for (int t = 0; t < n; t++)
-                        acc[i][t] = v16_fma(q, v16_load(x + (size_t)t * ldx, 16), acc[i][t]);
+                        acc[i * n + t] = v16_fma(q, v16_load(x + (size_t)t * ldx, 16), acc[i * n + t]);
                 }
             }
+            p += stride;
+            x += kind == CODES_4 ? 32 : 16;
         }
 #pragma GCC unroll 4
         for (int i = 0; i < rows; i++) {
             v16 s = v16_set1(scale[i][g]);
 #pragma GCC unroll 4
-            for (int t = 0; t < n; t++) sum[i][t] = v16_fma(acc[i][t], s, sum[i][t]);
+            for (int t = 0; t < n; t++) sum[i * n + t] = v16_fma(acc[i * n + t], s, sum[i * n + t]);
         }
     }
-    for (int i = 0; i < rows; i++)
-        for (int t = 0; t < n; t++) total[i][t] = sum[i][t];
+#pragma GCC unroll 16
+    for (int k = 0; k < rows * n; k++) total[k] = sum[k];
 }
+
+// One function for each kind and shape, so that each has the registers to itself.
+typedef void (*DotFn)(v16 *total, const Matvec *mv, int64_t r, const float *x);
+typedef struct { DotFn rows4, tokens4, last; } DotSet;    // four rows, one token; two rows, four tokens; one, guarded
+
+#define DOT(name, kind, rows, n, guard) \
+    static __attribute__((noinline)) void name(v16 *total, const Matvec *mv, int64_t r, const float *x) { \
+        if (mv->steps == 1) rows_dot(total, mv, r, x, rows, n, kind, 1, guard); \
+        else if (mv->steps == 2) rows_dot(total, mv, r, x, rows, n, kind, 2, guard); \
+        else rows_dot(total, mv, r, x, rows, n, kind, mv->steps, guard); \
+    }
+#define DOT_SET(name, kind) \
+    DOT(name##_rows4, kind, ROWS, 1, false) \
+    DOT(name##_tokens4, kind, ROWS / 2, TOKENS, false) \
+    DOT(name##_last, kind, 1, 1, true)
+DOT_SET(dot_4, CODES_4)
+DOT_SET(dot_s8, CODES_S8)
+DOT_SET(dot_any, CODES_ANY)
+DOT_SET(dot_any_zero, CODES_ANY_ZERO)
+#define DOT_ENTRY(name) {name##_rows4, name##_tokens4, name##_last}
+static const DotSet dot_sets[] = {
+    [CODES_4] = DOT_ENTRY(dot_4),
+    [CODES_S8] = DOT_ENTRY(dot_s8),
+    [CODES_ANY] = DOT_ENTRY(dot_any),
+    [CODES_ANY_ZERO] = DOT_ENTRY(dot_any_zero),
+};
 
 // The same of one row and one token for blocks that do not end where vectors do.
 static float row_dot_odd(const Matvec *mv, int64_t r, const float *x, int64_t cols) {
@@ -279,32 +305,38 @@ VEC v16 float_zeros(v16 total, const Matvec *mv, int64_t r, size_t t) {
     return total;
 }
 
-VEC void rows_by_tokens(floatX *y, const Matvec *mv, int64_t r, int rows, size_t t0, int n, int OC,
-                        CodesKind kind, bool zero_is_int) {
-    v16 total[ROWS][TOKENS];
-    rows_dot(total, mv, r, rows, mv->x + t0 * mv->ldx, n, kind, zero_is_int);
+// Writes what a DotFn found for rows r.. and tokens t0..
+static void write_rows(floatX *y, const Matvec *mv, const v16 *total, int64_t r, int rows, size_t t0, int n, int OC) {
     for (int t = 0; t < n; t++)
         for (int i = 0; i < rows; i++) {
-            v16 v = total[i][t];
+            v16 v = total[i * n + t];
             if (mv->zero_is_float) v = float_zeros(v, mv, r + i, t0 + (size_t)t);
             y[(t0 + (size_t)t) * (size_t)OC + (size_t)(r + i)] = f2x(v16_sum(v));
         }
 }
 
-// Rows first..last - 1 against all tokens: one token alone by four rows, tokens by pairs with two rows, odd ones singly.
-VEC void rows_all(floatX *y, const Matvec *mv, int64_t first, int64_t last, size_t N, int OC, CodesKind kind,
-                  bool zero_is_int) {
-    int64_t r = first;
-    for (; r + ROWS <= last; r += ROWS) {
+// Rows first to last - 1 against all tokens.
+static void rows_all(floatX *y, const Matvec *mv, int64_t first, int64_t last, size_t N, int OC, CodesKind kind) {
+    const DotSet *dot = &dot_sets[kind];
+    v16 total[ROWS * TOKENS];
+    int64_t r = first, unguarded = OC - (int64_t)((15 + mv->pk.row_bytes) / mv->pk.row_bytes);
+    for (; r + ROWS <= last && r + ROWS <= unguarded; r += ROWS) {
         size_t t = 0;
-        for (; t + TOKENS <= N; t += TOKENS) {
-            rows_by_tokens(y, mv, r, ROWS / 2, t, TOKENS, OC, kind, zero_is_int);
-            rows_by_tokens(y, mv, r + ROWS / 2, ROWS / 2, t, TOKENS, OC, kind, zero_is_int);
+        for (; t + TOKENS <= N; t += TOKENS)
+            for (int half = 0; half < ROWS; half += ROWS / 2) {
+                dot->tokens4(total, mv, r + half, mv->x + t * mv->ldx);
+                write_rows(y, mv, total, r + half, ROWS / 2, t, TOKENS, OC);
+            }
+        for (; t < N; t++) {
+            dot->rows4(total, mv, r, mv->x + t * mv->ldx);
+            write_rows(y, mv, total, r, ROWS, t, 1, OC);
         }
-        for (; t < N; t++) rows_by_tokens(y, mv, r, ROWS, t, 1, OC, kind, zero_is_int);
     }
     for (; r < last; r++)
-        for (size_t t = 0; t < N; t++) rows_by_tokens(y, mv, r, 1, t, 1, OC, kind, zero_is_int);
+        for (size_t t = 0; t < N; t++) {
+            dot->last(total, mv, r, mv->x + t * mv->ldx);
+            write_rows(y, mv, total, r, 1, t, 1, OC);
+        }
 }
 
 static void rows_odd(floatX *y, const Matvec *mv, int64_t first, int64_t last, size_t N, int C, int OC) {
@@ -321,8 +353,13 @@ void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const
     Matvec mv = {.codes = codes, .scale = scale, .zero = zero, .zero_is_float = wq->zero == QZ_FLOAT,
                  .centre = quant_mid(wq)};
     if (packed_init(&mv.pk, wq, OC, C) < 0) return;
-    int bits = wq->bits, step = bits == 4 ? 32 : 16;
-    bool aligned = mv.pk.b1 % step == 0 || mv.pk.across == 1;
+    CodesKind kind = CODES_ANY;
+    if (zero && !mv.zero_is_float) kind = CODES_ANY_ZERO;
+    else if (wq->bits == 4) kind = CODES_4;
+    else if (wq->bits == 8 && !wq->is_unsigned) kind = CODES_S8;
+    int step = kind == CODES_4 ? 32 : 16;
+    bool aligned = mv.pk.b1 % step == 0 || mv.pk.across == 1, split = kind == CODES_4 && aligned;
+    mv.steps = (mv.pk.b1 + step - 1) / step;
     mv.ldx = ((size_t)C + 31) / 32 * 32;
     mv.ld_sums = mv.zero_is_float ? (size_t)mv.pk.across : 0;
     float *scratch = cpu_workspace(N * (mv.ldx + mv.ld_sums) * sizeof(float));
@@ -335,28 +372,22 @@ void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const
         int c = 0;
         for (; c + 32 <= C; c += 32)      // 4 bits: the even columns of each 32, then the odd ones
             for (int i = 0; i < 16; i++) {
-                bool split = bits == 4 && aligned;
                 to[c + i] = x2f(xt[c + (split ? 2 * i : i)]);
                 to[c + 16 + i] = x2f(xt[c + (split ? 2 * i + 1 : 16 + i)]);
             }
         for (size_t i = (size_t)c; i < mv.ldx; i++) to[i] = 0.0f;
-        for (int i = 0; c + i < C; i++) to[bits == 4 && aligned ? c + i % 2 * 16 + i / 2 : c + i] = x2f(xt[c + i]);
+        for (int i = 0; c + i < C; i++) to[split ? c + i % 2 * 16 + i / 2 : c + i] = x2f(xt[c + i]);
         for (size_t g = 0; g < mv.ld_sums; g++) {
             double sum = 0.0;
             for (int64_t k = 0; k < mv.pk.b1; k++) sum += (double)x2f(xt[(int64_t)g * mv.pk.b1 + k]);
             sums[g] = (float)sum;
         }
     }
-    bool zero_is_int = zero && !mv.zero_is_float;
     int64_t strips = (OC + STRIP_ROWS - 1) / STRIP_ROWS;
 #pragma omp parallel for schedule(static) if ((size_t)OC * (size_t)C >= CPU_MIN_PARALLEL)
     for (int64_t k = 0; k < strips; k++) {
         int64_t first = k * STRIP_ROWS, last = first + STRIP_ROWS < OC ? first + STRIP_ROWS : OC;
-        if (!aligned) rows_odd(y, &mv, first, last, N, C, OC);
-        else if (bits == 4 && zero_is_int) rows_all(y, &mv, first, last, N, OC, CODES_4, true);
-        else if (bits == 4) rows_all(y, &mv, first, last, N, OC, CODES_4, false);
-        else if (zero_is_int) rows_all(y, &mv, first, last, N, OC, CODES_ANY, true);
-        else if (bits == 8 && !wq->is_unsigned) rows_all(y, &mv, first, last, N, OC, CODES_S8, false);
-        else rows_all(y, &mv, first, last, N, OC, CODES_ANY, false);
+        if (aligned) rows_all(y, &mv, first, last, N, OC, kind);
+        else rows_odd(y, &mv, first, last, N, C, OC);
     }
 }
