@@ -554,7 +554,8 @@ static int run_training(Err *err) {
     if ((rc = device_init(run.device, run.threads, err)) < 0) return rc;
     if ((rc = make_dir(run.out, err)) < 0) return rc;
 
-    // The model file: configuration, scheme and tokenizer now, weights when their place is allocated.
+    // The model file: configuration, scheme and tokenizer now, weights when their place is allocated. What is static here
+    // lives as long as the process.
     static Llama m;
     static ModelFile file;
     if (run.model) {
@@ -565,7 +566,7 @@ static int run_training(Err *err) {
     }
     if ((rc = plan_from_options(&m.plan, run.model ? &file.plan : NULL, err)) < 0) return rc;
     if ((rc = param_table_build(&m.table, &m.c, &m.plan, err)) < 0) return rc;
-    Tokenizer *tok;
+    static Tokenizer *tok;
     if ((rc = load_tokenizer(&tok, run.model ? &file : NULL, err)) < 0) return rc;
     if (tokenizer_vocab_size(tok) > m.c.V)
         return err_set(err, E_USAGE, "the tokenizer has %d tokens, the model %d; use the tokenizer the model was made with",
@@ -575,8 +576,8 @@ static int run_training(Err *err) {
 
     char cache[1100], buf[32], buf2[32];
     snprintf(cache, sizeof cache, "%s/cache", run.out);
-    TokenData train = {0}, val = {0};
-    DataLoader train_dl = {0}, val_dl = {0};
+    static TokenData train, val;
+    static DataLoader train_dl, val_dl;
     if ((rc = token_data_load(&train, run.train_data, tok, m.c.V, cache, err)) < 0) return rc;
     if ((rc = dataloader_init(&train_dl, &train, run.B, run.T, true, (uint64_t)run.seed, err)) < 0) return rc;
     if (run.val_data) {
@@ -660,7 +661,9 @@ static int run_training(Err *err) {
     UpdateParams u = {.kind = (Optim)run.optimizer, .momentum = (float)run.momentum, .weight_decay = (float)run.weight_decay,
                       .adamw = {.beta1 = (float)run.beta1, .beta2 = (float)run.beta2, .eps = (float)run.eps},
                       .clip = (float)run.clip, .ste_clip = ste_clip};
-    int32_t *tokens = xmalloc(s.N * 4), *targets = xmalloc(s.N * 4);
+    static int32_t *tokens, *targets;
+    tokens = xmalloc(s.N * 4);
+    targets = xmalloc(s.N * 4);
     int skips_in_a_row = 0;
     bool quantized = !quant_plan_is_none(&m.plan);
 
@@ -711,8 +714,6 @@ static int run_training(Err *err) {
         if (run.save_every && p.step % run.save_every == 0 && !last)
             if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, run.keep, err)) < 0) return rc;
     }
-    free(tokens); free(targets);
-
     // A stopped run leaves a checkpoint; a finished one leaves the checkpoint, model.bin and, if asked, the folder.
     if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, run.keep, err)) < 0) return rc;
     if (trainer_signal()) {
