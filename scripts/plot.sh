@@ -1,13 +1,19 @@
 #!/bin/bash
-# Draws the loss curves of one or more runs into a PNG: scripts/plot.sh [-o FILE.png] RUN...
+# Draws the loss curves of one or more runs into a PNG: scripts/plot.sh [-o FILE.png] [-l LABEL=LOSS]... RUN...
 # RUN is the folder given to --out, or a log.jsonl. Training loss is smoothed (mean of the last 5 % of steps, at least 1);
-# validation is drawn with points: with fake quantization (qat) and, beside it, in float. Default file: loss.png.
+# validation is drawn with points: with fake quantization and, beside it, in float. -l adds a horizontal line, for what is
+# no run (a model rounded to nearest). Default file: loss.png.
 set -eu
 out=loss.png
-case ${1:-} in
--o) out=${2:?-o needs a file name}; shift 2 ;;
-"" | -h | --help) sed -n '2,4s/^# //p' "$0"; exit 2 ;;
-esac
+levels=()
+while getopts "o:l:h" option; do
+    case $option in
+    o) out=$OPTARG ;;
+    l) levels+=("$OPTARG") ;;
+    *) sed -n '2,5s/^# //p' "$0"; exit 2 ;;
+    esac
+done
+shift $((OPTIND - 1))
 [ $# -gt 0 ] || { echo "plot.sh: name at least one run (a folder with log.jsonl)" >&2; exit 2; }
 command -v gnuplot >/dev/null || { echo "plot.sh: gnuplot is not installed: apt-get install gnuplot-nox" >&2; exit 1; }
 work=$(mktemp -d)
@@ -56,6 +62,11 @@ for run in "$@"; do
     [ -s "$base.valq" ] && commands+=("'$base.valq' with linespoints lt $colour lw 2 pt 7 ps 0.7 title \"$title: held out, quantized\"")
     [ -s "$base.val" ] && commands+=("'$base.val' with linespoints lt $colour lw 2 dt 2 pt 6 ps 0.7 title \"$title: held out, float\"")
     index=$((index + 1))
+done
+for level in "${levels[@]}"; do
+    [[ ${level##*=} =~ ^[0-9.eE+-]+$ ]] || { echo "plot.sh: -l $level: expected LABEL=NUMBER" >&2; exit 2; }
+    label=${level%=*}
+    commands+=("${level##*=} with lines lt 7 lw 2 dt 3 title \"${label//[\"\\]/}\"")
 done
 plots=$(printf '%s, ' "${commands[@]}")
 gnuplot <<PLOT

@@ -21,7 +21,7 @@ say "a float Llama ($shape) from scratch, $steps steps"
 train "$out/base.log" --init "$shape" --tokenizer bytes --scheme none "${data[@]}" --steps "$steps" --lr 2e-3 --warmup 100 \
     --weight-decay 0.1 --beta2 0.99 --val-every 400 --out "$out/base"
 say "trained on in float, $more steps"
-tune=(--model "$out/base/model.bin" "${data[@]}" --steps "$more" --lr 1e-3 --warmup 20 --weight-decay 0.1 --beta2 0.99 --val-every 100)
+tune=(--model "$out/base/model.bin" "${data[@]}" --steps "$more" --lr 1e-3 --warmup 20 --weight-decay 0.1 --beta2 0.99 --val-every 50)
 train "$out/float.log" "${tune[@]}" --scheme none --out "$out/float"
 say "trained on with $scheme, $more steps"
 train "$out/qat.log" "${tune[@]}" --scheme "$scheme" --out "$out/qat"
@@ -40,7 +40,8 @@ say "a sample of the quantized model"
 "$bin/generate" "$out/qat/model-$scheme.bin" --prompt "The file is" --max-new-tokens 200 --seed 1 2>/dev/null || true
 if command -v gnuplot >/dev/null; then
     echo
-    scripts/plot.sh -o "$out/loss.png" "$out/float" "$out/qat" || true
+    scripts/plot.sh -o "$out/loss.png" -l "float, rounded to $scheme=$(json_field "$out/rtn-$scheme.json" validation loss)" \
+        "$out/float" "$out/qat" || true
 fi
 say "done"
 print_table "perplexity/byte"

