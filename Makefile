@@ -1,6 +1,6 @@
 # qllm.c: make, make test, make quickstart. `make help` lists the targets.
 #
-# What is optional is found by compiling and linking a three-line program; what was found, and what it turns on, is printed.
+# What is optional is found by compiling and linking a three-line program; what was found, and what it does, is printed.
 # Override the search with DNNL_HOME, CUDA_HOME, or turn something off: NO_DNNL=1 NO_OMP=1 NO_CUDA=1.
 #   PRECISION=bf16|fp32   type of activations and working weights (default bf16)
 #   SANITIZE=1            AddressSanitizer and UndefinedBehaviorSanitizer
@@ -39,7 +39,8 @@ ifdef SANITIZE
   ALLFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 endif
 
-# $(call probe,program text,flags): y if it compiles and links. Not run for targets that build nothing.
+H := \043
+# $(call probe,program text,flags), $(H) for #: y if it compiles and links. Not run for targets that build nothing.
 probe = $(shell printf '%b' '$(1)' | $(CC) -x c - -o /dev/null $(2) >/dev/null 2>&1 && echo y)
 BUILDS_NOTHING := $(if $(MAKECMDGOALS),$(if $(filter-out clean help,$(MAKECMDGOALS)),,y))
 ifneq ($(filter clean,$(MAKECMDGOALS)),)
@@ -49,21 +50,24 @@ ifeq ($(BUILDS_NOTHING),)
   ifeq ($(call probe,int main(void){return 0;}\n,),)
     $(error no working C compiler ("$(CC)"): run scripts/install_deps.sh, or apt-get install gcc libc6-dev)
   endif
-  HAVE_REQUIRED := $(call probe,\043include <cjson/cJSON.h>\n\043define PCRE2_CODE_UNIT_WIDTH 8\n\043include <pcre2.h>\nint main(void){return cJSON_Version()==0;}\n,-lcjson -lpcre2-8)
+  HAVE_REQUIRED := $(call probe,$(H)include <cjson/cJSON.h>\n$(H)define PCRE2_CODE_UNIT_WIDTH 8\n$(H)include <pcre2.h>\
+\nint main(void){return cJSON_Version()==0;}\n,-lcjson -lpcre2-8)
   ifneq ($(HAVE_REQUIRED),y)
     $(error cJSON and PCRE2 are required: run scripts/install_deps.sh, or apt-get install libcjson-dev libpcre2-dev)
   endif
   ifndef NO_OMP
-    HAVE_OMP := $(call probe,\043include <omp.h>\nint main(void){return omp_get_max_threads()==0;}\n,-fopenmp)
+    HAVE_OMP := $(call probe,$(H)include <omp.h>\nint main(void){return omp_get_max_threads()==0;}\n,-fopenmp)
   endif
   ifndef NO_DNNL
     DNNL_FLAGS := $(if $(DNNL_HOME),-I$(DNNL_HOME)/include)
     DNNL_LIBS  := $(if $(DNNL_HOME),-L$(DNNL_HOME)/lib -Wl$(comma)-rpath$(comma)$(DNNL_HOME)/lib) -ldnnl
-    HAVE_DNNL := $(call probe,\043include <dnnl.h>\nint main(void){return dnnl_version()==0;}\n,$(DNNL_FLAGS) $(DNNL_LIBS))
+    HAVE_DNNL := $(call probe,$(H)include <dnnl.h>\nint main(void){return dnnl_version()==0;}\n,\
+$(DNNL_FLAGS) $(DNNL_LIBS))
   endif
-  HAVE_CMOCKA := $(call probe,\043include <stdarg.h>\n\043include <stddef.h>\n\043include <setjmp.h>\n\043include <stdint.h>\n\043include <cmocka.h>\nint main(void){return 0;}\n,-lcmocka)
-  HAVE_CLANG := $(shell printf 'int LLVMFuzzerTestOneInput(const char *d, unsigned long n){return d==0&&n;}' | clang -x c - \
-                  -o /dev/null -fsanitize=fuzzer$(comma)address$(comma)undefined >/dev/null 2>&1 && echo y)
+  HAVE_CMOCKA := $(call probe,$(H)include <stdarg.h>\n$(H)include <stddef.h>\n$(H)include <setjmp.h>\n\
+$(H)include <stdint.h>\n$(H)include <cmocka.h>\nint main(void){return 0;}\n,-lcmocka)
+  HAVE_CLANG := $(shell printf 'int LLVMFuzzerTestOneInput(const char *d, unsigned long n){return d==0&&n;}' | \
+                  clang -x c - -o /dev/null -fsanitize=fuzzer$(comma)address$(comma)undefined >/dev/null 2>&1 && echo y)
 endif
 ifeq ($(HAVE_OMP),y)
   ALLFLAGS += -fopenmp
@@ -92,7 +96,8 @@ ifeq ($(BUILDS_NOTHING)$(MAKE_RESTARTS)$(QLLM_QUIET),)
   say = $(info $(if $(filter y,$(2)),  [x],  [ ]) $(1))
   $(info qllm.c, $(PRECISION)$(if $(SANITIZE), with sanitizers), -march=$(ARCH))
   $(call say,OpenMP: $(if $(HAVE_OMP),all cores,one thread$(if $(NO_OMP), (NO_OMP))),$(HAVE_OMP))
-  $(call say,oneDNN: $(if $(HAVE_DNNL),fast matmuls,plain blocked matmul$(comma) correct and slower $(if $(NO_DNNL),(NO_DNNL),(apt-get install libdnnl-dev$(comma) or set DNNL_HOME))),$(HAVE_DNNL))
+  WITHOUT_DNNL := $(if $(NO_DNNL),NO_DNNL,apt-get install libdnnl-dev or set DNNL_HOME)
+  $(call say,oneDNN: $(if $(HAVE_DNNL),fast matmuls,plain blocked matmul$(comma) slower ($(WITHOUT_DNNL))),$(HAVE_DNNL))
   $(call say,cmocka: $(if $(HAVE_CMOCKA),make test,no make test (apt-get install libcmocka-dev)),$(HAVE_CMOCKA))
   $(call say,clang with libFuzzer: $(if $(HAVE_CLANG),make fuzz,no make fuzz (apt-get install clang)),$(HAVE_CLANG))
 endif
@@ -154,7 +159,7 @@ test-sanitize:
 	@$(MAKE) --no-print-directory SANITIZE=1 test
 endif
 
-# Fuzzing: a libFuzzer program a parser, FUZZ_SECONDS each. Only the library itself is needed, without OpenMP and oneDNN.
+# Fuzzing: a libFuzzer program a parser, FUZZ_SECONDS each. The library alone is needed, without OpenMP and oneDNN.
 FUZZ_FLAGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -O1 -g -ffp-contract=off -Wno-unknown-pragmas -I. -Illmc \
               -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
 FUZZ_OBJ   := $(patsubst %.c,$(BUILD)/fuzz/%.o,$(wildcard llmc/*.c))
@@ -179,7 +184,9 @@ endif
 # Benchmarks print lines `result NAME VALUE UNIT`: programs dev/bench/bench_*.c, and scripts that drive the programs.
 bench: $(PROGRAMS) $(BENCH)
 	@for b in $(filter $(OUT)/bench/bench_%,$(BENCH)); do echo "# $$b"; $$b || exit 1; done
-	@for b in $(sort $(wildcard dev/bench/bench_*.sh)); do echo "# $$b"; sh $$b $(OUT)/bin $(OUT)/bench/random_shard || exit 1; done
+	@for b in $(sort $(wildcard dev/bench/bench_*.sh)); do \
+	    echo "# $$b"; sh $$b $(OUT)/bin $(OUT)/bench/random_shard || exit 1; \
+	done
 
 quickstart: $(PROGRAMS)
 	@scripts/quickstart.sh

@@ -11,7 +11,7 @@
 // ---------------------------------------------------------------------------------------------
 // Suggestions.
 
-// Levenshtein distance: insertions, deletions and substitutions that turn a into b. Names are short; longer input is cut.
+// Levenshtein distance: insertions, deletions and substitutions that turn a into b. Longer input is cut.
 static int edit_distance(const char *a, const char *b) {
     enum { MAX = 64 };
     int row[MAX + 1];
@@ -258,7 +258,8 @@ static void print_help(const Option *options, int n, const char *summary) {
     printf("  %-26s %s\n  %-26s %s\n", "-h, --help", "this help", "--version", "the version");
 }
 
-int cli_parse(const Option *options, int n, const char *summary, const char **positional, int argc, char **argv, Err *err) {
+int cli_parse(const Option *options, int n, const char *summary, const char **positional, int argc, char **argv,
+              Err *err) {
     for (int i = 0; i < n; i++) {
         int rc = set_default(&options[i], err);
         if (rc < 0) return rc;
@@ -270,10 +271,11 @@ int cli_parse(const Option *options, int n, const char *summary, const char **po
         if (!only_positional && strcmp(arg, "--") == 0) { only_positional = true; continue; }
         if (only_positional || arg[0] != '-' || arg[1] == '\0') {
             if (!positional)
-                return err_set(err, E_USAGE, "%.200s: this program takes options only, no plain argument; see --help", arg);
+                return err_set(err, E_USAGE, "%.200s: this program takes options only, no plain argument; see --help",
+                               arg);
             if (*positional)
-                return err_set(err, E_USAGE, "%.200s: one plain argument is taken, and %.200s was given already; see --help",
-                               arg, *positional);
+                return err_set(err, E_USAGE, "%.200s: one plain argument is taken, and %.200s was given already; "
+                               "see --help", arg, *positional);
             *positional = arg;
             continue;
         }
@@ -304,8 +306,8 @@ int cli_parse(const Option *options, int n, const char *summary, const char **po
         }
         if (o->type == OPT_FLAG) {
             if (value)
-                return err_set(err, E_USAGE, "%.200s: %s is a switch and takes no value; write %s or --no-%s", arg, o->name,
-                               o->name, o->name + 2);
+                return err_set(err, E_USAGE, "%.200s: %s is a switch and takes no value; write %s or --no-%s", arg,
+                               o->name, o->name, o->name + 2);
             *(bool *)o->where = !negated;
             continue;
         }

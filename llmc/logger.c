@@ -138,7 +138,8 @@ void jsonlog_end(JsonLog *l) {
 }
 
 void jsonlog_close(JsonLog *l) {
-    if (l->f && fclose(l->f) != 0) fprintf(stderr, "warning: %s: the log's end is lost (%s)\n", l->path, strerror(errno));
+    if (l->f && fclose(l->f) != 0)
+        fprintf(stderr, "warning: %s: the log's end is lost (%s)\n", l->path, strerror(errno));
     l->f = NULL;
 }
 

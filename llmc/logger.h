@@ -9,8 +9,8 @@ void json_write_string(FILE *f, const char *v);
 // v in the fewest digits that read back as the same double; NaN and infinities become null.
 void json_write_double(FILE *f, double v);
 
-// JSON lines: {"event": "step", "time": 1700000000.123, ...}, flushed at each end. A line that cannot be written (no space
-// left) is reported on stderr once and ends the log: a run of days does not die for its diary.
+// JSON lines: {"event": "step", "time": 1700000000.123, ...}, flushed at each end. A line that cannot be written (no
+// space left) is reported on stderr once and ends the log: a run of days does not die for its diary.
 typedef struct { FILE *f; char path[1024]; } JsonLog;
 // path NULL: a log that writes nothing. Appending first removes a half line that a killed run left at the end.
 int jsonlog_open(JsonLog *l, const char *path, bool append, Err *err);

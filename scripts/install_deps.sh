@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs what is missing on Debian 12 (or a relative of it): scripts/install_deps.sh [--ci] [--dry-run]
-# Plain: compilers, make, cJSON and PCRE2 (required); oneDNN (fast matmuls), cmocka (make test), gnuplot (scripts/plot.sh).
+# Plain: compilers, make, cJSON and PCRE2 (required); oneDNN (fast matmuls), cmocka (make test), gnuplot (plot.sh).
 # --ci:  also clang with libFuzzer (make fuzz). --dry-run: only print what would be installed.
 # Works as root or with sudo; needs no other tool than bash, dpkg and apt-get.
 set -eu
@@ -31,7 +31,10 @@ echo "missing: ${missing[*]}"
 
 root=()
 if [ "$(id -u)" -ne 0 ]; then
-    command -v sudo >/dev/null || { echo "install_deps.sh: not root and no sudo; run as root: apt-get install ${missing[*]}" >&2; exit 1; }
+    if ! command -v sudo >/dev/null; then
+        echo "install_deps.sh: not root and no sudo; run as root: apt-get install ${missing[*]}" >&2
+        exit 1
+    fi
     root=(sudo)
 fi
 "${root[@]}" apt-get update -q

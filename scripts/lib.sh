@@ -34,7 +34,8 @@ train() {
     set -- "$@" "${threads[@]}"
     echo "\$ $bin/train_llama_qat $*"
     if ! "$bin/train_llama_qat" "$@" 2>&1 | tee "$log" | awk -v every="${STEP_LINES:-50}" '
-            /^step/ { split($2, s, "/"); if (s[1] % every == 0) print; fflush(); next } /^val/ { print; fflush() }'; then
+            /^step/ { split($2, s, "/"); if (s[1] % every == 0) print; fflush(); next }
+            /^val/ { print; fflush() }'; then
         tail -n 20 "$log" >&2
         echo "failed: $bin/train_llama_qat $* (all it printed: $log)" >&2
         exit 1

@@ -1,8 +1,8 @@
 #!/bin/bash
 # Gathers English text that every Debian machine has: scripts/machine_text.sh FOLDER [ROOT]
 # Writes FOLDER/train.txt (at most 4 MB) and FOLDER/held-out.txt (at most 160 kB) and prints what they were made from.
-# Sources: the manual pages, without their markup; the licence texts; where these give less than 1 MB (container images often
-# leave manual pages out), also the packages' copyright files and the comments of C headers.
+# Sources: the manual pages, without their markup; the licence texts; where these give less than 1 MB (container images
+# often leave manual pages out), also the packages' copyright files and the comments of C headers.
 # Of 16 documents one is held out whole. A line is used once: no held-out line occurs in the training text.
 set -eu
 export LC_ALL=C
@@ -43,10 +43,11 @@ AWK
 
 limit=$((4 * 1024 * 1024))
 : >"$work/train" && : >"$work/held"
+gathered() { cat "$work/train" "$work/held" | wc -c; }
 # gather NAME AWK FILE-LIST: the documents through the filter, in pieces of 64, until there is enough.
 gather() {
     local name=$1 filter=$2 list=$3 before first=1 files
-    before=$(($(stat -c %s "$work/train") + $(stat -c %s "$work/held")))
+    before=$(gathered)
     files=$(wc -l <"$list")
     while [ "$first" -le "$files" ] && [ "$(stat -c %s "$work/train")" -lt $((limit * 3 / 2)) ]; do
         sed -n "$first,$((first + 63))p" "$list" | awk -v train="$work/a" -v held="$work/b" \
@@ -56,7 +57,7 @@ gather() {
         first=$((first + 64))
     done
     [ "$first" -gt "$files" ] || files=$((first - 1))
-    echo "  $name: $files files, $((($(stat -c %s "$work/train") + $(stat -c %s "$work/held") - before) / 1000)) kB of text"
+    echo "  $name: $files files, $((($(gathered) - before) / 1000)) kB of text"
 }
 unique_bytes() { awk '!seen[$0]++ { n += length($0) + 1 } END { print n + 0 }' "$work/train"; }
 
@@ -73,10 +74,12 @@ if [ "$(unique_bytes)" -lt 1000000 ]; then
 fi
 awk '!seen[$0]++' "$work/train" | head -c "$limit" >"$out/train.txt"
 # "Shares no line" is checked after the cut, so that a line cut in half counts as it stands.
-awk 'NR == FNR { seen[$0] = 1; next } !seen[$0]++' "$out/train.txt" "$work/held" | head -c 160000 | sed '$d' >"$out/held-out.txt"
+awk 'NR == FNR { seen[$0] = 1; next } !seen[$0]++' "$out/train.txt" "$work/held" | head -c 160000 | sed '$d' \
+    >"$out/held-out.txt"
 train=$(stat -c %s "$out/train.txt") held=$(stat -c %s "$out/held-out.txt")
 echo "  each line once: train.txt $((train / 1000)) kB, held-out.txt $((held / 1000)) kB"
 if [ "$train" -lt 500000 ] || [ "$held" -lt 20000 ]; then
-    echo "machine_text.sh: too little text on this machine (500 kB are needed); give a text of your own to train_llama_qat" >&2
+    echo "machine_text.sh: too little text on this machine (500 kB are needed);" \
+        "give a text of your own to train_llama_qat" >&2
     exit 1
 fi

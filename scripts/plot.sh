@@ -1,8 +1,8 @@
 #!/bin/bash
 # Draws the loss curves of one or more runs into a PNG: scripts/plot.sh [-o FILE.png] [-l LABEL=LOSS]... RUN...
-# RUN is the folder given to --out, or a log.jsonl. Training loss is smoothed (mean of the last 5 % of steps, at least 1);
-# validation is drawn with points: with fake quantization and, beside it, in float. -l adds a horizontal line, for what is
-# no run (a model rounded to nearest). Default file: loss.png.
+# RUN is the folder given to --out, or a log.jsonl. Training loss is smoothed (mean of the last 5 % of steps, at least
+# 1); validation is drawn with points: with fake quantization and, beside it, in float. -l adds a horizontal line, for
+# what is no run (a model rounded to nearest). Default file: loss.png.
 set -eu
 out=loss.png
 levels=()
@@ -49,18 +49,21 @@ commands=() index=0
 for run in "$@"; do
     log=$run
     [ -d "$run" ] && log=$run/log.jsonl
-    [ -r "$log" ] || { echo "plot.sh: $log is not there or cannot be read; name the --out folder of a run" >&2; exit 1; }
+    if [ ! -r "$log" ]; then
+        echo "plot.sh: $log is not there or cannot be read; name the --out folder of a run" >&2
+        exit 1
+    fi
     title=$(basename "${run%/log.jsonl}")
     title=${title//[\"\\]/}
     base=$work/$index
     : >"$base.train" && : >"$base.val" && : >"$base.valq"
     awk -v train="$base.train" -v val="$base.val" -v valq="$base.valq" -f "$work/read.awk" "$log"
     for kind in val valq; do sort -g -o "$base.$kind" "$base.$kind"; done
-    [ -s "$base.train" ] || [ -s "$base.val" ] || [ -s "$base.valq" ] || { echo "plot.sh: $log has no step yet" >&2; exit 1; }
-    colour=$((index % 8 + 1))
-    [ -s "$base.train" ] && commands+=("'$base.train' with lines lt $colour lw 1 title \"$title: train\"")
-    [ -s "$base.valq" ] && commands+=("'$base.valq' with linespoints lt $colour lw 2 pt 7 ps 0.7 title \"$title: held out, quantized\"")
-    [ -s "$base.val" ] && commands+=("'$base.val' with linespoints lt $colour lw 2 dt 2 pt 6 ps 0.7 title \"$title: held out, float\"")
+    cat "$base.train" "$base.val" "$base.valq" | grep -q . || { echo "plot.sh: $log has no step yet" >&2; exit 1; }
+    colour=$((index % 8 + 1)) points="with linespoints lt $((index % 8 + 1)) lw 2 ps 0.7"
+    [ ! -s "$base.train" ] || commands+=("'$base.train' with lines lt $colour lw 1 title \"$title: train\"")
+    [ ! -s "$base.valq" ] || commands+=("'$base.valq' $points pt 7 title \"$title: held out, quantized\"")
+    [ ! -s "$base.val" ] || commands+=("'$base.val' $points pt 6 dt 2 title \"$title: held out, float\"")
     index=$((index + 1))
 done
 for level in "${levels[@]}"; do
@@ -70,7 +73,7 @@ for level in "${levels[@]}"; do
 done
 plots=$(printf '%s, ' "${commands[@]}")
 gnuplot <<PLOT
-set terminal pngcairo size 900,540 font "DejaVu Sans,10" noenhanced
+set terminal pngcairo size 800,480 font "DejaVu Sans,10" noenhanced
 set output '$work/plot.png'
 set grid lc rgb "#dddddd"
 set border 3

@@ -20,7 +20,8 @@ for program in "$@"; do
     if "$program" -max_total_time="${FUZZ_SECONDS:-60}" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
         -artifact_prefix="$work/crash-$name-" "${seeds[@]}" >"$log" 2>&1; then
         runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
-        echo "ok     fuzz $name: ${runs:-?} inputs in ${FUZZ_SECONDS:-60} s, $(find "$work/corpus/$name" -type f | wc -l) kept"
+        kept=$(find "$work/corpus/$name" -type f | wc -l)
+        echo "ok     fuzz $name: ${runs:-?} inputs in ${FUZZ_SECONDS:-60} s, $kept kept"
         passed=$((passed + 1))
     else
         echo "FAILED fuzz $name: see $log"

