@@ -20,7 +20,7 @@ PROGRAMS  := $(patsubst %.c,%,$(wildcard train_llama_qat.c train_llama_qt.c quan
 Q         := $(if $(V),,@)
 
 # All cores, unless -j says otherwise.
-ifeq ($(filter -j% --jobserver%,$(MAKEFLAGS)),)
+ifeq ($(MAKELEVEL),0)
   MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)
 endif
 
