@@ -88,8 +88,8 @@ void device_copy_in(void *dev, const void *host, size_t bytes) { memcpy(dev, hos
 void device_copy_out(void *host, const void *dev, size_t bytes) { memcpy(host, dev, bytes); }
 
 // ---------------------------------------------------------------------------------------------
-// The arithmetic peak: sixteen independent chains of multiply-adds in registers, four times as many as a pipeline of four
-// cycles and one instruction a cycle needs, twice as many as two a cycle do.
+// The arithmetic peak: independent chains of multiply-adds in registers, sixteen being more than pipelines of up to six
+// cycles that take two instructions a cycle need.
 #define CHAINS 16
 
 // Rounds of CHAINS multiply-adds; returns a sum so that none can be left out.
@@ -166,8 +166,9 @@ double device_peak_flops(const char **source) {
     static double best;
     if (source) *source = PEAK_SOURCE;
     if (best > 0) return best;
-    // Short rounds, so that some of them meet no other process; the slowest thread counts in each.
-    const int rounds = 20000;
+    // Rounds of a fraction of a millisecond: long beside the start of the threads, short enough that some of them meet no
+    // other process. The slowest thread counts in each.
+    const int rounds = 200000;
     for (double begin = now_seconds(); now_seconds() - begin < 0.2;) {
         double t = now_seconds();
         float sum = 0;

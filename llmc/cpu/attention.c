@@ -100,11 +100,11 @@ static int gather_rows(const Shape *s, unit_t *dst, const floatX *x, size_t ld, 
 
 typedef struct {
     unit_t *q, *k, *v;          // (R, HU), (HU, KT), (KT / UNIT, HP)
-    unit_t *p;                  // (TILE_ROWS, KT / UNIT)
-    float *score;               // (TILE_ROWS, KT)
+    unit_t *p;                  // (R, KT / UNIT)
+    float *score;               // (R, KT)
     float *o;                   // (R, HP) sum of p v so far
     float *sum;                 // (R, 16) sum of p so far, by lane
-    float *max;                 // (R) largest score so far, scaled
+    float *max, *decay;         // (R) largest score so far, scaled; factor of what was summed before the last tile
 } ForwardWork;
 
 static size_t forward_work(const Shape *s, char *base, ForwardWork *w) {
@@ -113,20 +113,20 @@ static size_t forward_work(const Shape *s, char *base, ForwardWork *w) {
     w->q = take(&p, R * HU * sizeof(unit_t));
     w->k = take(&p, HU * KT * sizeof(unit_t));
     w->v = take(&p, KT / UNIT * HP * sizeof(unit_t));
-    w->p = take(&p, TILE_ROWS * KT * sizeof(unit_t));
-    w->score = take(&p, TILE_ROWS * KT * sizeof(float));
+    w->p = take(&p, R * (KT / UNIT) * sizeof(unit_t));
+    w->score = take(&p, R * KT * sizeof(float));
     w->o = take(&p, R * HP * sizeof(float));
     w->sum = take(&p, R * 16 * sizeof(float));
     w->max = take(&p, R * sizeof(float));
+    w->decay = take(&p, R * sizeof(float));
     return (size_t)(p - base);
 }
 
 // Scores of `rows` rows with `n` keys to weights against the new maximum; decay[r] is what the sums so far have to be
 // multiplied with. pos0: position of the block's first row.
-static void softmax_step(const Shape *s, ForwardWork *w, int r0, int rows, int n, int first_key, int pos0, float *decay) {
-    v16 old = v16_set1(-INFINITY), now = old;
+static void softmax_step(const Shape *s, ForwardWork *w, int rows, int n, int first_key, int pos0) {
     for (int r = 0; r < rows; r++) {
-        int last = pos0 + (r0 + r) / s->G;
+        int last = pos0 + r / s->G;
         float *row = w->score + r * KT;
         v16 m = v16_set1(-INFINITY);
         for (int i = 0; i < n; i += 16) {
@@ -135,23 +135,24 @@ static void softmax_step(const Shape *s, ForwardWork *w, int r0, int rows, int n
             v16_store(row + i, x, 16);
             m = v16_max(m, x);
         }
-        float top = v16_hmax(m);
-        old[r] = w->max[r0 + r];
-        now[r] = top > old[r] ? top : old[r];
-        w->max[r0 + r] = now[r];
+        float top = v16_hmax(m), old = w->max[r];
+        w->max[r] = top > old ? top : old;
+        w->decay[r] = old - w->max[r];
     }
-    v16 d = v16_exp(old - now);
+    for (int r = 0; r < rows; r += 16) {
+        int left = imin(16, rows - r);
+        v16_store(w->decay + r, v16_exp(v16_load(w->decay + r, left)), left);
+    }
     for (int r = 0; r < rows; r++) {
-        decay[r] = d[r];
         float *row = w->score + r * KT;
-        v16 m = v16_set1(now[r]), total = v16_set1(0.0f);
+        v16 m = v16_set1(w->max[r]), total = v16_set1(0.0f);
         for (int i = 0; i < n; i += 16) {
             v16 p = v16_exp(v16_load(row + i, 16) - m);
             total += p;
             v16_store(row + i, p, 16);
         }
-        float *sum = w->sum + (size_t)(r0 + r) * 16;
-        v16_store(sum, v16_load(sum, 16) * v16_set1(decay[r]) + total, 16);
+        float *sum = w->sum + (size_t)r * 16;
+        v16_store(sum, v16_load(sum, 16) * v16_set1(w->decay[r]) + total, 16);
         pack_along_f32(w->p + (size_t)r * (KT / UNIT), row, (n + 31) & ~31);
     }
 }
@@ -170,18 +171,11 @@ static void forward_block(const Shape *s, ForwardWork *w, floatX *o, float *lse,
     for (int tile = 0; tile * KT <= last_pos; tile++) {
         const unit_t *kt = kv ? kv + (size_t)tile * (ktile + vtile) : w->k, *vt = kv ? kt + ktile : w->v;
         if (!kv) pack_keys(s, w->k, w->v, k, v, (size_t)ldkv, tile);
-        for (int r = 0, n; r < padded; r += n) {
-            n = tile_rows(padded - r);
-            int end = pos0 + (r + n - 1) / s->G - tile * KT + 1;          // keys that the last of these rows sees
-            if (end <= 0) continue;
-            end = imin(KT, (end + 15) & ~15);
-            float decay[TILE_ROWS];
-            tile_product(w->score, KT, w->q + (size_t)r * (size_t)s->HU, (size_t)s->HU, 1, kt, KT, n, end, s->HU, TILE_SET,
-                         NULL);
-            softmax_step(s, w, r, n, end, tile * KT, pos0, decay);
-            tile_product(w->o + (size_t)r * (size_t)s->HP, (size_t)s->HP, w->p, KT / UNIT, 1, vt, (size_t)s->HP, n, s->HP,
-                         end / UNIT, TILE_SCALE_ADD, decay);
-        }
+        int n = imin(KT, (last_pos - tile * KT + 16) & ~15);    // keys that any of the rows sees
+        tile_product(w->score, KT, w->q, (size_t)s->HU, 1, kt, KT, padded, n, s->HU, TILE_SET, NULL);
+        softmax_step(s, w, padded, n, tile * KT, pos0);
+        tile_product(w->o, (size_t)s->HP, w->p, KT / UNIT, 1, vt, (size_t)s->HP, padded, s->HP, n / UNIT, TILE_SCALE_ADD,
+                     w->decay);
     }
     for (int r = 0; r < rows; r++) {
         int t = t0 + r / s->G, h = head0 + r % s->G;
@@ -233,10 +227,11 @@ void cpu_attention_forward(floatX *o, float *lse, const floatX *q, const floatX 
 // the last two times the scale of the scores.
 //
 // A task is a tile of keys of one key head: it walks the blocks of queries that see it, sums dk and dv in its own memory
-// and adds to the blocks' dq. The tiles of a head add to a block's dq in ascending order: each waits until the one before
-// has done that block, so the sum does not depend on the threads. Tasks are handed out with ascending tiles, the heads
-// side by side, so that a task waits for one that began before it (no deadlock: the first of the running tasks never
-// waits), and seldom; the longest tasks come first.
+// and adds to the blocks' dq. The tiles of a head come to a block in ascending order, the first one preparing it: each
+// waits until the one before has done that block, so the sum does not depend on the threads. Tasks are handed out with
+// ascending tiles, the heads side by side, so that a task waits for one that began before it (no deadlock: the first of
+// the running tasks never waits), and seldom. As many heads as threads are under way at a time: their blocks then stay
+// in the caches.
 
 typedef struct {
     unit_t *q, *dout;           // (R, HU) rows, for scores and for dp
@@ -249,7 +244,7 @@ typedef struct {
     unit_t *k, *v, *kx;         // (HU, KT), (HU, KT), (KT / UNIT, HP)
     unit_t *px, *dsx;           // (R / UNIT, KT) across rows
     unit_t *ds;                 // (R, KT / UNIT) along keys
-    float *score, *dp;          // (TILE_ROWS, KT)
+    float *score, *dp;          // (R, KT)
     float *dk, *dv;             // (KT, HP)
 } BackwardWork;
 
@@ -275,8 +270,8 @@ static size_t backward_work(const Shape *s, char *base, BackwardWork *w) {
     w->px = take(&p, R / UNIT * KT * sizeof(unit_t));
     w->dsx = take(&p, R / UNIT * KT * sizeof(unit_t));
     w->ds = take(&p, R * (KT / UNIT) * sizeof(unit_t));
-    w->score = take(&p, TILE_ROWS * KT * sizeof(float));
-    w->dp = take(&p, TILE_ROWS * KT * sizeof(float));
+    w->score = take(&p, R * KT * sizeof(float));
+    w->dp = take(&p, R * KT * sizeof(float));
     w->dk = take(&p, KT * HP * sizeof(float));
     w->dv = take(&p, KT * HP * sizeof(float));
     return (size_t)(p - base);
@@ -329,31 +324,28 @@ static void prepare_block(const Backward *a, const Block *w, int b, int kh, int 
 
 // p and ds of one block against the tile, in the layouts that the three sums read. n: keys looked at, 16 or more.
 static void weights_of_block(const Shape *s, const BackwardWork *w, const Block *q, int rows, int n, int first_key, int t0) {
-    for (int r = 0, m; r < rows; r += m) {
-        m = tile_rows(rows - r);
-        size_t at = (size_t)r * (size_t)s->HU;
-        tile_product(w->score, KT, q->q + at, (size_t)s->HU, 1, w->k, KT, m, n, s->HU, TILE_SET, NULL);
-        tile_product(w->dp, KT, q->dout + at, (size_t)s->HU, 1, w->v, KT, m, n, s->HU, TILE_SET, NULL);
-        for (int i = 0; i < m; i += 2) {                // rows come in pairs: see pack_across_f32
-            for (int j = 0; j < n; j += 16) {
-                v16 p[2], ds[2];
-                for (int z = 0; z < 2; z++) {
-                    int row = r + i + z, last = t0 + row / s->G;
-                    v16 x = v16_load(w->score + (i + z) * KT + j, 16);
-                    x = v16_exp(v16_fma(x, v16_set1(s->scale), v16_set1(-q->lse[row])));
-                    if (first_key + j + 15 > last) x = mask_keys(x, first_key + j, last, 0.0f);
-                    p[z] = x;
-                    ds[z] = x * (v16_load(w->dp + (i + z) * KT + j, 16) - v16_set1(q->dot[row]));
-                    v16_store(w->dp + (i + z) * KT + j, ds[z], 16);
-                }
-                size_t pair = (size_t)((r + i) / UNIT) * KT + (size_t)j;
-                pack_across_f32(w->px + pair, KT, p[0], p[1]);
-                pack_across_f32(w->dsx + pair, KT, ds[0], ds[1]);
+    tile_product(w->score, KT, q->q, (size_t)s->HU, 1, w->k, KT, rows, n, s->HU, TILE_SET, NULL);
+    tile_product(w->dp, KT, q->dout, (size_t)s->HU, 1, w->v, KT, rows, n, s->HU, TILE_SET, NULL);
+    for (int r = 0; r < rows; r += 2) {                 // rows come in pairs: see pack_across_f32
+        float *score = w->score + r * KT, *dp = w->dp + r * KT;
+        int last[2] = {t0 + r / s->G, t0 + (r + 1) / s->G};
+        unit_t *px = w->px + (size_t)(r / UNIT) * KT, *dsx = w->dsx + (size_t)(r / UNIT) * KT;
+        for (int j = 0; j < n; j += 16) {
+            v16 p[2], ds[2];
+            for (int z = 0; z < 2; z++) {
+                v16 x = v16_load(score + z * KT + j, 16);
+                x = v16_exp(v16_fma(x, v16_set1(s->scale), v16_set1(-q->lse[r + z])));
+                if (first_key + j + 15 > last[z]) x = mask_keys(x, first_key + j, last[z], 0.0f);
+                p[z] = x;
+                ds[z] = x * (v16_load(dp + z * KT + j, 16) - v16_set1(q->dot[r + z]));
+                v16_store(dp + z * KT + j, ds[z], 16);
             }
-            // n may end in the middle of what pack_along_f32 takes at once: what is behind is not read.
-            for (int z = 0; z < 2; z++)
-                pack_along_f32(w->ds + (size_t)(r + i + z) * (KT / UNIT), w->dp + (i + z) * KT, (n + 31) & ~31);
+            pack_across_f32(px + j, KT, p[0], p[1]);
+            pack_across_f32(dsx + j, KT, ds[0], ds[1]);
         }
+        // n may end in the middle of what pack_along_f32 takes at once: what is behind is not read.
+        pack_along_f32(w->ds + (size_t)r * (KT / UNIT), dp, (n + 31) & ~31);
+        pack_along_f32(w->ds + (size_t)(r + 1) * (KT / UNIT), dp + KT, (n + 31) & ~31);
     }
 }
 
@@ -393,10 +385,11 @@ static void backward_tile(const Backward *a, const BackwardWork *w, char *blocks
         make_block(s, blocks + (size_t)block * block_bytes, &q);
         int t0 = block * s->QT, count = imin(s->QT, s->T - t0), rows = tile_pad_rows(count * s->G);
         int n = imin(KT, (t0 + count - first_key + 15) & ~15);          // keys the block sees of this tile
+        if (tile == 0) prepare_block(a, &q, b, kh, block);
+        else wait_for(&done[tile - 1], block);
         weights_of_block(s, w, &q, rows, n, first_key, t0);
         tile_product(w->dv, HP, w->px, 1, KT, q.doutx, HP, n, s->HP, rows / UNIT, TILE_ADD, NULL);
         tile_product(w->dk, HP, w->dsx, 1, KT, q.qx, HP, n, s->HP, rows / UNIT, TILE_ADD, NULL);
-        if (tile > 0) wait_for(&done[tile - 1], block);
         tile_product(q.dq, HP, w->ds, KT / UNIT, 1, w->kx, HP, rows, s->HP, n / UNIT, tile ? TILE_ADD : TILE_SET, NULL);
         if (t0 + count <= first_key + KT) write_dq(a, &q, b, kh, block);
         atomic_store_explicit(&done[tile], block + 1, memory_order_release);
@@ -418,7 +411,9 @@ void cpu_attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv,
     size_t block_bytes = make_block(s, NULL, &unused_block), work_bytes = backward_work(s, NULL, &unused_work);
     size_t heads = (size_t)B * (size_t)NKV, blocks = (size_t)s->blocks, tiles = (size_t)s->tiles;
     size_t done_bytes = (heads * tiles * sizeof(atomic_int) + 63) & ~(size_t)63;
-    char *scratch = cpu_workspace(done_bytes + heads * blocks * block_bytes + (size_t)max_threads() * work_bytes);
+    // Heads under way together, and twice as many places for their blocks: a head waits for the one that had its place.
+    size_t together = (size_t)max_threads(), slots = heads < 2 * together ? heads : 2 * together;
+    char *scratch = cpu_workspace(done_bytes + slots * blocks * block_bytes + (size_t)max_threads() * work_bytes);
     if (!scratch) return;
     atomic_int *done = (atomic_int *)(void *)scratch;
     char *first_block = scratch + done_bytes;
@@ -427,18 +422,13 @@ void cpu_attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv,
 #pragma omp parallel
     {
         BackwardWork w;
-        backward_work(s, first_block + heads * blocks * block_bytes + (size_t)thread_index() * work_bytes, &w);
-#pragma omp for schedule(static)
-        for (size_t i = 0; i < heads * blocks; i++) {
-            Block q;
-            make_block(s, first_block + i * block_bytes, &q);
-            size_t u = i / blocks;
-            prepare_block(&a, &q, (int)(u / (size_t)NKV), (int)(u % (size_t)NKV), (int)(i % blocks));
-        }
+        backward_work(s, first_block + slots * blocks * block_bytes + (size_t)thread_index() * work_bytes, &w);
         for (size_t i; (i = atomic_fetch_add(&next, 1)) < heads * tiles;) {
-            size_t u = i % heads;
-            backward_tile(&a, &w, first_block + u * blocks * block_bytes, block_bytes, done + u * tiles,
-                          (int)(u / (size_t)NKV), (int)(u % (size_t)NKV), (int)(i / heads));
+            size_t first = i / (together * tiles) * together, n = heads - first < together ? heads - first : together;
+            size_t j = i - first * tiles, u = first + j % n;
+            if (j < n && u >= slots) wait_for(&done[(u - slots + 1) * tiles - 1], s->blocks - 1);
+            backward_tile(&a, &w, first_block + u % slots * blocks * block_bytes, block_bytes, done + u * tiles,
+                          (int)(u / (size_t)NKV), (int)(u % (size_t)NKV), (int)(j / n));
         }
     }
 }
