@@ -79,7 +79,8 @@ run() {
         failures+=("$label${note:+ ($note)}: $(sed -n -e 's/^\[  FAILED  \] \([A-Za-z_][A-Za-z0-9_]*\)$/\1/p' \
             -e 's/^not ok //p' "$log" | sort -u | tr '\n' ' ')")
     fi
-    [ "$skip" -gt 0 ] && skips+=("$label: $(grep -i -E 'skipp?ed:|^skip' "$log" | sort -u | head -3 | tr '\n' ';')")
+    [ "$skip" -gt 0 ] && skips+=("$label: $(sed -n 's/^skip\(ped:\)\? *\(.*\)/\2/p' "$log" |
+        sed 's/ is not there (set QLLM_DATA.*/ is missing (QLLM_DATA)/' | sort -u | head -3 | paste -sd ';')")
     return 0
 }
 
