@@ -92,6 +92,7 @@ for dir in "$@"; do
     name=$(basename "$dir")
     case $name in *-asan) choose_leak_detection ;; esac
     for program in test/test_*.c; do
+        [ -e "$program" ] || continue
         t=$(basename "$program" .c)
         case $t in *"${FILTER:-}"*) ;; *) continue ;; esac
         if [ -x "$dir/test/$t" ]; then run "$name/$t" "$dir/test/$t"
