@@ -23,7 +23,8 @@ extern "C" {
 // What changes from step to step. Lives in device memory; operations read it through a pointer, so that a step can be
 // captured as a graph and skipped without the host looking.
 typedef struct {
-    int32_t t;              // optimizer steps done, this one included: 1 at the first update (skipped ones do not count)
+    int32_t t;              // optimizer steps done, this one included: 1 at the first update (skipped ones do not count);
+                            // the caller's, no operation changes it
     float lr;
     float grad_scale;       // multiplies summed gradients: clip / tokens; written by global_norm
     float norm;             // global gradient norm before clipping, of the mean gradient; written by global_norm
@@ -91,7 +92,7 @@ typedef struct Ops {
                                int T, int NH, int NKV, int HS);
     // fakequant_forward: y (N, C) X = fq(x (N, C) X) by row; y may be x. For producers that do not see a whole token.
     void (*fakequant_forward)(floatX *y, uint8_t *mask, const floatX *x, size_t N, int C, const QuantSpec *act);
-    // dx (N, C) X *= mask.
+    // dx (N, C) X = mask ? dx : 0.
     void (*mask_backward)(floatX *dx, const uint8_t *mask, size_t N, int C);
 
     // --- feed-forward --------------------------------------------------------------------------------------------
@@ -110,11 +111,14 @@ typedef struct Ops {
 
     // --- update --------------------------------------------------------------------------------------------------
     // state->norm = sqrt(sum grad^2) / tokens, grad_scale = min(1, max_norm / norm) / tokens (max_norm <= 0: no clipping),
-    // skip = loss or norm not finite. grad (n) f32. Blocks of fixed size are summed in double, in order.
+    // skip = loss or norm not finite, or no token counts (tokens 0); grad_scale is 0 then. grad (n) f32. Blocks of 2^16
+    // are summed in double, each in 16 lanes folded +8, +4, +2, +1; the blocks' sums are added in order.
     void (*global_norm)(StepState *state, const float *grad, size_t n, float max_norm);
     // adamw_fq: AdamW on a (rows, cols) tensor and its requantized working copy in the same pass.
-    //   f32 throughout: p -= lr*wd*p; m += (1-b1)(g-m); v += (1-b2)(g*g-v); p -= lr*(m/bc1) / (sqrt(v)/sqrt(bc2) + eps)
-    //   then work, wscale as weight_fq below. Nothing changes when state->skip.
+    //   g = grad * grad_scale; f32 throughout, each operation rounded, in this order (torchao's low-bit optimizers):
+    //   p -= (lr*wd)*p; m += (1-b1)*(g-m); v += (1-b2)*(g*g-v); p -= (lr*(m/bc1)) / (sqrt(v)/sqrt(bc2) + eps)
+    //   with bc = 1 - powf(b, t); then work, wscale as weight_fq below. Nothing changes when state->skip.
+    // A scale of rows or blocks is made while they are in cache; one of the whole tensor takes a second pass.
     void (*adamw_fq)(float *master, float *m, float *v, floatX *work, float *wscale, const float *grad,
                      const StepState *state, const AdamWParams *h, const QuantSpec *wq, int64_t rows, int64_t cols);
     // sgd_fq: buf = momentum*buf + (g + wd*p) (torch.optim.SGD, no dampening); p -= lr*buf.
@@ -123,6 +127,7 @@ typedef struct Ops {
     // weight_fq: working values from masters; the one operation behind switching fake quantization on and off.
     //   w16 = bf16(master). wq NULL or bits == 0: work = X(master), wscale = 1.
     //   quant_works_as_codes(wq): work = code, wscale[row] = scale. Otherwise work = bf16(dequantized value), wscale = 1.
+    // Codes are quant_code's: a NaN weight is taken for zero, as the packed file takes it.
     // wscale (rows) f32 may be NULL when no row scale is wanted.
     void (*weight_fq)(floatX *work, float *wscale, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
     // weight_ste_mask: --ste clip. grad (rows, cols) f32 = 0 where bf16(master)'s code lies outside [qmin, qmax] unclamped.
@@ -135,8 +140,11 @@ typedef struct Ops {
     void (*dequant_rows)(floatX *work, float *wscale, const uint8_t *codes, const float *scale, const float *zero,
                          const QuantSpec *wq, int64_t rows, int64_t cols);
     // qmatvec_forward: y (N, OC) X = x (N, C) X . w^T for few tokens, straight from packed codes: bound by the codes' bytes.
-    // Group sums are f32 of bf16 x times integer code, scaled once a group (so it differs from the trained arithmetic by
-    // f32 rounding: |err| <= C * 2^-23 * sum |x w| plus one rounding to X).
+    // Sums of a block are f32 of x times integer code (less its integer zero point), 16 lanes apart, scaled once a block;
+    // zero points of the float domain multiply the block's sum of x. So it differs from the trained arithmetic by f32
+    // rounding: |err| <= (C + 6) * 2^-23 * sum |x| |w| plus one rounding to X, where |w| is |code - mid| * scale + |zero| in
+    // the float domain. It also keeps code * scale unrounded, which trained arithmetic rounds to bf16.
+    // Bits of a token do not depend on N or on the number of threads.
     void (*qmatvec_forward)(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
                             const QuantSpec *wq, size_t N, int C, int OC);
 } Ops;

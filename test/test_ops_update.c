@@ -27,7 +27,8 @@ static const QuantSpec specs[] = {
     {.bits = 0},
 };
 #define N_SPECS (sizeof specs / sizeof *specs)
-static const int weights[][2] = {{1, 1}, {1, 32}, {2, 6}, {4, 96}, {8, 48}, {3, 17}, {6, 576}, {48, 576}, {4, 2048}, {1, 576}};
+static const int weights[][2] = {{1, 1},  {1, 32},  {2, 6},    {4, 96},   {8, 48},
+                                 {3, 17}, {6, 576}, {48, 576}, {4, 2048}, {1, 576}};
 #define N_WEIGHTS (sizeof weights / sizeof *weights)
 
 // What weight_fq should write, by quant.h's scalars: codes, their block's parameters, working values, row scales.
@@ -39,7 +40,8 @@ static bool want_new(Want *w, const float *master, const QuantSpec *s, int rows,
     if (s->bits && quant_block_shape(s, rows, cols, block, NULL) < 0) return false;
     float *w16 = must_alloc(n * sizeof *w16);
     for (size_t i = 0; i < n; i++) w16[i] = bf16_round(master[i]);
-    *w = (Want){.codes = must_alloc(n * 2), .qp = must_alloc(n * sizeof(QParams)), .scale = must_alloc(n * sizeof(float)),
+    *w = (Want){.codes = must_alloc(n * 2), .qp = must_alloc(n * sizeof(QParams)),
+                .scale = must_alloc(n * sizeof(float)),
                 .zero = must_alloc(n * sizeof(float)), .work = must_alloc(n * sizeof(floatX)),
                 .wscale = must_alloc((size_t)rows * sizeof(float)), .inside = must_alloc(n)};
     if (s->bits) assert_int_equal(quant_tensor(w->codes, w->qp, w16, rows, cols, s, QD_BF16, NULL), 0);
@@ -57,7 +59,8 @@ static bool want_new(Want *w, const float *master, const QuantSpec *s, int rows,
             w->scale[b] = w->qp[b].scale;
             w->zero[b] = w->qp[b].zp;
             if (quant_works_as_codes(s)) w->wscale[r] = w->qp[b].scale;
-            w->work[i] = f2x(quant_works_as_codes(s) ? (float)w->codes[i] : quant_dequant((float)w->codes[i], w->qp[b], s, QD_BF16));
+            w->work[i] = f2x(quant_works_as_codes(s) ? (float)w->codes[i]
+                                                     : quant_dequant((float)w->codes[i], w->qp[b], s, QD_BF16));
         }
     free(w16);
     return true;
@@ -86,20 +89,23 @@ static void test_weight_fq(void **state) {
                 Want w;
                 if (!want_new(&w, master, &specs[q], rows, cols)) continue;
                 floatX *work = must_alloc(n * sizeof *work);
-                float *wscale = must_alloc((size_t)rows * sizeof *wscale), *grad = new_f32(n, 1.0f), *grad0 = copy_of(grad, n * sizeof *grad);
+                float *wscale = must_alloc((size_t)rows * sizeof *wscale), *grad = new_f32(n, 1.0f),
+                      *grad0 = copy_of(grad, n * sizeof *grad);
                 o->weight_fq(work, wscale, master, &specs[q], rows, cols);
                 expect_x(work, w.work, n, "working value");
                 expect_same(wscale, w.wscale, (size_t)rows * sizeof *wscale, "row scale", rows, cols);
                 o->weight_fq(work, NULL, master, &specs[q], rows, cols);
                 expect_x(work, w.work, n, "working value without row scale");
                 o->weight_ste_mask(grad, master, &specs[q], rows, cols);
-                for (size_t i = 0; i < n; i++) expect_same_f32(grad[i], w.inside[i] ? grad0[i] : 0.0f, "masked gradient", i);
+                for (size_t i = 0; i < n; i++)
+                    expect_same_f32(grad[i], w.inside[i] ? grad0[i] : 0.0f, "masked gradient", i);
                 if (specs[q].bits) {
                     size_t bytes = quant_row_bytes(specs[q].bits, cols);
                     uint8_t *packed = must_alloc((size_t)rows * bytes);
                     for (int r = 0; r < rows; r++)
                         quant_pack_row(packed + (size_t)r * bytes, w.codes + (size_t)(r * cols), cols, specs[q].bits);
-                    o->dequant_rows(work, wscale, packed, w.scale, quant_has_zero(&specs[q]) ? w.zero : NULL, &specs[q], rows, cols);
+                    const float *zero = quant_has_zero(&specs[q]) ? w.zero : NULL;
+                    o->dequant_rows(work, wscale, packed, w.scale, zero, &specs[q], rows, cols);
                     expect_x(work, w.work, n, "unpacked working value");
                     expect_same(wscale, w.wscale, (size_t)rows * sizeof *wscale, "unpacked row scale", rows, cols);
                     free(packed);
@@ -133,7 +139,8 @@ static void test_adamw(void **state) {
         for (size_t q = 0; q < N_SPECS; q++) {
             int64_t block[2];
             if (specs[q].bits && quant_block_shape(&specs[q], rows, cols, block, NULL) < 0) continue;
-            float *p = new_f32(n, 0.1f), *m = calloc(n, sizeof *m), *v = calloc(n, sizeof *v), *grad = new_f32(n, 10.0f);
+            float *p = new_f32(n, 0.1f), *m = calloc(n, sizeof *m), *v = calloc(n, sizeof *v),
+                  *grad = new_f32(n, 10.0f);
             float *p2 = copy_of(p, n * sizeof *p), *m2 = calloc(n, sizeof *m2), *v2 = calloc(n, sizeof *v2);
             floatX *work = must_alloc(n * sizeof *work);
             float *wscale = must_alloc((size_t)rows * sizeof *wscale);
@@ -183,7 +190,8 @@ static void test_sgd(void **state) {
         int rows = weights[k][0], cols = weights[k][1];
         size_t n = (size_t)rows * (size_t)cols;
         const QuantSpec *spec = &specs[cols % 32 ? N_SPECS - 1 : k % 4];
-        float *p = new_f32(n, 0.1f), *buf = calloc(n, sizeof *buf), *p2 = copy_of(p, n * sizeof *p), *buf2 = calloc(n, sizeof *buf2);
+        float *p = new_f32(n, 0.1f), *buf = calloc(n, sizeof *buf), *p2 = copy_of(p, n * sizeof *p);
+        float *buf2 = calloc(n, sizeof *buf2);
         floatX *work = must_alloc(n * sizeof *work);
         for (int t = 1; t <= 3; t++) {
             StepState s = {.t = t, .lr = 1e-2f, .grad_scale = 0.5f, .skip = t == 3};
@@ -269,7 +277,8 @@ static void test_qmatvec(void **state) {
             for (int r = 0; r < rows; r++)
                 quant_pack_row(packed + (size_t)r * bytes, w.codes + (size_t)(r * cols), cols, s->bits);
             for (int N = 1; N <= 9; N += N < 4 ? 1 : 5) {
-                floatX *x = new_x((size_t)(N * cols), 1.0f), *y = new_x((size_t)(N * rows), 1.0f), *alone = new_x((size_t)rows, 1.0f);
+                floatX *x = new_x((size_t)(N * cols), 1.0f), *y = new_x((size_t)(N * rows), 1.0f),
+                       *alone = new_x((size_t)rows, 1.0f);
                 const float *zero = quant_has_zero(s) ? w.zero : NULL;
                 o->qmatvec_forward(y, x, packed, w.scale, zero, s, (size_t)N, cols, rows);
                 for (int t = 0; t < N; t++)
@@ -277,16 +286,20 @@ static void test_qmatvec(void **state) {
                         double want = 0.0, size = 0.0;
                         for (int c = 0; c < cols; c++) {
                             size_t b = (size_t)(r / block[0] * (cols / block[1]) + c / block[1]);
-                            double code = (double)w.codes[r * cols + c], scale = (double)w.scale[b], xv = (double)x2f(x[t * cols + c]);
-                            double value = s->zero == QZ_FLOAT ? (code - (double)quant_mid(s)) * scale + (double)w.zero[b]
-                                                               : (code - (double)w.zero[b]) * scale;
+                            double code = (double)w.codes[r * cols + c], scale = (double)w.scale[b],
+                                   xv = (double)x2f(x[t * cols + c]);
+                            double value = s->zero == QZ_FLOAT
+                                               ? (code - (double)quant_mid(s)) * scale + (double)w.zero[b]
+                                               : (code - (double)w.zero[b]) * scale;
                             want += value * xv;
                             // The float domain sums (code - mid) * scale and zero apart, so both count.
-                            size += fabs(xv) * (s->zero == QZ_FLOAT ? fabs(code - (double)quant_mid(s)) * scale + fabs((double)w.zero[b])
-                                                                    : fabs(value));
+                            size += fabs(xv) * (s->zero != QZ_FLOAT ? fabs(value)
+                                                                    : fabs(code - (double)quant_mid(s)) * scale +
+                                                                          fabs((double)w.zero[b]));
                         }
-                        expect_near((double)x2f(y[t * rows + r]), want, cols * 2 * U32 * size + 6 * U32 * size + fabs(want) * UX * 1.001,
-                                    "qmatvec", (size_t)(t * rows + r));
+                        expect_near((double)x2f(y[t * rows + r]), want,
+                                    cols * 2 * U32 * size + 6 * U32 * size + fabs(want) * UX * 1.001, "qmatvec",
+                                    (size_t)(t * rows + r));
                     }
                 // A token's bits do not depend on its company.
                 o->qmatvec_forward(alone, x + (N - 1) * cols, packed, w.scale, zero, s, 1, cols, rows);

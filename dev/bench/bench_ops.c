@@ -1,10 +1,11 @@
 // How much of the memory's bandwidth do the operations on rows and elements reach?
 //
-// Peak: the best of copying with ordinary stores and with memcpy (which streams past the caches), all threads, bytes read
-// plus bytes written. Tensors are at least four times the last-level cache, so every byte comes from memory; the logits
-// and weights of one operation together are. Bytes of an operation are what its definition must move: every input element
-// read once, every output written once, X = sizeof(floatX). What the caches fetch before a line is written is not counted.
-// Each figure is the best of REPEATS runs. bench_ops [NAME] runs the operations whose name contains NAME.
+// Peak: the best of copying with ordinary stores and with memcpy (which streams past the caches), all threads, bytes
+// read plus bytes written. Tensors are at least four times the last-level cache, so every byte comes from memory; the
+// logits and weights of one operation together are. Bytes of an operation are what its definition must move: every
+// input element read once, every output written once, X = sizeof(floatX). What the caches fetch before a line is
+// written is not counted. Each figure is the best of REPEATS runs. bench_ops [NAME] runs the operations whose name
+// contains NAME.
 #include <stdlib.h>
 #include "cpu/cpu.h"
 #include "device.h"
@@ -21,7 +22,8 @@ static uint8_t *bytes;                 // (total)
 static int32_t *ids;
 static StepState step = {.t = 3, .lr = 1e-4f, .grad_scale = 1e-3f, .tokens = 1};
 
-static const QuantSpec act8 = {.bits = 8, .qmin = -128, .qmax = 127, .gran = QG_TOKEN, .mapping = QM_ASYMMETRIC, .eps = 0x1p-23f};
+static const QuantSpec act8 = {
+    .bits = 8, .qmin = -128, .qmax = 127, .gran = QG_TOKEN, .mapping = QM_ASYMMETRIC, .eps = 0x1p-23f};
 static const QuantSpec int4 = {.bits = 4, .qmin = -8, .qmax = 7, .gran = QG_GROUP, .group = GROUP, .eps = 0x1p-126f};
 static const QuantSpec int3 = {.bits = 3, .qmin = -4, .qmax = 3, .gran = QG_GROUP, .group = GROUP, .eps = 0x1p-126f};
 static const QuantSpec int8 = {.bits = 8, .qmin = -128, .qmax = 127, .gran = QG_CHANNEL, .eps = 0x1p-126f};
@@ -155,15 +157,18 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < C + FF; i++) small[i] = f2x(1.0f);
     for (size_t i = 0; i < N; i++) ids[i] = (int32_t)(philox(1, 2, i).v[0] % (N < V ? N : V));
 
-    double copy1 = 2.0 * (double)total * sizeof(float) / best(copy_stores), copy2 = 2.0 * (double)total * sizeof(float) / best(copy_memcpy);
+    double copy1 = 2.0 * (double)total * sizeof(float) / best(copy_stores),
+           copy2 = 2.0 * (double)total * sizeof(float) / best(copy_memcpy);
     double reading = (double)total * sizeof(float) / best(read_only), copying = copy1 > copy2 ? copy1 : copy2;
-    printf("%s; tensors of %zu MiB and more, last-level cache %zu MiB\n", device_description(), total * X >> 20, cache >> 20);
+    printf("%s; tensors of %zu MiB and more, last-level cache %zu MiB\n", device_description(), total * X >> 20,
+           cache >> 20);
     printf("result copy_bandwidth %.1f GB/s\n", copying / 1e9);
     printf("result read_bandwidth %.1f GB/s\n", reading / 1e9);
     printf("  (copy by stores %.1f GB/s, by memcpy %.1f GB/s)\n", copy1 / 1e9, copy2 / 1e9);
 
     double n = (double)total, half = n / 2;
-    double row4 = MATVEC_C / 2.0 + MATVEC_C / GROUP * 4.0, row8 = MATVEC_C + 4.0, row3 = MATVEC_C * 3 / 8.0 + MATVEC_C / GROUP * 4.0;
+    double row4 = MATVEC_C / 2.0 + MATVEC_C / GROUP * 4.0, row8 = MATVEC_C + 4.0,
+           row3 = MATVEC_C * 3 / 8.0 + MATVEC_C / GROUP * 4.0;
     // reads: true where the operation writes next to nothing, so that reading is its peak
     const struct { const char *name; void (*run)(void); double bytes; bool reads; } table[] = {
         {"embedding_forward", embedding_forward, 2 * n * X, false},               // wte rows, out
@@ -180,7 +185,7 @@ int main(int argc, char **argv) {
         {"swiglu_backward", swiglu_backward, 5 * half * X, false},                // gate, up, dy; dgate, dup
         {"classifier", classifier, n * (4 + X), false},                           // logits, dlogits
         {"global_norm", global_norm, n * 4, true},                                // grad
-        {"adamw", adamw, n * (28 + X), false},                                    // p, m, v read and written, grad, work
+        {"adamw", adamw, n * (28 + X), false},                                    // p, m, v read, written; grad, work
         {"adamw_fq_int4", adamw_int4, n * (28 + X), false},
         {"adamw_fq_int8", adamw_int8, n * (28 + X), false},
         {"adamw_fq_uint4_float", adamw_uint4, n * (28 + X), false},

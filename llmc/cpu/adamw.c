@@ -15,13 +15,17 @@ typedef struct {
 
 // Updates n <= 16 masters at `at` and returns them. Kind is a constant where this is inlined.
 VEC v16 update_step(const Update *u, UpdateKind kind, size_t at, int n) {
+    prefetch_ahead(u->master + at);
     v16 p = v16_load(u->master + at, n);
     if (kind == UPDATE_NONE) return p;
     v16 g = v16_load(u->grad + at, n) * v16_set1(u->grad_scale), lr = v16_set1(u->lr);
+    prefetch_ahead(u->grad + at);
+    prefetch_ahead(u->m + at);
     v16 m = v16_load(u->m + at, n);
     if (kind == UPDATE_ADAMW) {
         p = p - v16_set1(u->decay) * p;
         m = m + v16_set1(u->c1) * (g - m);
+        prefetch_ahead(u->v + at);
         v16 v = v16_load(u->v + at, n);
         v = v + v16_set1(u->c2) * (g * g - v);
         v16 den = v16_sqrt(v) / v16_set1(u->sqrt_bc2) + v16_set1(u->eps);
@@ -63,6 +67,7 @@ VEC v16 quantize_step(const float *master, int n, const BlockQuant *b, Working w
 VEC void quantize_loop(floatX *work, const float *master, int64_t cols, const BlockQuant *b, Working w) {
     int64_t c = 0;
     for (; c + 32 <= cols; c += 32) {
+        prefetch_ahead(work + c);
         v16 lo = quantize_step(master + c, 16, b, w), hi = quantize_step(master + c + 16, 16, b, w);
         v32_storex(work + c, v16_work(lo), v16_work(hi));
     }
@@ -89,6 +94,7 @@ VEC void update_plain(const Update *u, UpdateKind kind, floatX *work, float *wsc
     for (size_t k = 0; k < chunks; k++) {
         size_t i = k * CHUNK, end = i + CHUNK < total ? i + CHUNK : total;
         for (; i + 32 <= end; i += 32) {
+            prefetch_ahead(work + i);
             v16 lo = update_step(u, kind, i, 16), hi = update_step(u, kind, i + 16, 16);
             v32_storex(work + i, lo, hi);
         }
@@ -117,10 +123,10 @@ VEC void update_tensor(const Update *u, UpdateKind kind, floatX *work, const Qua
     for (int64_t r = 0; r < rows; r++) quantize_span(work + r * cols, u->master + r * cols, cols, &b, s, false);
 }
 
-// Updates up to sixteen blocks of b0 rows by b1 columns, the first at row r0 and column c0, and returns their parameters.
-// Sixteen at a time, since choosing a scale takes two divisions one after the other.
-VEC BlockQuant update_sixteen(const Update *u, UpdateKind kind, const QuantSpec *s, int64_t r0, int64_t c0, int64_t cols,
-                              int64_t b0, int64_t b1, int blocks) {
+// Updates up to sixteen blocks of b0 rows by b1 columns, the first at row r0 and column c0, and returns their
+// parameters. Sixteen at a time, since choosing a scale takes two divisions one after the other.
+VEC BlockQuant update_sixteen(const Update *u, UpdateKind kind, const QuantSpec *s, int64_t r0, int64_t c0,
+                              int64_t cols, int64_t b0, int64_t b1, int blocks) {
     float lo[16] = {0}, hi[16] = {0};
     for (int k = 0; k < blocks; k++) {
         Range range = range_empty();
@@ -239,8 +245,10 @@ void cpu_weight_ste_mask(float *grad, const float *master, const QuantSpec *wq, 
 static double sum_of_squares(const float *g, size_t n) {
     double lane[16] = {0};
     size_t i = 0;
-    for (; i + 16 <= n; i += 16)
+    for (; i + 16 <= n; i += 16) {
+        prefetch_ahead(g + i);
         for (int l = 0; l < 16; l++) lane[l] += (double)g[i + (size_t)l] * (double)g[i + (size_t)l];
+    }
     for (size_t l = 0; i + l < n; l++) lane[l] += (double)g[i + l] * (double)g[i + l];
     for (int h = 8; h; h >>= 1)
         for (int l = 0; l < h; l++) lane[l] += lane[l + h];

@@ -17,14 +17,15 @@ void cpu_linear_backward_input(floatX *dx, const floatX *dy, const floatX *w, co
 void cpu_linear_backward_weight(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC, bool accumulate);
 void cpu_rope(floatX *x, const float *cos_t, const float *sin_t, size_t N, int T, int pos0, int ldx, int NH_rot, int HS,
               bool inverse);
-void cpu_attention_forward(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, int B, int T, int Tk,
-                           int NH, int NKV, int HS, int ldo, int ldq, int ldkv, size_t skv);
-void cpu_attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *o, const float *lse, int B,
-                            int T, int NH, int NKV, int HS);
+void cpu_attention_forward(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, int B, int T,
+                           int Tk, int NH, int NKV, int HS, int ldo, int ldq, int ldkv, size_t skv);
+void cpu_attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *o, const float *lse,
+                            int B, int T, int NH, int NKV, int HS);
 void cpu_fakequant_forward(floatX *y, uint8_t *mask, const floatX *x, size_t N, int C, const QuantSpec *act);
 void cpu_mask_backward(floatX *dx, const uint8_t *mask, size_t N, int C);
 void cpu_swiglu_fq_forward(floatX *y, uint8_t *mask, const floatX *gateup, size_t N, int FF, const QuantSpec *act);
-void cpu_swiglu_backward(floatX *dgateup, const floatX *dy, const uint8_t *mask, const floatX *gateup, size_t N, int FF);
+void cpu_swiglu_backward(floatX *dgateup, const floatX *dy, const uint8_t *mask, const floatX *gateup, size_t N,
+                         int FF);
 void cpu_classifier(float *losses, floatX *dlogits, const float *logits, const int32_t *targets, size_t n, int V);
 void cpu_loss_accumulate(StepState *state, const float *losses, const int32_t *targets, size_t N);
 void cpu_global_norm(StepState *state, const float *grad, size_t n, float max_norm);

@@ -13,6 +13,7 @@ VEC void fakequant_loop(floatX *y, uint8_t *mask, const floatX *x, int C, const 
                         bool zero_is_float, bool with_mask) {
     int c = 0;
     for (; c + 32 <= C; c += 32) {
+        prefetch_ahead(y + c);
         v16 lo = fakequant_step(with_mask ? mask + c : NULL, x + c, 16, b, mid, zero_is_float, with_mask);
         v16 hi = fakequant_step(with_mask ? mask + c + 16 : NULL, x + c + 16, 16, b, mid, zero_is_float, with_mask);
         v32_storex(y + c, lo, hi);
@@ -24,7 +25,8 @@ VEC void fakequant_loop(floatX *y, uint8_t *mask, const floatX *x, int C, const 
 }
 
 void fakequant_row(floatX *y, uint8_t *mask, const floatX *x, int C, Range range, const QuantSpec *act) {
-    V16QParams p = v16_choose(v16_roundx(v16_set1(v16_hmin(range.lo))), v16_roundx(v16_set1(v16_hmax(range.hi))), act, QD_X);
+    V16QParams p = v16_choose(v16_roundx(v16_set1(v16_hmin(range.lo))), v16_roundx(v16_set1(v16_hmax(range.hi))), act,
+                              QD_X);
     BlockQuant b = block_quant(p, act, QD_X);
     float mid = quant_mid(act);
     if (act->zero == QZ_FLOAT) {
@@ -40,6 +42,7 @@ static Range range_of(const floatX *x, int C) {
     Range even = range_empty(), odd = even;          // two, so that an addition need not wait for the one before
     int c = 0;
     for (; c + 32 <= C; c += 32) {
+        prefetch_ahead(x + c);
         range_add(&even, v16_loadx(x + c, 16), 16);
         range_add(&odd, v16_loadx(x + c + 16, 16), 16);
     }

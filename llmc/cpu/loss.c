@@ -14,6 +14,8 @@ static float largest_of(const float *z, int n) {
     v16 a = v16_set1(-INFINITY), b = a;
     int c = 0;
     for (; c + 32 <= n; c += 32) {
+        prefetch_ahead(z + c);
+        prefetch_ahead(z + c + 16);
         a = v16_max(v16_load(z + c, 16), a);
         b = v16_max(v16_load(z + c + 16, 16), b);
     }
@@ -45,7 +47,10 @@ VEC float sum_of_exp(float *e, const float *z, int n, float shift, bool keep) {
 static void scale_to_x(floatX *d, const float *e, int n, float factor) {
     v16 f = v16_set1(factor);
     int c = 0;
-    for (; c + 32 <= n; c += 32) v32_storex(d + c, v16_load(e + c, 16) * f, v16_load(e + c + 16, 16) * f);
+    for (; c + 32 <= n; c += 32) {
+        prefetch_ahead(d + c);
+        v32_storex(d + c, v16_load(e + c, 16) * f, v16_load(e + c + 16, 16) * f);
+    }
     for (; c < n; c += 16) {
         int k = n - c < 16 ? n - c : 16;
         v16_storex(d + c, v16_load(e + c, k) * f, k);
@@ -53,8 +58,8 @@ static void scale_to_x(floatX *d, const float *e, int n, float factor) {
 }
 
 // One row. Each sweep's exponentials count from the largest logit seen so far, which stands in shifts; they are kept in
-// e (V) and scaled to the final sum afterwards, so that e^x, the dearest part, is taken once. Sums are f32 within a sweep,
-// double across sweeps.
+// e (V) and scaled to the final sum afterwards, so that e^x, the dearest part, is taken once. Sums are f32 within a
+// sweep, double across sweeps.
 static float classify_row(floatX *d, const float *z, int target, int V, float *e, float *shifts) {
     float m = -INFINITY;
     double sum = 0.0;

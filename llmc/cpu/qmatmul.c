@@ -1,8 +1,9 @@
 // Packed codes: back to working values, and multiplied by a few tokens without unpacking them to memory.
 #include "cpu.h"
 
-// How sixteen codes come out of their 2 * bits bytes. Code i begins at bit i * bits, in byte i * bits / 8, and ends there
-// or in the next one. With AVX-512 each 32-bit lane takes these two bytes, shifts the code to its top, and back down.
+// How sixteen codes come out of their 2 * bits bytes. Code i begins at bit i * bits, in byte i * bits / 8, and ends
+// there or in the next one. With AVX-512 each 32-bit lane takes these two bytes, shifts the code to its top, and back
+// down.
 typedef struct {
     int bits, sign;
 #ifdef QLLM_AVX512
@@ -85,6 +86,8 @@ VEC void dequant_span(floatX *work, const uint8_t *row, const Packed *pk, int64_
                       bool as_codes, bool zero_is_float, float mid) {
     for (int64_t end = c + n; c < end; c += 16) {
         size_t byte = (size_t)c * (size_t)pk->bits / 8;
+        prefetch_ahead(row + byte);
+        prefetch_ahead(work + c);
         v16 q = unpack16(row + byte, pk->row_bytes - byte, &pk->unpack);
         if (!as_codes) q = v16_work(v16_dequant(zero_is_float ? q : q - b->zp, b, zero_is_float, mid));
         v16_storex(work + c, q, end - c < 16 ? (int)(end - c) : 16);
@@ -186,18 +189,18 @@ VEC v16 signed16(Bytes16 b) {
 // The kinds of codes that have a loop of their own.
 typedef enum { CODES_4, CODES_S8, CODES_ANY, CODES_ANY_ZERO } CodesKind;   // the last: with integer zero points
 
-// Rows r to r + rows - 1 against n tokens from x on: total[i * n + t] = sum over blocks of scale * sum (code - centre) * x,
-// lanes apart. Several rows at a time, because one row's sum is a chain of multiply-adds that each wait for the last.
-// All but mv, r and x are constants at most calls, and the loops over rows and tokens are unrolled: sums stay in registers.
-// steps: vectors (4 bits: pairs of them) a block. guard: the tensor ends less than 16 bytes behind these rows. Without
-// it a row's last load may run into the next row, which does no harm: x is zero there.
-VEC void rows_dot(v16 *total, const Matvec *mv, int64_t r, const float *x, int rows, int n, CodesKind kind, int64_t steps,
-                  bool guard) {
+// Rows r to r + rows - 1 against n tokens from x on: total[i * n + t] = sum over blocks of scale * sum (code - centre)
+// * x, lanes apart. Several rows at a time, because one row's sum is a chain of multiply-adds that each wait for the
+// last. All but mv, r and x are constants at most calls, and the loops over rows and tokens are unrolled: sums stay in
+// registers. steps: vectors (4 bits: pairs of them) a block. guard: the tensor ends less than 16 bytes behind these
+// rows. Without it a row's last load may run into the next row, which does no harm: x is zero there.
+VEC void rows_dot(v16 *total, const Matvec *mv, int64_t r, const float *x, int rows, int n, CodesKind kind,
+                  int64_t steps, bool guard) {
     const size_t ldx = mv->ldx, row_bytes = mv->pk.row_bytes;
     const size_t stride = kind == CODES_4 || kind == CODES_S8 ? 16 : 2 * (size_t)mv->pk.bits;
     const int64_t across = mv->pk.across;
     const Unpack unpack = mv->pk.unpack;
-    const uint8_t *p = mv->codes + (size_t)r * row_bytes, *end = p + row_bytes;
+    const uint8_t *p = mv->codes + (size_t)r * row_bytes, *end = p + row_bytes, *ahead = p;
     const float *scale[ROWS], *zero[ROWS];
     const v16 centre = v16_set1(mv->centre), table = nibble_table(unpack.sign, mv->centre);
     v16 sum[ROWS * TOKENS];
@@ -234,6 +237,9 @@ VEC void rows_dot(v16 *total, const Matvec *mv, int64_t r, const float *x, int r
                         acc[i * n + t] = v16_fma(q, v16_load(x + (size_t)t * ldx, 16), acc[i * n + t]);
                 }
             }
+            // The rows lie one behind the other, so what comes next is one stream, whichever row it belongs to.
+            prefetch_ahead(ahead);
+            ahead += (size_t)rows * stride;
             p += stride;
             x += kind == CODES_4 ? 32 : 16;
         }

@@ -12,6 +12,9 @@ VEC float residual_row(floatX *res, const floatX *x, const floatX *delta, int C,
     v16 sum = {0};
     int c = 0;
     for (; c + 32 <= C; c += 32) {
+        prefetch_ahead(x + c);
+        if (with_delta) prefetch_ahead(delta + c);
+        if (with_res) prefetch_ahead(res + c);
         v16 lo = residual_step(x + c, with_delta ? delta + c : NULL, 16, with_delta);
         v16 hi = residual_step(x + c + 16, with_delta ? delta + c + 16 : NULL, 16, with_delta);
         if (with_res) v32_storex(res + c, lo, hi);
@@ -36,7 +39,9 @@ static Range normalize_row(floatX *y, const floatX *r, const floatX *weight, flo
     Range even = range_empty(), odd = even;
     int c = 0;
     for (; c + 32 <= C; c += 32) {
-        v16 lo = normalize_step(r + c, weight + c, scale, 16), hi = normalize_step(r + c + 16, weight + c + 16, scale, 16);
+        prefetch_ahead(y + c);
+        v16 lo = normalize_step(r + c, weight + c, scale, 16),
+            hi = normalize_step(r + c + 16, weight + c + 16, scale, 16);
         v32_storex(y + c, lo, hi);
         range_add(&even, lo, 16);
         range_add(&odd, hi, 16);
@@ -98,11 +103,16 @@ VEC void rmsnorm_backward_row(floatX *dres, float *dw, const floatX *dy, const u
     v16 even = {0}, odd = {0}, scale = v16_set1(rstd);
     int c = 0;
     for (; c + 32 <= C; c += 32) {
+        prefetch_ahead(dy + c);
+        prefetch_ahead(x + c);
+        prefetch_ahead(dres + c);
         even = backward_sums(dw + c, dy + c, mask ? mask + c : NULL, x + c, weight + c, scale, even, 16);
-        odd = backward_sums(dw + c + 16, dy + c + 16, mask ? mask + c + 16 : NULL, x + c + 16, weight + c + 16, scale, odd, 16);
+        odd = backward_sums(dw + c + 16, dy + c + 16, mask ? mask + c + 16 : NULL, x + c + 16, weight + c + 16, scale,
+                            odd, 16);
     }
     for (; c < C; c += 16)
-        even = backward_sums(dw + c, dy + c, mask ? mask + c : NULL, x + c, weight + c, scale, even, C - c < 16 ? C - c : 16);
+        even = backward_sums(dw + c, dy + c, mask ? mask + c : NULL, x + c, weight + c, scale, even,
+                             C - c < 16 ? C - c : 16);
     v16 mean = v16_set1(v16_sum(even + odd) / (float)C);
     for (c = 0; c + 32 <= C; c += 32) {
         v16 lo = backward_dres(dres + c, dy + c, mask ? mask + c : NULL, x + c, weight + c, scale, mean, 16);
@@ -112,7 +122,8 @@ VEC void rmsnorm_backward_row(floatX *dres, float *dw, const floatX *dy, const u
     }
     for (; c < C; c += 16) {
         int n = C - c < 16 ? C - c : 16;
-        v16_storex(dres + c, backward_dres(dres + c, dy + c, mask ? mask + c : NULL, x + c, weight + c, scale, mean, n), n);
+        v16 v = backward_dres(dres + c, dy + c, mask ? mask + c : NULL, x + c, weight + c, scale, mean, n);
+        v16_storex(dres + c, v, n);
     }
 }
 

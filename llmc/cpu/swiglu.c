@@ -11,6 +11,9 @@ static Range swiglu_row(floatX *y, const floatX *gate, const floatX *up, int FF)
     Range even = range_empty(), odd = even;
     int c = 0;
     for (; c + 32 <= FF; c += 32) {
+        prefetch_ahead(gate + c);
+        prefetch_ahead(up + c);
+        prefetch_ahead(y + c);
         v16 lo = swiglu_step(gate + c, up + c, 16), hi = swiglu_step(gate + c + 16, up + c + 16, 16);
         v32_storex(y + c, lo, hi);
         range_add(&even, lo, 16);
@@ -40,7 +43,8 @@ void cpu_swiglu_fq_forward(floatX *y, uint8_t *mask, const floatX *gateup, size_
 // y = g s u with s = sigmoid(g):  du = dy g s,  dg = dy u s (1 + g (1 - s)).
 typedef struct { v16 dgate, dup; } SwigluGrad;
 
-VEC SwigluGrad swiglu_backward_step(const floatX *dy, const uint8_t *mask, const floatX *gate, const floatX *up, int n) {
+VEC SwigluGrad swiglu_backward_step(const floatX *dy, const uint8_t *mask, const floatX *gate, const floatX *up,
+                                    int n) {
     v16 g = v16_loadx(gate, n), d = v16_loadx(dy, n), one = v16_set1(1.0f);
     if (mask) d = v16_keep(d, mask, n);
     v16 s = one / (one + v16_exp(-g)), ds = d * s;
@@ -53,6 +57,11 @@ VEC void swiglu_backward_row(floatX *dgate, floatX *dup, const floatX *dy, const
     int c = 0;
     for (; c + 32 <= FF; c += 32) {
         int e = c + 16;
+        prefetch_ahead(gate + c);
+        prefetch_ahead(up + c);
+        prefetch_ahead(dy + c);
+        prefetch_ahead(dgate + c);
+        prefetch_ahead(dup + c);
         SwigluGrad lo = swiglu_backward_step(dy + c, with_mask ? mask + c : NULL, gate + c, up + c, 16);
         SwigluGrad hi = swiglu_backward_step(dy + e, with_mask ? mask + e : NULL, gate + e, up + e, 16);
         v32_storex(dgate + c, lo.dgate, hi.dgate);
@@ -66,7 +75,8 @@ VEC void swiglu_backward_row(floatX *dgate, floatX *dup, const floatX *dy, const
     }
 }
 
-void cpu_swiglu_backward(floatX *dgateup, const floatX *dy, const uint8_t *mask, const floatX *gateup, size_t N, int FF) {
+void cpu_swiglu_backward(floatX *dgateup, const floatX *dy, const uint8_t *mask, const floatX *gateup, size_t N,
+                         int FF) {
 #pragma omp parallel for schedule(static) if (N * (size_t)FF >= CPU_MIN_PARALLEL)
     for (size_t n = 0; n < N; n++) {
         const floatX *gate = gateup + n * 2 * (size_t)FF, *d = dy + n * (size_t)FF;
