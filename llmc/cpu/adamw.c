@@ -40,13 +40,14 @@ VEC v16 update_step(const Update *u, UpdateKind kind, size_t at, int n) {
     return p;
 }
 
-// Updates cols values in a row, adding their bf16 values to the range.
+// Updates cols values in a row, adding them to the range. Its ends are rounded to bf16 when it is complete: rounding
+// keeps order, so that is the range of the rounded values.
 VEC void update_span(const Update *u, UpdateKind kind, size_t at, int64_t cols, Range *r) {
     int64_t c = 0;
-    for (; c + 16 <= cols; c += 16) range_add(r, v16_bf16_round(update_step(u, kind, at + (size_t)c, 16)), 16);
+    for (; c + 16 <= cols; c += 16) range_add(r, update_step(u, kind, at + (size_t)c, 16), 16);
     if (c < cols) {
         int n = (int)(cols - c);
-        range_add(r, v16_bf16_round(update_step(u, kind, at + (size_t)c, n)), n);
+        range_add(r, update_step(u, kind, at + (size_t)c, n), n);
     }
 }
 
@@ -118,14 +119,15 @@ VEC void update_tensor(const Update *u, UpdateKind kind, floatX *work, const Qua
         lo = rl < lo ? rl : lo;
         hi = rh > hi ? rh : hi;
     }
-    BlockQuant b = block_quant(v16_choose(v16_set1(lo), v16_set1(hi), s, QD_BF16), s, QD_BF16);
+    V16QParams p = v16_choose(v16_bf16_round(v16_set1(lo)), v16_bf16_round(v16_set1(hi)), s, QD_BF16);
+    BlockQuant b = block_quant(p, s, QD_BF16);
 #pragma omp parallel for schedule(static) if (rows * cols >= CPU_MIN_PARALLEL)
     for (int64_t r = 0; r < rows; r++) quantize_span(work + r * cols, u->master + r * cols, cols, &b, s, false);
 }
 
-// Updates up to sixteen blocks of b0 rows by b1 columns, the first at row r0 and column c0, and returns their
+// Updates up to sixteen blocks of b0 rows by b1 columns, the first at row r0 and column c0, for their
 // parameters. Sixteen at a time, since choosing a scale takes two divisions one after the other.
-VEC BlockQuant update_sixteen(const Update *u, UpdateKind kind, const QuantSpec *s, int64_t r0, int64_t c0,
+VEC void update_sixteen(BlockLanes *lanes, const Update *u, UpdateKind kind, const QuantSpec *s, int64_t r0, int64_t c0,
                               int64_t cols, int64_t b0, int64_t b1, int blocks) {
     float lo[16] = {0}, hi[16] = {0};
     for (int k = 0; k < blocks; k++) {
@@ -134,7 +136,8 @@ VEC BlockQuant update_sixteen(const Update *u, UpdateKind kind, const QuantSpec 
         lo[k] = v16_hmin(range.lo);
         hi[k] = v16_hmax(range.hi);
     }
-    return block_quant(v16_choose(v16_load(lo, 16), v16_load(hi, 16), s, QD_BF16), s, QD_BF16);
+    v16 mn = v16_bf16_round(v16_load(lo, 16)), mx = v16_bf16_round(v16_load(hi, 16));
+    *lanes = block_lanes(block_quant(v16_choose(mn, mx, s, QD_BF16), s, QD_BF16));
 }
 
 // Blocks of b0 rows by b1 columns: a strip of b0 rows is updated and quantized while it is in cache.
@@ -145,11 +148,12 @@ VEC void update_blocks(const Update *u, UpdateKind kind, floatX *work, float *ws
     for (int64_t r0 = 0; r0 < rows; r0 += b0) {
         for (int64_t c0 = 0; c0 < cols; c0 += 16 * b1) {
             int blocks = cols - c0 < 16 * b1 ? (int)((cols - c0) / b1) : 16;
-            BlockQuant all = update_sixteen(u, kind, s, r0, c0, cols, b0, b1, blocks);
+            BlockLanes all;
+            update_sixteen(&all, u, kind, s, r0, c0, cols, b0, b1, blocks);
             for (int64_t r = r0; r < r0 + b0; r++) {
                 for (int k = 0; k < blocks; k++) {
                     int64_t at = r * cols + c0 + k * b1;
-                    BlockQuant b = block_quant_lane(&all, k);
+                    BlockQuant b = block_lane(&all, k);
                     quantize_span(work + at, u->master + at, b1, &b, s, codes);
                 }
                 if (wscale && c0 == 0) wscale[r] = codes ? all.scale[0] : 1.0f;
@@ -226,11 +230,12 @@ void cpu_weight_ste_mask(float *grad, const float *master, const QuantSpec *wq, 
     for (int64_t r0 = 0; r0 < rows; r0 += b0) {
         for (int64_t c0 = 0; c0 < cols; c0 += 16 * b1) {
             int blocks = cols - c0 < 16 * b1 ? (int)((cols - c0) / b1) : 16;
-            BlockQuant all = update_sixteen(&u, UPDATE_NONE, wq, r0, c0, cols, b0, b1, blocks);
+            BlockLanes all;
+            update_sixteen(&all, &u, UPDATE_NONE, wq, r0, c0, cols, b0, b1, blocks);
             for (int64_t r = r0; r < r0 + b0; r++)
                 for (int k = 0; k < blocks; k++) {
                     int64_t at = r * cols + c0 + k * b1;
-                    BlockQuant b = block_quant_lane(&all, k);
+                    BlockQuant b = block_lane(&all, k);
                     ste_mask_span(grad + at, master + at, b1, &b, wq->zero == QZ_FLOAT);
                 }
         }

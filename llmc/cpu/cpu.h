@@ -145,10 +145,23 @@ VEC BlockQuant block_quant(V16QParams p, const QuantSpec *s, QuantDType d) {
     b.nan = v16_nan_to(v16_min(b.hi, v16_max(b.lo, code)), b.lo);
     return b;
 }
-// Lane i in all lanes.
-VEC BlockQuant block_quant_lane(const BlockQuant *b, int i) {
-    return (BlockQuant){v16_set1(b->scale[i]), v16_set1(b->inv[i]), v16_set1(b->lo[i]), v16_set1(b->hi[i]),
-                        v16_set1(b->nan[i]), v16_set1(b->zp[i]), v16_set1(b->m[i])};
+// The same sixteen blocks in memory, and one of them in all lanes.
+typedef struct { float scale[16], inv[16], lo[16], hi[16], nan[16], zp[16], m[16]; } BlockLanes;
+
+VEC BlockLanes block_lanes(BlockQuant b) {
+    BlockLanes l;
+    v16_store(l.scale, b.scale, 16);
+    v16_store(l.inv, b.inv, 16);
+    v16_store(l.lo, b.lo, 16);
+    v16_store(l.hi, b.hi, 16);
+    v16_store(l.nan, b.nan, 16);
+    v16_store(l.zp, b.zp, 16);
+    v16_store(l.m, b.m, 16);
+    return l;
+}
+VEC BlockQuant block_lane(const BlockLanes *l, int i) {
+    return (BlockQuant){v16_set1(l->scale[i]), v16_set1(l->inv[i]), v16_set1(l->lo[i]), v16_set1(l->hi[i]),
+                        v16_set1(l->nan[i]), v16_set1(l->zp[i]), v16_set1(l->m[i])};
 }
 
 // The code before clamping, counted from the zero point in the integer domain.

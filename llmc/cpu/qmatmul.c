@@ -84,10 +84,21 @@ static int packed_init(Packed *p, const QuantSpec *s, int64_t rows, int64_t cols
 // Working values of n codes in a row, from code number c on, that share one scale; blocks of sixteens.
 VEC void dequant_span(floatX *work, const uint8_t *row, const Packed *pk, int64_t c, int64_t n, const BlockQuant *b,
                       bool as_codes, bool zero_is_float, float mid) {
-    for (int64_t end = c + n; c < end; c += 16) {
-        size_t byte = (size_t)c * (size_t)pk->bits / 8;
+    int64_t end = c + n;
+    for (; c + 32 <= end; c += 32) {
+        size_t byte = (size_t)c * (size_t)pk->bits / 8, next = byte + 2 * (size_t)pk->bits;
         prefetch_ahead(row + byte);
         prefetch_ahead(work + c);
+        v16 lo = unpack16(row + byte, pk->row_bytes - byte, &pk->unpack);
+        v16 hi = unpack16(row + next, pk->row_bytes - next, &pk->unpack);
+        if (!as_codes) {
+            lo = v16_work(v16_dequant(zero_is_float ? lo : lo - b->zp, b, zero_is_float, mid));
+            hi = v16_work(v16_dequant(zero_is_float ? hi : hi - b->zp, b, zero_is_float, mid));
+        }
+        v32_storex(work + c, lo, hi);
+    }
+    for (; c < end; c += 16) {
+        size_t byte = (size_t)c * (size_t)pk->bits / 8;
         v16 q = unpack16(row + byte, pk->row_bytes - byte, &pk->unpack);
         if (!as_codes) q = v16_work(v16_dequant(zero_is_float ? q : q - b->zp, b, zero_is_float, mid));
         v16_storex(work + c, q, end - c < 16 ? (int)(end - c) : 16);
