@@ -42,7 +42,7 @@ say "a sample of the quantized model"
 "$bin/generate" "$out/qat/model-$scheme.bin" --prompt "The file is" --max-new-tokens 200 --seed 1 2>/dev/null || true
 if command -v gnuplot >/dev/null; then
     echo
-    rounded=$(json_field "$out/rtn-$scheme.json" validation loss)
+    rounded=$(awk '$1 ~ /^rtn:/ { print log($2) }' "$table")
     scripts/plot.sh -o "$out/loss.png" -l "float, rounded to $scheme=$rounded" "$out/float" "$out/qat" || true
 fi
 say "done"
