@@ -7,11 +7,10 @@
 # Settings: SCHEMES="8da4w-64 int4wo-64 int3-32" STEPS=150 (or MINUTES=10 a run, measured by a short trial first)
 #           BATCH=4 SEQ_LEN=512 LR=2e-5 SEED=1337 THREADS=0 PAGES=0 (score only so many pages; 0: all)
 #           MODEL=another.gguf, folder or model.bin.
-# On two cores with bf16 instructions a run of 150 steps takes about seven minutes, scoring one model about four.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/lib.sh
-[ $# -ge 2 ] || { sed -n '2,10s/^# //p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,9s/^# //p' "$0" >&2; exit 2; }
 text=$1 wiki=$2 out=${3:-runs/smollm2}
 read -r -a schemes <<<"${SCHEMES:-8da4w-64 int4wo-64 int3-32}"
 EVENT=wikitext PPL=word_perplexity table=$out/table.txt STEP_LINES=25
