@@ -325,7 +325,7 @@ static void llama_zero_grad(const Llama *m) {
 // ---------------------------------------------------------------------------------------------
 // Update
 
-typedef struct { Optim kind; AdamWParams adamw; float momentum, weight_decay, clip; bool ste_clip; } UpdateParams;
+typedef struct { Optim kind; AdamWParams adamw; double weight_decay; float momentum, clip; bool ste_clip; } UpdateParams;
 
 // Gradient norm and clipping, then one pass over each parameter that updates the master and writes its working values.
 static void llama_update(const Llama *m, StepState *state, const UpdateParams *u) {
@@ -341,12 +341,12 @@ static void llama_update(const Llama *m, StepState *state, const UpdateParams *u
         size_t o = p->offset;
         if (u->kind == OPTIM_ADAMW) {
             AdamWParams h = u->adamw;
-            h.weight_decay = p->decay ? u->weight_decay : 0.0f;
+            h.weight_decay = p->decay ? u->weight_decay : 0.0;
             ops->adamw_fq(m->master + o, m->m + o, m->v + o, m->work + o, m->wscale + p->row_offset, m->grad + o, state, &h,
                           wq(m, p), p->rows, p->cols);
         } else {
             ops->sgd_fq(m->master + o, m->m + o, m->work + o, m->wscale + p->row_offset, m->grad + o, state, u->momentum,
-                        p->decay ? u->weight_decay : 0.0f, wq(m, p), p->rows, p->cols);
+                        p->decay ? (float)u->weight_decay : 0.0f, wq(m, p), p->rows, p->cols);
         }
     }
     if (tied_views_differ(m))
@@ -658,8 +658,8 @@ static int run_training(Err *err) {
     StepLog log = {.json = &json, .flops_per_token = flops_per_token, .peak = peak, .peak_source = peak_source, .steps = run.steps};
     Schedule sched = {.kind = (ScheduleKind)run.schedule, .lr = run.lr, .min_lr = run.min_lr, .warmup = run.warmup, .steps = run.steps,
                       .decay = run.decay_steps ? run.decay_steps : run.steps / 5 + 1};
-    UpdateParams u = {.kind = (Optim)run.optimizer, .momentum = (float)run.momentum, .weight_decay = (float)run.weight_decay,
-                      .adamw = {.beta1 = (float)run.beta1, .beta2 = (float)run.beta2, .eps = (float)run.eps},
+    UpdateParams u = {.kind = (Optim)run.optimizer, .momentum = (float)run.momentum, .weight_decay = run.weight_decay,
+                      .adamw = {.beta1 = run.beta1, .beta2 = run.beta2, .eps = run.eps},
                       .clip = (float)run.clip, .ste_clip = ste_clip};
     static int32_t *tokens, *targets;
     tokens = xmalloc(s.N * 4);

@@ -281,7 +281,7 @@ static void test_update_keeps_working_values(void **u) {
             llama_requantize(&f.m, true);
             fixture_loss(&f, true);
             f.s.state->lr = 1e-2f;
-            UpdateParams up = {.kind = kind ? OPTIM_SGD : OPTIM_ADAMW, .adamw = {0.9f, 0.999f, 1e-8f, 0}, .momentum = 0.9f,
+            UpdateParams up = {.kind = kind ? OPTIM_SGD : OPTIM_ADAMW, .adamw = {0.9, 0.999, 1e-8, 0}, .momentum = 0.9f,
                                .weight_decay = 0.1f, .clip = 1, .ste_clip = true};
             llama_update(&f.m, f.s.state, &up);
             size_t n = f.m.table.n_elements * sizeof(floatX), rows = f.m.table.n_rows * 4;
@@ -338,7 +338,7 @@ static void test_skip_on_nan(void **u) {
     size_t n = f.m.table.n_elements;
     float *master = memcpy(xmalloc(n * 4), f.m.master, n * 4);
     floatX *work = memcpy(xmalloc(n * sizeof(floatX)), f.m.work, n * sizeof(floatX));
-    UpdateParams up = {.kind = OPTIM_ADAMW, .adamw = {0.9f, 0.999f, 1e-8f, 0}, .weight_decay = 0.1f, .clip = 1};
+    UpdateParams up = {.kind = OPTIM_ADAMW, .adamw = {0.9, 0.999, 1e-8, 0}, .weight_decay = 0.1f, .clip = 1};
     llama_update(&f.m, f.s.state, &up);
     assert_int_equal(f.s.state->skip, 1);
     assert_memory_equal(master, f.m.master, n * 4);
