@@ -81,27 +81,34 @@ static int packed_init(Packed *p, const QuantSpec *s, int64_t rows, int64_t cols
     return 0;
 }
 
-// Working values of n codes in a row, from code number c on, that share one scale; blocks of sixteens.
-VEC void dequant_span(floatX *work, const uint8_t *row, const Packed *pk, int64_t c, int64_t n, const BlockQuant *b,
-                      bool as_codes, bool zero_is_float, float mid) {
-    int64_t end = c + n;
-    for (; c + 32 <= end; c += 32) {
-        size_t byte = (size_t)c * (size_t)pk->bits / 8, next = byte + 2 * (size_t)pk->bits;
-        prefetch_ahead(row + byte);
-        prefetch_ahead(work + c);
-        v16 lo = unpack16(row + byte, pk->row_bytes - byte, &pk->unpack);
-        v16 hi = unpack16(row + next, pk->row_bytes - next, &pk->unpack);
-        if (!as_codes) {
-            lo = v16_work(v16_dequant(zero_is_float ? lo : lo - b->zp, b, zero_is_float, mid));
-            hi = v16_work(v16_dequant(zero_is_float ? hi : hi - b->zp, b, zero_is_float, mid));
+// Working value of sixteen codes; the flags are constants where this is inlined.
+VEC v16 dequant_step(const uint8_t *row, const Packed *pk, const Unpack *unpack, int64_t c, const BlockQuant *b,
+                     bool as_codes, bool zero_is_float, float mid) {
+    size_t byte = (size_t)c * (size_t)unpack->bits / 8;
+    v16 q = unpack16(row + byte, pk->row_bytes - byte, unpack);
+    return as_codes ? q : v16_work(v16_dequant(zero_is_float ? q : q - b->zp, b, zero_is_float, mid));
+}
+
+// One row of blocks of sixteens, or of one block.
+VEC void dequant_row(floatX *work, const uint8_t *row, const Packed *pk, const float *scale, const float *zero,
+                     bool as_codes, bool zero_is_float, float mid) {
+    const Unpack unpack = pk->unpack;
+    for (int64_t g = 0, c = 0; g < pk->across; g++) {
+        BlockQuant b;
+        b.scale = v16_set1(scale[g]);
+        b.zp = v16_set1(zero ? zero[g] : mid);
+        int64_t end = (g + 1) * pk->b1;
+        for (; c + 32 <= end; c += 32) {
+            prefetch_ahead(work + c);
+            v16 lo = dequant_step(row, pk, &unpack, c, &b, as_codes, zero_is_float, mid);
+            v16 hi = dequant_step(row, pk, &unpack, c + 16, &b, as_codes, zero_is_float, mid);
+            v32_storex(work + c, lo, hi);
         }
-        v32_storex(work + c, lo, hi);
-    }
-    for (; c < end; c += 16) {
-        size_t byte = (size_t)c * (size_t)pk->bits / 8;
-        v16 q = unpack16(row + byte, pk->row_bytes - byte, &pk->unpack);
-        if (!as_codes) q = v16_work(v16_dequant(zero_is_float ? q : q - b->zp, b, zero_is_float, mid));
-        v16_storex(work + c, q, end - c < 16 ? (int)(end - c) : 16);
+        for (; c < end; c += 16) {
+            v16 v = dequant_step(row, pk, &unpack, c, &b, as_codes, zero_is_float, mid);
+            v16_storex(work + c, v, end - c < 16 ? (int)(end - c) : 16);
+        }
+        c = end;
     }
 }
 
@@ -128,16 +135,10 @@ void cpu_dequant_rows(floatX *work, float *wscale, const uint8_t *codes, const f
         const float *s = scale + r / pk.b0 * pk.across, *z = zero ? zero + r / pk.b0 * pk.across : NULL;
         floatX *out = work + r * cols;
         if (wscale) wscale[r] = as_codes ? s[0] : 1.0f;
-        if (pk.across > 1 && pk.b1 % 16) {
-            dequant_odd(out, row, &pk, s, z, wq, cols);
-            continue;
-        }
-        for (int64_t g = 0; g < pk.across; g++) {
-            BlockQuant b = {.scale = v16_set1(s[g]), .zp = v16_set1(z ? z[g] : mid)};
-            if (as_codes) dequant_span(out, row, &pk, g * pk.b1, pk.b1, &b, true, false, 0.0f);
-            else if (wq->zero == QZ_FLOAT) dequant_span(out, row, &pk, g * pk.b1, pk.b1, &b, false, true, mid);
-            else dequant_span(out, row, &pk, g * pk.b1, pk.b1, &b, false, false, 0.0f);
-        }
+        if (pk.across > 1 && pk.b1 % 16) dequant_odd(out, row, &pk, s, z, wq, cols);
+        else if (as_codes) dequant_row(out, row, &pk, s, z, true, false, mid);
+        else if (wq->zero == QZ_FLOAT) dequant_row(out, row, &pk, s, z, false, true, mid);
+        else dequant_row(out, row, &pk, s, z, false, false, mid);
     }
 }
 
