@@ -162,21 +162,32 @@ static float peak_rounds(int rounds) {
 }
 #endif
 
+// Volatile, so that the compiler may not know that every call does the same and nobody reads it.
+static volatile int peak_length = 300000;
+static volatile float peak_sink;
+
 double device_peak_flops(const char **source) {
     static double best;
     if (source) *source = PEAK_SOURCE;
     if (best > 0) return best;
-    // Rounds of a fraction of a millisecond: long beside the start of the threads, short enough that some of them meet no
-    // other process. The slowest thread counts in each.
-    const int rounds = 200000;
-    for (double begin = now_seconds(); now_seconds() - begin < 0.2;) {
-        double t = now_seconds();
-        float sum = 0;
-#pragma omp parallel reduction(+ : sum)
-        sum += peak_rounds(rounds);
-        t = now_seconds() - t;
-        double flops = sum > 0 ? PEAK_FLOPS_EACH * CHAINS * rounds * threads_used / t : 0;
-        if (flops > best) best = flops;
+    // Every thread runs rounds of under a millisecond side by side with the others and counts its fastest, so that
+    // another process which takes a core for a moment does not lower the figure. The round at whose end time is up is
+    // left out: a neighbour on the same core may have stopped by then.
+    double total = 0;
+#pragma omp parallel reduction(+ : total)
+    {
+        double fastest = 0;
+#pragma omp barrier
+        for (double begin = now_seconds(), t0 = begin;;) {
+            int rounds = peak_length;
+            peak_sink = peak_rounds(rounds);
+            double t1 = now_seconds(), flops = PEAK_FLOPS_EACH * CHAINS * rounds / (t1 - t0);
+            if (t1 - begin > 0.2 && fastest > 0) break;
+            if (flops > fastest) fastest = flops;
+            t0 = t1;
+        }
+        total += fastest;
     }
+    best = total;
     return best;
 }

@@ -332,8 +332,9 @@ const char *cpu_matmul_description(void) {
 // the second-level cache (K up to some 4000) while their sums stay in registers. A task is a panel of columns for a
 // block of rows.
 #define PANEL 64            // columns
-#define ROWS_TASK 512       // rows: enough that packing the panel costs little
-#define ROWS_TILE 96        // rows summed before they are written, in the first-level cache
+#define ROWS_TILE 96        // rows summed before they are written, in the first-level cache; a transposed a lies in such
+                            // blocks, k after k, so that its units are read in order
+#define ROWS_TASK (6 * ROWS_TILE)       // rows: enough that packing the panel costs little
 
 static int thread_index(void) {
 #ifdef _OPENMP
@@ -369,10 +370,11 @@ static void write_rows(const Product *p, void *c, const float *sum, int64_t m0, 
 }
 
 static void product(const Product *p, void *c, const floatX *a, const floatX *b, const float *scale) {
-    int64_t units = (p->K + UNIT - 1) / UNIT, padded = (p->M + 7) & ~7ll, threads = max_threads();
+    int64_t units = (p->K + UNIT - 1) / UNIT, threads = max_threads();
+    int64_t padded = (p->M + ROWS_TILE - 1) / ROWS_TILE * ROWS_TILE;
     unit_t *pa = cpu_workspace((size_t)(units * (padded + threads * PANEL)) * sizeof *pa);
     if (!pa) return;
-    size_t am = p->ta ? 1 : (size_t)units, ak = p->ta ? (size_t)padded : 1;
+    size_t am = p->ta ? 1 : (size_t)units, ak = p->ta ? ROWS_TILE : 1;
     int64_t panels = (p->N + PANEL - 1) / PANEL, blocks = (p->M + ROWS_TASK - 1) / ROWS_TASK;
 #pragma omp parallel
     {
@@ -380,9 +382,12 @@ static void product(const Product *p, void *c, const floatX *a, const floatX *b,
         float sum[ROWS_TILE * PANEL];
         if (p->ta) {
 #pragma omp for
-            for (int64_t k = 0; k < units; k++) {
-                const floatX *row = a + k * UNIT * p->M;
-                pack_across(pa + k * padded, row, k * UNIT + 1 < p->K ? row + p->M : NULL, (int)p->M, (int)padded);
+            for (int64_t m = 0; m < padded; m += ROWS_TILE) {
+                int n = p->M - m < ROWS_TILE ? (int)(p->M - m) : ROWS_TILE;
+                for (int64_t k = 0; k < units; k++) {
+                    const floatX *row = a + k * UNIT * p->M + m;
+                    pack_across(pa + m * units + k * ROWS_TILE, row, k * UNIT + 1 < p->K ? row + p->M : NULL, n, ROWS_TILE);
+                }
             }
         } else {
 #pragma omp for
@@ -399,7 +404,7 @@ static void product(const Product *p, void *c, const floatX *a, const floatX *b,
             pack_panel(pb, p, b, n0, cols);
             for (int64_t m = m0; m < m1; m += ROWS_TILE) {
                 int64_t rows = m1 - m < ROWS_TILE ? m1 - m : ROWS_TILE;
-                tile_product(sum, PANEL, pa + (size_t)m * am, am, ak, pb, PANEL, tile_pad_rows((int)rows), PANEL, (int)units,
+                tile_product(sum, PANEL, pa + m * units, am, ak, pb, PANEL, tile_pad_rows((int)rows), PANEL, (int)units,
                              TILE_SET, NULL);
                 write_rows(p, c, sum, m, rows, n0, cols, scale);
             }
