@@ -44,7 +44,7 @@ typedef struct {
     float *master;           // f32: what the optimizer updates
     float *grad;             // f32: summed over the tokens of a step
     float *m, *v;            // f32: AdamW's moments (SGD: m is the momentum buffer, v is not there)
-    floatX *work;            // what the matmuls read: fake-quantized values, or codes where the row scale is applied after
+    floatX *work;            // what the matmuls read: fake-quantized values, or codes whose row scale is applied after
     float *wscale;           // (table.n_rows): that row scale; 1 elsewhere
 
     // A tied table has two working views. They differ only when the embedding or the head is quantized.
@@ -83,7 +83,8 @@ static void llama_requantize(Llama *m, bool fake_quant) {
     m->fake_quant = fake_quant;
     for (int i = 0; i < m->table.n; i++) {
         const Param *p = &m->table.p[i];
-        ops->weight_fq(m->work + p->offset, m->wscale + p->row_offset, m->master + p->offset, wq(m, p), p->rows, p->cols);
+        ops->weight_fq(m->work + p->offset, m->wscale + p->row_offset, m->master + p->offset, wq(m, p), p->rows,
+                       p->cols);
     }
     if (tied_views_differ(m))
         ops->weight_fq(m->head, m->head_scale, m->master + param_get(&m->table, -1, ROLE_EMBED)->offset,
@@ -129,7 +130,7 @@ typedef struct {
     floatX *dc;              // (N, max(C, NH*HS))   gradient of a norm's or attention's output
     floatX *dwide;           // (N, max(2*FF, (NH+2*NKV)*HS))
     floatX *dffn;            // (N, FF)
-    floatX *scaled;          // (max(N * widest linear, chunk * V)) row scales folded into a gradient; NULL if never needed
+    floatX *scaled;          // (max(N * widest linear, chunk * V)) a gradient times row scales; NULL if not needed
     StepState *state;
 } Acts;
 
@@ -207,7 +208,8 @@ static void take_acts(Arena *a, Acts *s, const Llama *m, int B, int T, bool reco
     s->dwide = take(a, N * max_size(2 * (size_t)c->FF, QKV), X, "gradients of activations");
     s->dffn = take(a, N * c->FF, X, "gradients of activations");
     if (any_row_scale(m))
-        s->scaled = take(a, max_size(N * max_size(2 * (size_t)c->FF, max_size(QKV, c->C)), (size_t)s->chunk * c->V), X, "scaled gradients");
+        s->scaled = take(a, max_size(N * max_size(2 * (size_t)c->FF, max_size(QKV, c->C)), (size_t)s->chunk * c->V), X,
+                         "scaled gradients");
     s->state = take(a, 1, sizeof(StepState), "step state");
 }
 
@@ -222,11 +224,12 @@ static void block_forward(const Llama *m, const Acts *s, int l, floatX *x_prev, 
 
     // attention: x -> rmsnorm -> q,k,v -> rope -> causal softmax(q k^T) v -> o
     ops->rmsnorm_fq_forward(add_delta ? k->x : NULL, k->ln1, k->rstd1, k->mask1, add_delta ? x_prev : k->x,
-                            add_delta ? s->delta : NULL, w(m, l, ROLE_NORM1), s->N, c->C, c->norm_eps, act(m, l, ROLE_Q));
+                            add_delta ? s->delta : NULL, w(m, l, ROLE_NORM1), s->N, c->C, c->norm_eps,
+                            act(m, l, ROLE_Q));
     ops->linear_forward(k->qkv, k->ln1, w(m, l, ROLE_Q), wscale(m, l, ROLE_Q, ROLE_V), s->N, c->C, QKV);
     ops->rope(k->qkv, m->cos_t, m->sin_t, s->N, s->T, 0, QKV, c->NH + c->NKV, c->HS, false);
-    ops->attention_forward(k->att, k->lse, k->qkv, k->qkv + NHS, k->qkv + NHS + KVS, s->B, s->T, s->T, c->NH, c->NKV, c->HS,
-                           NHS, QKV, QKV, (size_t)s->T * QKV);
+    ops->attention_forward(k->att, k->lse, k->qkv, k->qkv + NHS, k->qkv + NHS + KVS, s->B, s->T, s->T, c->NH, c->NKV,
+                           c->HS, NHS, QKV, QKV, (size_t)s->T * QKV);
     const floatX *o_in = k->att;
     if (act(m, l, ROLE_O)) {
         ops->fakequant_forward(k->attq, k->mask_att, k->att, s->N, NHS, act(m, l, ROLE_O));
@@ -235,8 +238,8 @@ static void block_forward(const Llama *m, const Acts *s, int l, floatX *x_prev, 
     ops->linear_forward(s->delta, o_in, w(m, l, ROLE_O), wscale(m, l, ROLE_O, ROLE_O), s->N, NHS, c->C);
 
     // feed-forward: x2 = x + o -> rmsnorm -> gate, up -> silu(gate) * up -> down
-    ops->rmsnorm_fq_forward(k->x2, k->ln2, k->rstd2, k->mask2, k->x, s->delta, w(m, l, ROLE_NORM2), s->N, c->C, c->norm_eps,
-                            act(m, l, ROLE_GATE));
+    ops->rmsnorm_fq_forward(k->x2, k->ln2, k->rstd2, k->mask2, k->x, s->delta, w(m, l, ROLE_NORM2), s->N, c->C,
+                            c->norm_eps, act(m, l, ROLE_GATE));
     ops->linear_forward(k->gateup, k->ln2, w(m, l, ROLE_GATE), wscale(m, l, ROLE_GATE, ROLE_UP), s->N, c->C, 2 * c->FF);
     ops->swiglu_fq_forward(k->ffn, k->mask_ffn, k->gateup, s->N, c->FF, act(m, l, ROLE_DOWN));
 }
@@ -248,10 +251,11 @@ static void llama_forward(const Llama *m, const Acts *s) {
     for (int l = 0; l < c->L; l++) {
         // The residual add of the block before is done by this block's first norm, in the same pass.
         block_forward(m, s, l, l ? s->block[l - 1].x2 : NULL, l > 0);
-        ops->linear_forward(s->delta, s->block[l].ffn, w(m, l, ROLE_DOWN), wscale(m, l, ROLE_DOWN, ROLE_DOWN), s->N, c->FF, c->C);
+        ops->linear_forward(s->delta, s->block[l].ffn, w(m, l, ROLE_DOWN), wscale(m, l, ROLE_DOWN, ROLE_DOWN), s->N,
+                            c->FF, c->C);
     }
-    ops->rmsnorm_fq_forward(s->x_final, s->lnf, s->rstdf, s->maskf, s->block[c->L - 1].x2, s->delta, w(m, -1, ROLE_FINAL_NORM),
-                            s->N, c->C, c->norm_eps, act(m, -1, ROLE_HEAD));
+    ops->rmsnorm_fq_forward(s->x_final, s->lnf, s->rstdf, s->maskf, s->block[c->L - 1].x2, s->delta,
+                            w(m, -1, ROLE_FINAL_NORM), s->N, c->C, c->norm_eps, act(m, -1, ROLE_HEAD));
 }
 
 // Head and loss in chunks of rows, so that the logits are never whole. With `backward`, also the head's gradient and
@@ -266,7 +270,8 @@ static void llama_loss(const Llama *m, const Acts *s, bool backward, bool accumu
         ops->classifier(s->losses + i, backward ? s->dlogits : NULL, s->logits, s->targets + i, n, c->V);
         if (!backward) continue;
         ops->linear_backward_weight(dhead, s->dlogits, x, n, c->C, c->V, accumulate || i > 0);
-        ops->linear_backward_input(s->dc + i * c->C, s->dlogits, m->head, m->head_scale, m->head_scale ? s->scaled : NULL, n, c->C, c->V);
+        ops->linear_backward_input(s->dc + i * c->C, s->dlogits, m->head, m->head_scale,
+                                   m->head_scale ? s->scaled : NULL, n, c->C, c->V);
     }
     ops->loss_accumulate(s->state, s->losses, s->targets, s->N);
 }
@@ -275,8 +280,8 @@ static void llama_loss(const Llama *m, const Acts *s, bool backward, bool accumu
 // Backward
 
 // A linear's two gradients: dx = dy . W (NULL: not wanted), dW (+)= dy^T . x.
-static void linear_backward(const Llama *m, const Acts *s, floatX *dx, const floatX *dy, const floatX *x, int l, ParamRole first,
-                            ParamRole last, int C, int OC, bool accumulate) {
+static void linear_backward(const Llama *m, const Acts *s, floatX *dx, const floatX *dy, const floatX *x, int l,
+                            ParamRole first, ParamRole last, int C, int OC, bool accumulate) {
     const float *scale = wscale(m, l, first, last);
     ops->linear_backward_weight(dw(m, l, first), dy, x, s->N, C, OC, accumulate);
     ops->linear_backward_input(dx, dy, w(m, l, first), scale, scale ? s->scaled : NULL, s->N, C, OC);
@@ -288,8 +293,8 @@ static void llama_backward(const Llama *m, const Acts *s, bool accumulate) {
     int NHS = c->NH * c->HS, QKV = NHS + 2 * c->NKV * c->HS;
 
     device_zero(s->dres, s->N * (size_t)c->C * sizeof(floatX));
-    ops->rmsnorm_backward(s->dres, dw(m, -1, ROLE_FINAL_NORM), s->dc, act(m, -1, ROLE_HEAD) ? s->maskf : NULL, s->x_final,
-                          w(m, -1, ROLE_FINAL_NORM), s->rstdf, s->N, c->C);
+    ops->rmsnorm_backward(s->dres, dw(m, -1, ROLE_FINAL_NORM), s->dc, act(m, -1, ROLE_HEAD) ? s->maskf : NULL,
+                          s->x_final, w(m, -1, ROLE_FINAL_NORM), s->rstdf, s->N, c->C);
     for (int l = c->L - 1; l >= 0; l--) {
         const BlockActs *k = &s->block[l];
         if (s->recompute && l < c->L - 1) block_forward(m, s, l, NULL, false);
@@ -325,7 +330,13 @@ static void llama_zero_grad(const Llama *m) {
 // ---------------------------------------------------------------------------------------------
 // Update
 
-typedef struct { Optim kind; AdamWParams adamw; double weight_decay; float momentum, clip; bool ste_clip; } UpdateParams;
+typedef struct {
+    Optim kind;
+    AdamWParams adamw;
+    double weight_decay;
+    float momentum, clip;
+    bool ste_clip;
+} UpdateParams;
 
 // Gradient norm and clipping, then one pass over each parameter that updates the master and writes its working values.
 static void llama_update(const Llama *m, StepState *state, const UpdateParams *u) {
@@ -342,11 +353,11 @@ static void llama_update(const Llama *m, StepState *state, const UpdateParams *u
         if (u->kind == OPTIM_ADAMW) {
             AdamWParams h = u->adamw;
             h.weight_decay = p->decay ? u->weight_decay : 0.0;
-            ops->adamw_fq(m->master + o, m->m + o, m->v + o, m->work + o, m->wscale + p->row_offset, m->grad + o, state, &h,
-                          wq(m, p), p->rows, p->cols);
+            ops->adamw_fq(m->master + o, m->m + o, m->v + o, m->work + o, m->wscale + p->row_offset, m->grad + o, state,
+                          &h, wq(m, p), p->rows, p->cols);
         } else {
-            ops->sgd_fq(m->master + o, m->m + o, m->work + o, m->wscale + p->row_offset, m->grad + o, state, u->momentum,
-                        p->decay ? (float)u->weight_decay : 0.0f, wq(m, p), p->rows, p->cols);
+            ops->sgd_fq(m->master + o, m->m + o, m->work + o, m->wscale + p->row_offset, m->grad + o, state,
+                        u->momentum, p->decay ? (float)u->weight_decay : 0.0f, wq(m, p), p->rows, p->cols);
         }
     }
     if (tied_views_differ(m))
@@ -358,10 +369,11 @@ static void llama_update(const Llama *m, StepState *state, const UpdateParams *u
 // Options
 
 static struct {
-    const char *model, *init, *tokenizer, *train_data, *val_data, *scheme, *weight, *activation, *embedding, *head, *out, *device;
+    const char *model, *init, *tokenizer, *train_data, *val_data, *scheme, *weight, *activation, *embedding, *head,
+        *out, *device;
     StringList rules;
-    int ste, fake_quant_after, optimizer, schedule, warmup, decay_steps, steps, B, T, grad_accum, val_every, val_batches,
-        save_every, keep, recompute, threads, max_skips, log_every;
+    int ste, fake_quant_after, optimizer, schedule, warmup, decay_steps, steps, B, T, grad_accum, val_every,
+        val_batches, save_every, keep, recompute, threads, max_skips, log_every;
     int64_t seed;
     double lr, min_lr, weight_decay, beta1, beta2, eps, momentum, clip;
     bool resume, hf, profile;
@@ -419,8 +431,8 @@ static const Option options[] = {
 static int plan_from_options(QuantPlan *plan, const QuantPlan *models_own, Err *err) {
     const QuantPlan *base = models_own && !quant_plan_is_none(models_own) ? models_own : NULL;
     const char *scheme = run.scheme || run.weight || base ? run.scheme : "8da4w-32";
-    return quant_plan_from_options(plan, base, scheme, run.weight, run.activation, run.embedding, run.head, run.rules.item,
-                                   run.rules.n, err);
+    return quant_plan_from_options(plan, base, scheme, run.weight, run.activation, run.embedding, run.head,
+                                   run.rules.item, run.rules.n, err);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -480,7 +492,8 @@ static int validate_both(Llama *m, Acts *s, DataLoader *dl, int max_batches, int
 static int master_rows(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
     (void)err;
     const Llama *m = ctx;
-    device_copy_out(out, m->master + p->offset + (size_t)row0 * (size_t)p->cols, (size_t)n * (size_t)p->cols * sizeof *out);
+    device_copy_out(out, m->master + p->offset + (size_t)row0 * (size_t)p->cols,
+                    (size_t)n * (size_t)p->cols * sizeof *out);
     return 0;
 }
 
@@ -494,7 +507,8 @@ static int load_masters(Llama *m, const ModelFile *file, Err *err) {
             int64_t n = p->rows - r < tile ? p->rows - r : tile;
             if (file) rc = model_read_rows(file, p, r, n, rows, err);
             else param_init_random(rows, p, &m->c, (uint64_t)run.seed, (size_t)(r * p->cols), (size_t)(n * p->cols));
-            if (rc == 0) device_copy_in(m->master + p->offset + r * p->cols, rows, (size_t)(n * p->cols) * sizeof *rows);
+            if (rc == 0)
+                device_copy_in(m->master + p->offset + r * p->cols, rows, (size_t)(n * p->cols) * sizeof *rows);
         }
         free(rows);
         if (rc < 0) return rc;
@@ -539,7 +553,8 @@ static double print_memory_plan(Llama *m, bool ste_clip, const TokenData *data) 
     MemoryItem items[] = {
         {"master weights, fp32", 4 * n, 0},
         {"gradients, fp32", 4 * n, 0},
-        {run.optimizer == OPTIM_ADAMW ? "AdamW moments, fp32" : "momentum, fp32", (run.optimizer == OPTIM_ADAMW ? 8 : 4) * n, 0},
+        {run.optimizer == OPTIM_ADAMW ? "AdamW moments, fp32" : "momentum, fp32",
+         (run.optimizer == OPTIM_ADAMW ? 8 : 4) * n, 0},
         {"working weights, " FLOATX_NAME, (double)sizeof(floatX) * n + 4.0 * (double)m->table.n_rows + views, 0},
         {"activations and logits", a.bytes - per * run.B, per},
         {"tokens", data->owned ? 4.0 * (double)data->n : 0, 0},
@@ -550,12 +565,13 @@ static double print_memory_plan(Llama *m, bool ste_clip, const TokenData *data) 
 static int run_training(Err *err) {
     int rc;
     if (!run.train_data) return err_set(err, E_USAGE, "no --train-data; name a .txt, .jsonl or .bin file");
-    if (!run.model == !run.init) return err_set(err, E_USAGE, "give either --model PATH or --init NAME (%s)", llama_config_names());
+    if (!run.model == !run.init)
+        return err_set(err, E_USAGE, "give either --model PATH or --init NAME (%s)", llama_config_names());
     if ((rc = device_init(run.device, run.threads, err)) < 0) return rc;
     if ((rc = make_dir(run.out, err)) < 0) return rc;
 
-    // The model file: configuration, scheme and tokenizer now, weights when their place is allocated. What is static here
-    // lives as long as the process.
+    // The model file: configuration, scheme and tokenizer now, weights when their place is allocated. What is static
+    // here lives as long as the process.
     static Llama m;
     static ModelFile file;
     if (run.model) {
@@ -569,7 +585,8 @@ static int run_training(Err *err) {
     static Tokenizer *tok;
     if ((rc = load_tokenizer(&tok, run.model ? &file : NULL, err)) < 0) return rc;
     if (tokenizer_vocab_size(tok) > m.c.V)
-        return err_set(err, E_USAGE, "the tokenizer has %d tokens, the model %d; use the tokenizer the model was made with",
+        return err_set(err, E_USAGE,
+                       "the tokenizer has %d tokens, the model %d; use the tokenizer the model was made with",
                        tokenizer_vocab_size(tok), m.c.V);
     if (run.T > m.c.max_T)
         return err_set(err, E_USAGE, "--seq-len %d exceeds the model's %d positions", run.T, m.c.max_T);
@@ -589,14 +606,15 @@ static int run_training(Err *err) {
     double peak = device_peak_flops(&peak_source);
     printf("device  %s; peak %.0f GFLOP/s measured (%s)\n", device_description(), peak / 1e9, peak_source);
     printf("model   %s: %s parameters, %d layers, width %d, %d heads on %d, feed-forward %d, vocabulary %d%s\n",
-           run.model ? run.model : run.init, fmt_count(buf, (double)m.table.n_params), m.c.L, m.c.C, m.c.NH, m.c.NKV, m.c.FF,
-           m.c.V, m.c.tied ? ", tied" : "");
+           run.model ? run.model : run.init, fmt_count(buf, (double)m.table.n_params), m.c.L, m.c.C, m.c.NH, m.c.NKV,
+           m.c.FF, m.c.V, m.c.tied ? ", tied" : "");
     printf("scheme  %s; tokenizer %s\n", m.plan.name, tokenizer_name(tok));
     printf("data    %s training tokens%s%s%s\n", fmt_count(buf, (double)train.n), run.val_data ? ", " : "",
-           run.val_data ? fmt_count(buf2, (double)val.n) : "", run.val_data ? " for validation" : "; no --val-data, so no validation");
+           run.val_data ? fmt_count(buf2, (double)val.n) : "",
+           run.val_data ? " for validation" : "; no --val-data, so no validation");
     double flops_per_token = llama_train_flops_per_token(&m.c, run.T);
-    printf("FLOPs   a token: 6 * %.0f matmul parameters + 6 * %d layers * %d * %d tokens = %.3g\n", llama_matmul_params(&m.c),
-           m.c.L, m.c.NH * m.c.HS, run.T, flops_per_token);
+    printf("FLOPs   a token: 6 * %.0f matmul parameters + 6 * %d layers * %d * %d tokens = %.3g\n",
+           llama_matmul_params(&m.c), m.c.L, m.c.NH * m.c.HS, run.T, flops_per_token);
     bool ste_clip = run.ste == 1;
     double planned = print_memory_plan(&m, ste_clip, &train);
     fflush(stdout);
@@ -655,8 +673,16 @@ static int run_training(Err *err) {
     jsonlog_end(&json);
     free(settings); free(plan_json);
 
-    StepLog log = {.json = &json, .flops_per_token = flops_per_token, .peak = peak, .peak_source = peak_source, .steps = run.steps};
-    Schedule sched = {.kind = (ScheduleKind)run.schedule, .lr = run.lr, .min_lr = run.min_lr, .warmup = run.warmup, .steps = run.steps,
+    StepLog log = {.json = &json,
+                   .flops_per_token = flops_per_token,
+                   .peak = peak,
+                   .peak_source = peak_source,
+                   .steps = run.steps};
+    Schedule sched = {.kind = (ScheduleKind)run.schedule,
+                      .lr = run.lr,
+                      .min_lr = run.min_lr,
+                      .warmup = run.warmup,
+                      .steps = run.steps,
                       .decay = run.decay_steps ? run.decay_steps : run.steps / 5 + 1};
     UpdateParams u = {.kind = (Optim)run.optimizer, .momentum = (float)run.momentum, .weight_decay = run.weight_decay,
                       .adamw = {.beta1 = run.beta1, .beta2 = run.beta2, .eps = run.eps},
@@ -676,7 +702,8 @@ static int run_training(Err *err) {
         if (quantized && !m.fake_quant && p.step >= run.fake_quant_after) llama_requantize(&m, true);
         if (p.step == profile_from) profile_reset();
         double t0 = now_seconds();
-        StepState state = {.t = (int32_t)p.t + 1, .lr = (float)schedule_lr(&sched, (int)p.step), .seed = (uint64_t)run.seed};
+        StepState state = {
+            .t = (int32_t)p.t + 1, .lr = (float)schedule_lr(&sched, (int)p.step), .seed = (uint64_t)run.seed};
         device_copy_in(s.state, &state, sizeof state);
         llama_zero_grad(&m);
         for (int micro = 0; micro < run.grad_accum; micro++) {
@@ -704,24 +731,30 @@ static int run_training(Err *err) {
         steplog_print(&log, &(StepReport){(int)p.step, loss, state.norm, state.lr, seconds, state.tokens, state.skip},
                       p.step % run.log_every == 0 || last || p.step == 1);
         if (skips_in_a_row >= run.max_skips)
-            return err_set(err, E_FAIL, "step %lld: %d steps in a row had no finite loss and norm (loss %g, norm %g); lower --lr "
-                           "or check the data; the last good weights are in the checkpoint before, if --save-every made one",
-                           (long long)p.step, skips_in_a_row, loss, (double)state.norm);
+            return err_set(
+                err, E_FAIL,
+                "step %lld: %d steps in a row had no finite loss and norm (loss %g, norm %g); lower --lr "
+                "or check the data; the last good weights are in the checkpoint before, if --save-every made one",
+                (long long)p.step, skips_in_a_row, loss, (double)state.norm);
 
-        if (last && run.profile && p.step > profile_from) profile_print(stdout, (int)(p.step - profile_from), profile_seconds);
+        if (last && run.profile && p.step > profile_from)
+            profile_print(stdout, (int)(p.step - profile_from), profile_seconds);
         if (run.val_data && !last && run.val_every && p.step % run.val_every == 0)
             if ((rc = validate_both(&m, &s, &val_dl, run.val_batches, (int)p.step, &json, err)) < 0) return rc;
         if (run.save_every && p.step % run.save_every == 0 && !last)
-            if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, run.keep, err)) < 0) return rc;
+            if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, run.keep, err)) < 0)
+                return rc;
     }
     // A stopped run leaves a checkpoint; a finished one leaves the checkpoint, model.bin and, if asked, the folder.
     if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, run.keep, err)) < 0) return rc;
     if (trainer_signal()) {
-        printf("stopped by signal %d at step %lld; saved. The same command with --resume goes on.\n", trainer_signal(), (long long)p.step);
+        printf("stopped by signal %d at step %lld; saved. The same command with --resume goes on.\n", trainer_signal(),
+               (long long)p.step);
         jsonlog_close(&json);
         return 0;
     }
-    // What is exported is the working type's value of every parameter: quantizing it gives the codes that training used.
+    // What is exported is the working type's value of every parameter: quantizing it gives the codes that training
+    // used.
     DType dtype = sizeof(floatX) == 4 ? DT_F32 : DT_BF16;
     snprintf(cache, sizeof cache, "%s/model.bin", run.out);
     if ((rc = model_write_bin(cache, &m.c, &m.plan, &m.table, tok, dtype, master_rows, &m, err)) < 0) return rc;
@@ -740,8 +773,11 @@ static int run_training(Err *err) {
 int main(int argc, char **argv) {
     program_name = "train_llama_qat";
     Err err = {0};
-    if (cli_parse(options, N_OPTIONS, "usage: train_llama_qat (--model PATH | --init NAME) --train-data FILE [options]\n"
-                  "Quantization-aware training of a Llama.\n", NULL, argc, argv, &err) < 0) die(&err);
+    if (cli_parse(options, N_OPTIONS,
+                  "usage: train_llama_qat (--model PATH | --init NAME) --train-data FILE [options]\n"
+                  "Quantization-aware training of a Llama.\n",
+                  NULL, argc, argv, &err) < 0)
+        die(&err);
     if (run_training(&err) < 0) die(&err);
     return 0;
 }

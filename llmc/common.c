@@ -27,9 +27,11 @@ void die(const Err *err) {
     exit(err->code == E_USAGE ? 2 : 1);
 }
 
-static const struct { const char *name; size_t size; } dtypes[DT_COUNT] = {
-    [DT_F32] = {"F32", 4}, [DT_F16] = {"F16", 2}, [DT_BF16] = {"BF16", 2}, [DT_I8] = {"I8", 1},   [DT_U8] = {"U8", 1},
-    [DT_I16] = {"I16", 2}, [DT_I32] = {"I32", 4}, [DT_I64] = {"I64", 8},   [DT_F64] = {"F64", 8}, [DT_BOOL] = {"BOOL", 1},
+static const struct { const char *name; size_t size;
+} dtypes[DT_COUNT] = {
+    [DT_F32] = {"F32", 4}, [DT_F16] = {"F16", 2},   [DT_BF16] = {"BF16", 2}, [DT_I8] = {"I8", 1},
+    [DT_U8] = {"U8", 1},   [DT_I16] = {"I16", 2},   [DT_I32] = {"I32", 4},   [DT_I64] = {"I64", 8},
+    [DT_F64] = {"F64", 8}, [DT_BOOL] = {"BOOL", 1},
 };
 
 size_t dtype_size(DType t) { return dtypes[t].size; }
@@ -149,7 +151,8 @@ int file_read(char **text, size_t *len, const char *path, size_t max, Err *err) 
 
 int atomic_open(AtomicFile *a, const char *path, Err *err) {
     *a = (AtomicFile){0};
-    if (strlen(path) >= sizeof a->path) return err_set(err, E_USAGE, "path too long (%zu bytes): %.64s...", strlen(path), path);
+    if (strlen(path) >= sizeof a->path)
+        return err_set(err, E_USAGE, "path too long (%zu bytes): %.64s...", strlen(path), path);
     strcpy(a->path, path);
     snprintf(a->tmp, sizeof a->tmp, "%s.tmp-%ld", path, (long)getpid());
     a->f = fopen(a->tmp, "wb");
@@ -205,13 +208,15 @@ bool path_exists(const char *path) { return access(path, F_OK) == 0; }
 int make_dir(const char *path, Err *err) {
     char buf[1024];
     size_t n = strlen(path);
-    if (n == 0 || n >= sizeof buf) return err_set(err, E_USAGE, "folder name of %zu bytes; 1 to %zu are possible", n, sizeof buf - 1);
+    if (n == 0 || n >= sizeof buf)
+        return err_set(err, E_USAGE, "folder name of %zu bytes; 1 to %zu are possible", n, sizeof buf - 1);
     memcpy(buf, path, n + 1);
     for (size_t i = 1; i <= n; i++) {
         if (buf[i] != '/' && buf[i] != 0) continue;
         char keep = buf[i];
         buf[i] = 0;
-        if (mkdir(buf, 0777) && errno != EEXIST) return err_set(err, E_FAIL, "cannot make folder %s: %s", buf, strerror(errno));
+        if (mkdir(buf, 0777) && errno != EEXIST)
+            return err_set(err, E_FAIL, "cannot make folder %s: %s", buf, strerror(errno));
         buf[i] = keep;
     }
     if (!path_is_dir(path)) return err_set(err, E_FAIL, "%s is not a folder", path);

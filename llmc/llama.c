@@ -6,8 +6,8 @@
 // ---------------------------------------------------------------------------------------------
 // Configuration
 
-// Shapes that anyone can repeat without weights (--init). 135M is SmolLM2's, 1B Llama-3.2's, 8B Llama-3's, 8B-4 its first
-// four layers, mini the torchao tutorial's.
+// Shapes that anyone can repeat without weights (--init). 135M is SmolLM2's, 1B Llama-3.2's, 8B Llama-3's, 8B-4 its
+// first four layers, mini the torchao tutorial's.
 static const struct { const char *name; LlamaConfig c; } named_shapes[] = {
 #define SHAPE(name, c_, l, nh, nkv, hs, ff, v, maxt, theta, tie) \
     {name, {.C = c_, .L = l, .NH = nh, .NKV = nkv, .HS = hs, .FF = ff, .V = v, .max_T = maxt, .norm_eps = 1e-5f, \
@@ -46,22 +46,30 @@ const char *llama_config_names(void) {
 
 int llama_config_validate(const LlamaConfig *c, Err *err) {
     const struct { const char *name; int v, lo, hi; } sizes[] = {
-        {"hidden_size", c->C, 1, 1 << 17}, {"num_hidden_layers", c->L, 1, 1024}, {"num_attention_heads", c->NH, 1, 1024},
-        {"num_key_value_heads", c->NKV, 1, 1024}, {"head_dim", c->HS, 2, 1024}, {"intermediate_size", c->FF, 1, 1 << 19},
-        {"vocab_size", c->V, 2, 1 << 24}, {"max_position_embeddings", c->max_T, 1, 1 << 24},
+        {"hidden_size", c->C, 1, 1 << 17},
+        {"num_hidden_layers", c->L, 1, 1024},
+        {"num_attention_heads", c->NH, 1, 1024},
+        {"num_key_value_heads", c->NKV, 1, 1024},
+        {"head_dim", c->HS, 2, 1024},
+        {"intermediate_size", c->FF, 1, 1 << 19},
+        {"vocab_size", c->V, 2, 1 << 24},
+        {"max_position_embeddings", c->max_T, 1, 1 << 24},
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i].v < sizes[i].lo || sizes[i].v > sizes[i].hi)
-            return err_set(err, E_FORMAT, "%s is %d; expected %d to %d", sizes[i].name, sizes[i].v, sizes[i].lo, sizes[i].hi);
+            return err_set(err, E_FORMAT, "%s is %d; expected %d to %d", sizes[i].name, sizes[i].v, sizes[i].lo,
+                           sizes[i].hi);
     if (c->NH % c->NKV)
         return err_set(err, E_FORMAT, "num_key_value_heads %d does not divide num_attention_heads %d", c->NKV, c->NH);
     if (c->HS % 2) return err_set(err, E_FORMAT, "head_dim %d is odd; rope needs pairs", c->HS);
-    if (!(c->norm_eps >= 0 && c->norm_eps < 1)) return err_set(err, E_FORMAT, "rms_norm_eps %g; expected 0 to 1", (double)c->norm_eps);
-    if (!(c->rope_theta > 1 && c->rope_theta < 1e12)) return err_set(err, E_FORMAT, "rope_theta %g; expected 1 to 1e12", c->rope_theta);
+    if (!(c->norm_eps >= 0 && c->norm_eps < 1))
+        return err_set(err, E_FORMAT, "rms_norm_eps %g; expected 0 to 1", (double)c->norm_eps);
+    if (!(c->rope_theta > 1 && c->rope_theta < 1e12))
+        return err_set(err, E_FORMAT, "rope_theta %g; expected 1 to 1e12", c->rope_theta);
     if (c->rope_scaling != ROPE_DEFAULT && !(c->rope_factor > 0 && c->rope_factor < 1e6))
         return err_set(err, E_FORMAT, "rope_scaling factor %g; expected 0 to 1e6", c->rope_factor);
-    if (c->rope_scaling == ROPE_LLAMA3 &&
-        !(c->rope_original_max_T > 0 && c->rope_low_freq_factor > 0 && c->rope_high_freq_factor > c->rope_low_freq_factor))
+    if (c->rope_scaling == ROPE_LLAMA3 && !(c->rope_original_max_T > 0 && c->rope_low_freq_factor > 0 &&
+                                            c->rope_high_freq_factor > c->rope_low_freq_factor))
         return err_set(err, E_FORMAT, "rope_scaling llama3 needs original_max_position_embeddings > 0 and "
                        "0 < low_freq_factor < high_freq_factor; found %d, %g, %g", c->rope_original_max_T,
                        c->rope_low_freq_factor, c->rope_high_freq_factor);
@@ -95,11 +103,13 @@ static int parse_config(LlamaConfig *c, const cJSON *root, Err *err) {
         return err_set(err, E_FORMAT, "config.json: architecture \"%s\"; only LlamaForCausalLM is supported",
                        arch ? arch : type ? type : "(none)");
     const char *act = json_string(root, "hidden_act");
-    if (act && strcmp(act, "silu")) return err_set(err, E_FORMAT, "config.json: hidden_act \"%s\"; only silu is supported", act);
+    if (act && strcmp(act, "silu"))
+        return err_set(err, E_FORMAT, "config.json: hidden_act \"%s\"; only silu is supported", act);
     bool attention_bias = false, mlp_bias = false;
     if (json_bool(root, "attention_bias", &attention_bias, err) < 0 || json_bool(root, "mlp_bias", &mlp_bias, err) < 0)
         return err->code;
-    if (attention_bias || mlp_bias) return err_set(err, E_FORMAT, "config.json: attention_bias or mlp_bias is true; biases are not supported");
+    if (attention_bias || mlp_bias)
+        return err_set(err, E_FORMAT, "config.json: attention_bias or mlp_bias is true; biases are not supported");
 
     *c = (LlamaConfig){.rope_theta = 10000, .rope_factor = 1, .bos = -1};
     int64_t C = 0, L = 0, NH = 0, NKV, HS, FF = 0, V = 0, max_T = 2048;
@@ -112,8 +122,8 @@ static int parse_config(LlamaConfig *c, const cJSON *root, Err *err) {
     NKV = NH;
     if (json_int(root, "num_key_value_heads", false, 1, 1024, &NKV, err) < 0) return err->code;
     if (C % NH && !cJSON_GetObjectItemCaseSensitive(root, "head_dim"))
-        return err_set(err, E_FORMAT, "config.json: num_attention_heads %lld does not divide hidden_size %lld and there is no head_dim",
-                       (long long)NH, (long long)C);
+        return err_set(err, E_FORMAT, "config.json: num_attention_heads %lld does not divide hidden_size %lld and there "
+                       "is no head_dim", (long long)NH, (long long)C);
     HS = C / NH;
     if (json_int(root, "head_dim", false, 2, 1024, &HS, err) < 0) return err->code;
     double eps = 1e-6;
@@ -139,7 +149,8 @@ static int parse_config(LlamaConfig *c, const cJSON *root, Err *err) {
     for (int i = 0; i < n && i < 8; i++) {
         const cJSON *e = cJSON_IsArray(eos) ? cJSON_GetArrayItem(eos, i) : eos;
         double v = cJSON_IsNumber(e) ? e->valuedouble : -1;
-        if (!(v >= 0 && v < (double)V)) return err_set(err, E_FORMAT, "config.json: eos_token_id %g; expected 0 to %lld", v, (long long)V - 1);
+        if (!(v >= 0 && v < (double)V))
+            return err_set(err, E_FORMAT, "config.json: eos_token_id %g; expected 0 to %lld", v, (long long)V - 1);
         c->eos[c->n_eos++] = (int)v;
     }
     return llama_config_validate(c, err);
@@ -211,7 +222,8 @@ void llama_rope_inv_freq(float *inv_freq, const LlamaConfig *c) {
             f /= c->rope_factor;
         } else if (c->rope_scaling == ROPE_LLAMA3) {
             double wavelen = 2.0 * 3.14159265358979323846 / f;
-            double low = c->rope_original_max_T / c->rope_low_freq_factor, high = c->rope_original_max_T / c->rope_high_freq_factor;
+            double low = c->rope_original_max_T / c->rope_low_freq_factor,
+                   high = c->rope_original_max_T / c->rope_high_freq_factor;
             if (wavelen > low) {
                 f /= c->rope_factor;
             } else if (wavelen >= high) {
@@ -301,7 +313,8 @@ static int add_param(ParamTable *t, const LlamaConfig *c, const QuantPlan *plan,
     size_t size;
     if (!mul_size((size_t)p->rows, (size_t)p->cols, &size) || !add_size(t->n_elements, size, &t->n_elements) ||
         t->n_elements > (size_t)1 << 42)
-        return err_set(err, E_FORMAT, "%s: %lld by %lld values are too many", p->name, (long long)p->rows, (long long)p->cols);
+        return err_set(err, E_FORMAT, "%s: %lld by %lld values are too many", p->name, (long long)p->rows,
+                       (long long)p->cols);
     t->n_params += size;
     t->n_rows += (size_t)p->rows;
     if (plan && role == ROLE_EMBED) p->scheme.weight = llama_embedding_spec(plan, c);
@@ -319,8 +332,10 @@ static int add_param(ParamTable *t, const LlamaConfig *c, const QuantPlan *plan,
 static int check_shared_input(const ParamTable *t, int layer, ParamRole a, ParamRole b, Err *err) {
     const Param *pa = param_get(t, layer, a), *pb = param_get(t, layer, b);
     if (quant_spec_equal(&pa->scheme.act, &pb->scheme.act)) return 0;
-    return err_set(err, E_USAGE, "%s and %s read the same input but the scheme gives them different activation quantization; "
-                   "let one rule cover both", pa->name, pb->name);
+    return err_set(err, E_USAGE,
+                   "%s and %s read the same input but the scheme gives them different activation quantization; "
+                   "let one rule cover both",
+                   pa->name, pb->name);
 }
 
 int param_table_build(ParamTable *t, const LlamaConfig *c, const QuantPlan *plan, Err *err) {

@@ -74,8 +74,8 @@ void param_table_free(ParamTable *t);
 const Param *param_get(const ParamTable *t, int layer, ParamRole role);      // layer ignored outside the blocks; NULL if none
 const Param *param_find(const ParamTable *t, const char *name);
 
-// How the embedding table is quantized. It is read row by row, with no matmul after it to apply a row's scale, so one scale
-// a row becomes one group a row: the same codes and scale, but rows that work as values.
+// How the embedding table is quantized. It is read row by row, with no matmul after it to apply a row's scale, so one
+// scale a row becomes one group a row: the same codes and scale, but rows that work as values.
 QuantSpec llama_embedding_spec(const QuantPlan *plan, const LlamaConfig *c);
 
 // Random weights: normal(0, 0.02), output projections scaled by 1/sqrt(2L), norms one. Philox keyed by (seed, tensor,

@@ -2,16 +2,16 @@
 // it. Model code calls ops->NAME and never sees a device, a rank or a stream.
 //
 // Conventions: outputs first, then inputs, then sizes. X means floatX (bf16, or f32 when built with PRECISION=fp32),
-// statistics, losses, gradients of parameters and master weights are f32. N = B*T tokens. Tensors are row-major and do not
-// overlap unless said. Every operation is deterministic: the same inputs give the same bits, whatever the number of
+// statistics, losses, gradients of parameters and master weights are f32. N = B*T tokens. Tensors are row-major and do
+// not overlap unless said. Every operation is deterministic: the same inputs give the same bits, whatever the number of
 // threads. Pointers are device memory of the same backend. Sizes are checked when the model is built, so operations do
 // not fail for them; what a library or the system refuses is kept as the backend's first error, which device_sync()
 // returns once a step.
 //
 // Activation fake quantization belongs to the operation that produces a linear's input: where `act` is not NULL and has
 // bits, each row (token) of the output, first rounded to X, is quantized and dequantized by quant.h with the row's own
-// scale (and zero point), rounded to X. `mask`, when not NULL, receives one byte an element: 1 where the code lay within
-// [qmin, qmax] before clamping (what --ste clip multiplies the gradient with).
+// scale (and zero point), rounded to X. `mask`, when not NULL, receives one byte an element: 1 where the code lay
+// within [qmin, qmax] before clamping (what --ste clip multiplies the gradient with).
 #ifndef QLLM_OPS_H
 #define QLLM_OPS_H
 #include "common.h"
@@ -51,12 +51,12 @@ typedef struct Ops {
     //   res (N, C) X = bf(x + delta)          delta may be NULL, then res may be NULL too and x is normalized itself
     //   rstd (N) f32 = 1 / sqrt(mean(res^2) + eps)    may be NULL
     //   y (N, C) X   = fq(X(res * rstd * weight))     f32 inside, one rounding to X before fq
-    // The sum of squares is f32 in 16 partial sums (element c goes to sum c mod 16, s = fmaf(v, v, s)), folded +8, +4, +2, +1.
-    // res may be x. Where act is off, mask is all 1.
+    // The sum of squares is f32 in 16 partial sums (element c goes to sum c mod 16, s = fmaf(v, v, s)), folded +8, +4,
+    // +2, +1. res may be x. Where act is off, mask is all 1.
     void (*rmsnorm_fq_forward)(floatX *res, floatX *y, float *rstd, uint8_t *mask, const floatX *x, const floatX *delta,
                                const floatX *weight, size_t N, int C, float eps, const QuantSpec *act);
-    // dres (N, C) X = bf(dres + dx); dweight (C) f32 += ; dy (N, C) X gradient of y, x = the normalized tensor (res above).
-    // mask (N, C) or NULL multiplies dy.
+    // dres (N, C) X = bf(dres + dx); dweight (C) f32 += ; dy (N, C) X gradient of y, x = the normalized tensor (res
+    // above). mask (N, C) or NULL multiplies dy.
     void (*rmsnorm_backward)(floatX *dres, float *dweight, const floatX *dy, const uint8_t *mask, const floatX *x,
                              const floatX *weight, const float *rstd, size_t N, int C);
 
@@ -75,19 +75,20 @@ typedef struct Ops {
     void (*linear_backward_weight)(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC, bool accumulate);
 
     // --- attention -----------------------------------------------------------------------------------------------
-    // rope: rotates heads in place. x (N, ldx) X: NH_rot heads of HS each at the start of each row (q heads then k heads);
-    // element i and i + HS/2 form a pair (Hugging Face's rotate_half). Position of row n is pos0 + n % T.
+    // rope: rotates heads in place. x (N, ldx) X: NH_rot heads of HS each at the start of each row (q heads then k
+    // heads); element i and i + HS/2 form a pair (Hugging Face's rotate_half). Position of row n is pos0 + n % T.
     // cos_t, sin_t (>= pos0 + T, HS/2) f32. inverse rotates back (the backward).
     void (*rope)(floatX *x, const float *cos_t, const float *sin_t, size_t N, int T, int pos0, int ldx, int NH_rot, int HS,
                  bool inverse);
     // attention_forward: causal softmax(q k^T / sqrt(HS)) v, grouped-query: query head h reads key head h / (NH / NKV).
     //   o (B, T, NH*HS) X, row stride ldo;  lse (B, NH, T) f32 log-sum-exp of the scaled scores, or NULL
     //   q (B, T, NH*HS) X, row stride ldq;  k, v (B, Tk, NKV*HS) X, row stride ldkv, batch stride skv elements
-    // Query t stands at position Tk - T + t and sees keys 0..that. Online softmax over key tiles that start at multiples
-    // of a fixed size, so the bits of a row depend neither on T nor on B. Never [T, T] in memory.
+    // Query t stands at position Tk - T + t and sees keys 0..that. Online softmax over key tiles that start at
+    // multiples of a fixed size, so the bits of a row depend neither on T nor on B. Never [T, T] in memory.
     void (*attention_forward)(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, int B, int T, int Tk,
                               int NH, int NKV, int HS, int ldo, int ldq, int ldkv, size_t skv);
-    // attention_backward: dqkv (B*T, (NH+2*NKV)*HS) X from do, for a packed qkv of the same shape (q heads, k heads, v heads).
+    // attention_backward: dqkv (B*T, (NH+2*NKV)*HS) X from do, for a packed qkv of the same shape (q heads, k heads, v
+    // heads).
     void (*attention_backward)(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *o, const float *lse, int B,
                                int T, int NH, int NKV, int HS);
     // fakequant_forward: y (N, C) X = fq(x (N, C) X) by row; y may be x. For producers that do not see a whole token.
@@ -110,9 +111,9 @@ typedef struct Ops {
     void (*loss_accumulate)(StepState *state, const float *losses, const int32_t *targets, size_t N);
 
     // --- update --------------------------------------------------------------------------------------------------
-    // state->norm = sqrt(sum grad^2) / tokens, grad_scale = min(1, max_norm / norm) / tokens (max_norm <= 0: no clipping),
-    // skip = loss or norm not finite, or no token counts (tokens 0); grad_scale is 0 then. grad (n) f32. Blocks of 2^16
-    // are summed in double, each in 16 lanes folded +8, +4, +2, +1; the blocks' sums are added in order.
+    // state->norm = sqrt(sum grad^2) / tokens, grad_scale = min(1, max_norm / norm) / tokens (max_norm <= 0: no
+    // clipping), skip = loss or norm not finite, or no token counts (tokens 0); grad_scale is 0 then. grad (n) f32.
+    // Blocks of 2^16 are summed in double, each in 16 lanes folded +8, +4, +2, +1; the blocks' sums are added in order.
     void (*global_norm)(StepState *state, const float *grad, size_t n, float max_norm);
     // adamw_fq: AdamW on a (rows, cols) tensor and its requantized working copy in the same pass.
     //   g = grad * grad_scale; f32 throughout, each operation rounded, in this order (torchao's low-bit optimizers):
@@ -126,23 +127,25 @@ typedef struct Ops {
                    float momentum, float weight_decay, const QuantSpec *wq, int64_t rows, int64_t cols);
     // weight_fq: working values from masters; the one operation behind switching fake quantization on and off.
     //   w16 = bf16(master). wq NULL or bits == 0: work = X(master), wscale = 1.
-    //   quant_works_as_codes(wq): work = code, wscale[row] = scale. Otherwise work = bf16(dequantized value), wscale = 1.
+    //   quant_works_as_codes(wq): work = code, wscale[row] = scale. Otherwise work = bf16(dequantized value), wscale =
+    //   1.
     // Codes are quant_code's: a NaN weight is taken for zero, as the packed file takes it.
     // wscale (rows) f32 may be NULL when no row scale is wanted.
     void (*weight_fq)(floatX *work, float *wscale, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
-    // weight_ste_mask: --ste clip. grad (rows, cols) f32 = 0 where bf16(master)'s code lies outside [qmin, qmax] unclamped.
+    // weight_ste_mask: --ste clip. grad (rows, cols) f32 = 0 where bf16(master)'s code lies outside [qmin, qmax]
+    // unclamped.
     void (*weight_ste_mask)(float *grad, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
 
     // --- serving -------------------------------------------------------------------------------------------------
-    // dequant_rows: working values (rows, cols) X and wscale (rows) f32 or NULL of packed codes (quant.h), exactly those
-    // weight_fq wrote in training. codes: rows of quant_row_bytes; scale, zero f32, one a block, (rows/b0, cols/b1);
-    // zero NULL when symmetric. The tensor starts at a block boundary.
+    // dequant_rows: working values (rows, cols) X and wscale (rows) f32 or NULL of packed codes (quant.h), exactly
+    // those weight_fq wrote in training. codes: rows of quant_row_bytes; scale, zero f32, one a block, (rows/b0,
+    // cols/b1); zero NULL when symmetric. The tensor starts at a block boundary.
     void (*dequant_rows)(floatX *work, float *wscale, const uint8_t *codes, const float *scale, const float *zero,
                          const QuantSpec *wq, int64_t rows, int64_t cols);
-    // qmatvec_forward: y (N, OC) X = x (N, C) X . w^T for few tokens, straight from packed codes: bound by the codes' bytes.
-    // Sums of a block are f32 of x times integer code (less its integer zero point), 16 lanes apart, scaled once a block;
-    // zero points of the float domain multiply the block's sum of x. So it differs from the trained arithmetic by f32
-    // rounding: |err| <= (C + 6) * 2^-23 * sum |x| |w| plus one rounding to X, where |w| is |code - mid| * scale + |zero| in
+    // qmatvec_forward: y (N, OC) X = x (N, C) X . w^T for few tokens, straight from packed codes: bound by the codes'
+    // bytes. Sums of a block are f32 of x times integer code (less its integer zero point), 16 lanes apart, scaled once
+    // a block; zero points of the float domain multiply the block's sum of x. So it differs from the trained arithmetic
+    // by f32 rounding: |err| <= (C + 6) * 2^-23 * sum |x| |w| plus one rounding to X, where |w| is |code - mid| * scale + |zero| in
     // the float domain. It also keeps code * scale unrounded, which trained arithmetic rounds to bf16.
     // Bits of a token do not depend on N or on the number of threads.
     void (*qmatvec_forward)(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,

@@ -45,7 +45,8 @@ double memory_plan_print(const MemoryItem *items, int n, int B, FILE *out) {
     fprintf(out, "  %-44s %12s", "total", fmt_bytes(buf, total));
     fprintf(out, " of %s; a sequence costs", fmt_bytes(buf, physical));
     fprintf(out, " %s", fmt_bytes(buf, per_sequence));
-    if (per_sequence > 0) fprintf(out, ", the largest batch that fits is %.0f", fmax(0, floor((physical * 0.95 - fixed) / per_sequence)));
+    if (per_sequence > 0)
+        fprintf(out, ", the largest batch that fits is %.0f", fmax(0, floor((physical * 0.95 - fixed) / per_sequence)));
     fprintf(out, "\n");
     return total;
 }
@@ -61,9 +62,10 @@ void steplog_print(StepLog *log, const StepReport *r, bool show) {
     if (show) {
         char rate[32], time[32], mem[32], util[48] = "mfu n/a";
         if (log->peak > 0) snprintf(util, sizeof util, "%.1f%% of peak", 100 * flops / log->peak);
-        printf("step %5d/%d | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %s tok/s | %s | mem %s | left %s%s\n", r->step,
-               log->steps, r->loss, r->norm, r->lr, 1e3 * r->seconds, fmt_count(rate, tok_s), util,
-               fmt_bytes(mem, (double)peak_rss_bytes()), fmt_time(time, left), r->skipped ? " | SKIPPED: not finite" : "");
+        printf("step %5d/%d | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %s tok/s | %s | mem %s | left %s%s\n",
+               r->step, log->steps, r->loss, r->norm, r->lr, 1e3 * r->seconds, fmt_count(rate, tok_s), util,
+               fmt_bytes(mem, (double)peak_rss_bytes()), fmt_time(time, left),
+               r->skipped ? " | SKIPPED: not finite" : "");
         fflush(stdout);
     }
     jsonlog_begin(log->json, "step");
@@ -86,15 +88,18 @@ void steplog_print(StepLog *log, const StepReport *r, bool show) {
 // Arrays live on the device; they pass through a host buffer of this many values.
 #define PIECE ((size_t)1 << 20)
 
-static void tensor_name(char *buf, size_t size, const char *array, const Param *p) { snprintf(buf, size, "%s.%s", array, p->name); }
+static void tensor_name(char *buf, size_t size, const char *array, const Param *p) {
+    snprintf(buf, size, "%s.%s", array, p->name);
+}
 
 static char *progress_to_json(const TrainProgress *p) {
     char *text = xmalloc(512);
     // 64-bit values as strings: a JSON number is a double.
-    snprintf(text, 512, "{\"step\": %lld, \"t\": %lld, \"loader_position\": \"%llu\", \"tokens\": \"%lld\", \"skipped\": %lld, "
-             "\"data_hash\": \"%llu\", \"seed\": \"%llu\", \"seq_len\": %d}", (long long)p->step, (long long)p->t,
-             (unsigned long long)p->loader_position, (long long)p->tokens, (long long)p->skipped,
-             (unsigned long long)p->data_hash, (unsigned long long)p->seed, p->T);
+    snprintf(text, 512,
+             "{\"step\": %lld, \"t\": %lld, \"loader_position\": \"%llu\", \"tokens\": \"%lld\", \"skipped\": %lld, "
+             "\"data_hash\": \"%llu\", \"seed\": \"%llu\", \"seq_len\": %d}",
+             (long long)p->step, (long long)p->t, (unsigned long long)p->loader_position, (long long)p->tokens,
+             (long long)p->skipped, (unsigned long long)p->data_hash, (unsigned long long)p->seed, p->T);
     return text;
 }
 
@@ -124,7 +129,8 @@ static int progress_from_json(TrainProgress *p, const char *text, Err *err) {
 static int write_state_file(const char *path, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
                             const ParamTable *table, const StateArray *arrays, int n_arrays, Err *err) {
     StWriter *w = st_writer_new();
-    char *config = llama_config_to_json(c, "float32"), *quant = quant_plan_to_json(plan), *progress = progress_to_json(p);
+    char *config = llama_config_to_json(c, "float32"), *quant = quant_plan_to_json(plan),
+         *progress = progress_to_json(p);
     st_writer_meta(w, "format", "qllm.c training state");
     st_writer_meta(w, "config", config);
     st_writer_meta(w, "quant", quant);
@@ -221,8 +227,10 @@ int train_state_save(const char *out, const TrainProgress *p, const LlamaConfig 
 static int check_same(const char *what, const char *stored, char *mine, const char *path, Err *err) {
     int rc = 0;
     if (!stored || strcmp(stored, mine))
-        rc = err_set(err, E_USAGE, "%s was written by a run with another %s; resume with the settings it was started with, "
-                     "or choose another --out", path, what);
+        rc = err_set(err, E_USAGE,
+                     "%s was written by a run with another %s; resume with the settings it was started with, "
+                     "or choose another --out",
+                     path, what);
     free(mine);
     return rc;
 }
@@ -250,20 +258,28 @@ int train_state_load(const char *out, TrainProgress *p, const LlamaConfig *c, co
     TrainProgress now = *p;
     if (!progress) rc = err_set(err, E_FORMAT, "%s: not a training state", path);
     else rc = progress_from_json(p, progress, err);
-    if (rc == 0) rc = check_same("model configuration", safetensors_meta(&st, "config"), llama_config_to_json(c, "float32"), path, err);
-    if (rc == 0) rc = check_same("quantization scheme", safetensors_meta(&st, "quant"), quant_plan_to_json(plan), path, err);
+    if (rc == 0)
+        rc = check_same("model configuration", safetensors_meta(&st, "config"), llama_config_to_json(c, "float32"),
+                        path, err);
+    if (rc == 0)
+        rc = check_same("quantization scheme", safetensors_meta(&st, "quant"), quant_plan_to_json(plan), path, err);
     if (rc == 0 && (p->data_hash != now.data_hash || p->T != now.T || p->seed != now.seed))
-        rc = err_set(err, E_USAGE, "%s was written with other training data, --seq-len (%d) or --seed (%llu); resume with "
-                     "the same, or choose another --out", path, p->T, (unsigned long long)p->seed);
+        rc = err_set(err, E_USAGE,
+                     "%s was written with other training data, --seq-len (%d) or --seed (%llu); resume with "
+                     "the same, or choose another --out",
+                     path, p->T, (unsigned long long)p->seed);
     for (int a = 0; a < n_arrays && rc == 0; a++)
         for (int i = 0; i < table->n && rc == 0; i++) {
             char tensor[128];
             const Param *q = &table->p[i];
             tensor_name(tensor, sizeof tensor, arrays[a].name, q);
             const StTensor *t = safetensors_find(&st, tensor);
-            if (!t) rc = err_set(err, E_MISSING, "%s: no tensor %s; was it written with another --optimizer?", path, tensor);
+            if (!t)
+                rc =
+                    err_set(err, E_MISSING, "%s: no tensor %s; was it written with another --optimizer?", path, tensor);
             else if (t->dtype != DT_F32 || t->ndim != 2 || t->shape[0] != q->rows || t->shape[1] != q->cols)
-                rc = err_set(err, E_SHAPE, "%s: %s is not F32 of %lld by %lld", path, tensor, (long long)q->rows, (long long)q->cols);
+                rc = err_set(err, E_SHAPE, "%s: %s is not F32 of %lld by %lld", path, tensor, (long long)q->rows,
+                             (long long)q->cols);
             else device_copy_in(arrays[a].data + q->offset, t->data, t->bytes);
         }
     safetensors_close(&st);

@@ -12,7 +12,8 @@ int trainer_signal(void);                      // the signal that came, or 0
 
 // The memory plan, printed before anything is allocated.
 typedef struct { const char *what; double fixed, per_sequence; } MemoryItem;   // bytes
-// Prints the table for batches of B, its total beside the machine's memory, and the largest batch that fits; returns the total.
+// Prints the table for batches of B, its total beside the machine's memory, and the largest batch that fits; returns
+// the total.
 double memory_plan_print(const MemoryItem *items, int n, int B, FILE *out);
 
 // The step line and its JSON twin.

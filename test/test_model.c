@@ -1,5 +1,6 @@
 // The whole model: logits, loss and every gradient against PyTorch's (dev/ref/gen_llama.py), gradients against finite
-// differences, and the equalities that must hold to the bit: recomputation, straight-through gradients, validation state.
+// differences, and the equalities that must hold to the bit: recomputation, straight-through gradients, validation
+// state.
 #include "test_common.h"
 #define main train_main
 #include "../train_llama_qat.c"
@@ -15,7 +16,8 @@ static void setup_options(void) {
     if (device_init("cpu", 0, &err) < 0) fail_msg("%s", err.text);
 }
 
-static void fixture_init(Fixture *f, const LlamaConfig *c, const QuantPlan *plan, int B, int T, bool recompute, bool clip) {
+static void fixture_init(Fixture *f, const LlamaConfig *c, const QuantPlan *plan, int B, int T, bool recompute,
+                         bool clip) {
     Err err = {0};
     memset(f, 0, sizeof *f);
     f->B = B; f->T = T;
@@ -45,15 +47,16 @@ static void fixture_init(Fixture *f, const LlamaConfig *c, const QuantPlan *plan
 static void fixture_free(Fixture *f) {
     Llama *m = &f->m;
     Acts *s = &f->s;
-    void *own[] = {m->master, m->grad, m->m, m->v, m->wscale, m->cos_t, m->sin_t, s->x_final, s->lnf, s->rstdf, s->maskf,
-                   s->delta, s->logits, s->dlogits, s->losses, s->tokens, s->targets, s->dres, s->dc, s->dwide, s->dffn,
-                   s->scaled, s->state};
+    void *own[] = {m->master,  m->grad,  m->m,     m->v,     m->wscale, m->cos_t,   m->sin_t,  s->x_final,
+                   s->lnf,     s->rstdf, s->maskf, s->delta, s->logits, s->dlogits, s->losses, s->tokens,
+                   s->targets, s->dres,  s->dc,    s->dwide, s->dffn,   s->scaled,  s->state};
     for (int l = 0; l < m->c.L; l++) {
         BlockActs *k = &s->block[l];
         device_free(k->x);
         if (l && s->recompute) continue;
-        void *b[] = {k->ln1, k->rstd1, k->qkv, k->att, k->attq == k->att ? NULL : k->attq, k->lse, k->x2, k->ln2, k->rstd2,
-                     k->gateup, k->ffn, k->mask1, k->mask_att, k->mask2, k->mask_ffn};
+        void *b[] = {k->ln1, k->rstd1, k->qkv,      k->att,   k->attq == k->att ? NULL : k->attq,
+                     k->lse, k->x2,    k->ln2,      k->rstd2, k->gateup,
+                     k->ffn, k->mask1, k->mask_att, k->mask2, k->mask_ffn};
         for (size_t i = 0; i < sizeof b / sizeof *b; i++) device_free(b[i]);
     }
     if (tied_views_differ(m)) device_free(m->head);
@@ -110,7 +113,8 @@ static void check_tensor(const char *what, const float *ours, const float *ref, 
         norm += (double)ref[i] * ref[i];
     }
     if (!(sqrt(diff) <= tensor_tolerance * sqrt(norm) + 1e-12))
-        fail_msg("%s: |ours - reference| = %g of |reference| = %g; allowed %g", what, sqrt(diff), sqrt(norm), tensor_tolerance);
+        fail_msg("%s: |ours - reference| = %g of |reference| = %g; allowed %g", what, sqrt(diff), sqrt(norm),
+                 tensor_tolerance);
 }
 
 static int32_t int_at(const StTensor *t, size_t i) {
@@ -142,7 +146,8 @@ static void golden(const char *path) {
     double ours = fixture_loss(&f, true);
     float ref_loss;
     convert_to_f32(&ref_loss, loss->data, loss->dtype, 1);
-    if (!(fabs(ours - ref_loss) <= tensor_tolerance * 0.1 * ref_loss)) fail_msg("%s: loss %.7f, reference %.7f", path, ours, (double)ref_loss);
+    if (!(fabs(ours - ref_loss) <= tensor_tolerance * 0.1 * ref_loss))
+        fail_msg("%s: loss %.7f, reference %.7f", path, ours, (double)ref_loss);
     assert_true(f.s.N <= (size_t)f.s.chunk);   // so that all logits are still there
     check_tensor("logits", f.s.logits, (const float *)logits->data, f.s.N * (size_t)c.V);
     for (int i = 0; i < f.m.table.n; i++) {
@@ -193,11 +198,15 @@ static void test_finite_differences(void **u) {
             for (size_t k = 0; k < n; k++) gnorm += (double)f.m.grad[p->offset + k] * f.m.grad[p->offset + k];
             gnorm = sqrt(gnorm / (double)n) + 1e-20;
             for (size_t k = 0; k < n; k++) {
-                d[k] = philox_uniform(philox(3, (uint64_t)i, k).v[0]) - 0.5f + 0.5f * (float)(f.m.grad[p->offset + k] / gnorm);
+                d[k] = philox_uniform(philox(3, (uint64_t)i, k).v[0]) - 0.5f +
+                       0.5f * (float)(f.m.grad[p->offset + k] / gnorm);
                 norm += (double)d[k] * d[k];
             }
             norm = sqrt(norm);
-            for (size_t k = 0; k < n; k++) { d[k] = (float)(d[k] / norm); dot += (double)d[k] * f.m.grad[p->offset + k] / tokens; }
+            for (size_t k = 0; k < n; k++) {
+                d[k] = (float)(d[k] / norm);
+                dot += (double)d[k] * f.m.grad[p->offset + k] / tokens;
+            }
             float e = 1e-2f;
             for (size_t k = 0; k < n; k++) at[k] = keep[k] + e * d[k];
             llama_requantize(&f.m, false);
@@ -207,7 +216,8 @@ static void test_finite_differences(void **u) {
             double minus = fixture_loss(&f, false);
             memcpy(at, keep, n * 4);
             double numeric = (plus - minus) / (2 * (double)e);
-            if (fabs(numeric - dot) > 1e-4 + 5e-3 * fabs(dot)) fail_msg("%s: gradient . d = %g, finite difference %g", p->name, dot, numeric);
+            if (fabs(numeric - dot) > 1e-4 + 5e-3 * fabs(dot))
+                fail_msg("%s: gradient . d = %g, finite difference %g", p->name, dot, numeric);
             free(d); free(keep);
         }
         fixture_free(&f);
