@@ -18,7 +18,7 @@ static size_t N;                       // rows of C: N * C * X >= four times the
 static size_t total;                   // N * C
 static floatX *a, *b, *c, *d, *small;  // (N, C) each; small: a row and more
 static float *f0, *f1, *f2, *f3;       // (total) f32 each
-static uint8_t *bytes;                 // (total)
+static uint8_t *bytes;                 // (2 * total): masks, or codes
 static int32_t *ids;
 static StepState step = {.t = 3, .lr = 1e-4f, .grad_scale = 1e-3f, .tokens = 1};
 
@@ -99,7 +99,7 @@ static void ste_mask(void) { ops_cpu.weight_ste_mask(f1, f0, &int4, (int64_t)N, 
 static void dequant_int4(void) { ops_cpu.dequant_rows(a, NULL, bytes, f0, NULL, &int4, (int64_t)N, C); }
 static void dequant_int8(void) { ops_cpu.dequant_rows(a, NULL, bytes, f0, NULL, &int8, (int64_t)N, C); }
 enum { MATVEC_C = 1536 };
-static size_t matvec_rows(int bits) { return total * 8 / (size_t)bits / MATVEC_C; }
+static size_t matvec_rows(int bits) { return 2 * total * 8 / (size_t)bits / MATVEC_C; }
 static void qmatvec_with(const QuantSpec *s, size_t tokens) {
     const float *zero = s->zero == QZ_FLOAT ? f1 : NULL;
     ops_cpu.qmatvec_forward(a, b, bytes, f0, zero, s, tokens, MATVEC_C, (int)matvec_rows(s->bits));
@@ -143,7 +143,7 @@ int main(int argc, char **argv) {
         *xs[i] = alloc_or_die(total * X, "a tensor of the benchmark");
         *fs[i] = alloc_or_die(total * sizeof(float), "a tensor of the benchmark");
     }
-    bytes = alloc_or_die(total, "bytes");
+    bytes = alloc_or_die(2 * total, "bytes");
     small = alloc_or_die((C + FF) * X, "weights");
     ids = alloc_or_die(N * sizeof *ids, "token ids");
 #pragma omp parallel for schedule(static)
@@ -152,7 +152,7 @@ int main(int argc, char **argv) {
         float u = 2.0f * philox_uniform(r.v[0]) - 1.0f;
         a[i] = b[i] = f2x(4.0f * u), c[i] = d[i] = f2x(u);
         f0[i] = u, f1[i] = u * 0.01f, f2[i] = 1e-4f, f3[i] = u * 0.1f;
-        bytes[i] = (uint8_t)r.v[1] & 1;
+        bytes[i] = bytes[total + i] = (uint8_t)r.v[1] & 1;
     }
     for (size_t i = 0; i < C + FF; i++) small[i] = f2x(1.0f);
     for (size_t i = 0; i < N; i++) ids[i] = (int32_t)(philox(1, 2, i).v[0] % (N < V ? N : V));
