@@ -32,9 +32,10 @@ static void check_device(void) {
 #define UX 0x1p-8
 #endif
 
-// One query row in double. s, p (Tk): scaled scores and softmax. Returns the log-sum-exp; *e bounds the relative error of
-// a weight p in f32: the score's rounding (HS products, HS sums and the scale, each at most one rounding relative to the
-// magnitudes summed), that of score - max and of the exponential (3 ulp of numbers up to |score|, and 2 of p).
+// One query row in double. s, p (Tk): scaled scores and softmax. Returns the log-sum-exp; *e bounds the relative
+// error of a weight p in f32: the score's rounding (HS products, HS sums and the scale, each at most one rounding
+// relative to the magnitudes summed), that of score - max and of the exponential (3 ulp of numbers up to |score|, and
+// 2 of p).
 static double reference_row(double *p, const floatX *q, const floatX *k, size_t ld, int n, int HS, double *e) {
     double top = -INFINITY, sum = 0, mag_max = 0, scale = 1 / sqrt((double)HS);
     for (int j = 0; j < n; j++) {
@@ -72,13 +73,13 @@ static void check_forward(Shape s) {
             for (int h = 0; h < s.NH; h++) {
                 size_t row = (size_t)(b * s.T + t), head = (size_t)(h / (s.NH / s.NKV) * s.HS);
                 int n = s.Tk - s.T + t + 1;
-                double e, want = reference_row(p, q + row * ldq + (size_t)(h * s.HS), k + (size_t)b * skv + head, ldkv, n,
-                                               s.HS, &e);
+                double e, want = reference_row(p, q + row * ldq + (size_t)(h * s.HS), k + (size_t)b * skv + head,
+                                               ldkv, n, s.HS, &e);
                 double got = lse[(size_t)(b * s.NH + h) * (size_t)s.T + (size_t)t];
                 double bound = e + n * 0x1p-24 + 4 * 0x1p-24 * fabs(want);
                 if (!(fabs(got - want) <= bound))
-                    fail_msg("lse b %d t %d h %d (T %d, Tk %d, HS %d): %.9g, expected %.9g +- %.2g", b, t, h, s.T, s.Tk, s.HS,
-                             got, want, bound);
+                    fail_msg("lse b %d t %d h %d (T %d, Tk %d, HS %d): %.9g, expected %.9g +- %.2g", b, t, h, s.T,
+                             s.Tk, s.HS, got, want, bound);
                 for (int i = 0; i < s.HS; i++) {
                     double sum = 0, mag = 0;
                     for (int j = 0; j < n; j++) {
@@ -89,8 +90,8 @@ static void check_forward(Shape s) {
                     double y = x2f(o[row * ldo + (size_t)(h * s.HS + i)]);
                     double limit = (2 * e + UX + (n + 4) * 0x1p-23) * mag + UX * fabs(sum);
                     if (!(fabs(y - sum) <= limit))
-                        fail_msg("o b %d t %d h %d i %d (T %d, Tk %d, HS %d): %.9g, expected %.9g +- %.2g", b, t, h, i, s.T,
-                                 s.Tk, s.HS, y, sum, limit);
+                        fail_msg("o b %d t %d h %d i %d (T %d, Tk %d, HS %d): %.9g, expected %.9g +- %.2g", b, t, h,
+                                 i, s.T, s.Tk, s.HS, y, sum, limit);
                 }
             }
     free(q); free(kv); free(o); free(lse); free(p);
@@ -98,8 +99,8 @@ static void check_forward(Shape s) {
 
 static const Shape grid[] = {                                   // B, T, Tk, NH, NKV, HS
     {1, 1, 1, 1, 1, 2}, {2, 3, 3, 2, 1, 4}, {1, 17, 17, 3, 3, 6}, {2, 65, 65, 4, 2, 8}, {1, 64, 64, 2, 1, 32},
-    {1, 130, 130, 3, 1, 64}, {2, 63, 63, 9, 3, 64}, {1, 200, 200, 2, 2, 80}, {1, 97, 97, 2, 1, 96}, {2, 70, 70, 4, 1, 128},
-    {1, 21, 21, 80, 1, 16}, {1, 40, 40, 5, 5, 34},
+    {1, 130, 130, 3, 1, 64}, {2, 63, 63, 9, 3, 64}, {1, 200, 200, 2, 2, 80}, {1, 97, 97, 2, 1, 96},
+    {2, 70, 70, 4, 1, 128}, {1, 21, 21, 80, 1, 16}, {1, 40, 40, 5, 5, 34},
 };
 
 static void test_forward(void **unused) {
@@ -127,8 +128,8 @@ static void test_extreme_scores(void **unused) {
             qkv[t][HS + i] = f2x(t == 66 ? 64.0f : -64.0f);    // in the second tile: scores 8192 over -8192
             qkv[t][2 * HS + i] = f2x((float)t);
         }
-    ops->attention_forward(&o[0][0], lse, &qkv[0][0], &qkv[0][HS], &qkv[0][2 * HS], 1, T, T, 1, 1, HS, HS, 3 * HS, 3 * HS,
-                           (size_t)T * 3 * HS);
+    ops->attention_forward(&o[0][0], lse, &qkv[0][0], &qkv[0][HS], &qkv[0][2 * HS], 1, T, T, 1, 1, HS, HS, 3 * HS,
+                           3 * HS, (size_t)T * 3 * HS);
     check_device();
     // Equal scores average the values 0..t exactly up to the roundings of o, and of 64 weights and sums.
     for (int t = 0; t < 66; t++) assert_true(fabs(x2f(o[t][0]) - t / 2.0) <= t / 2.0 * (UX + 0x1p-16));
@@ -138,7 +139,8 @@ static void test_extreme_scores(void **unused) {
 typedef struct { floatX *qkv, *o, *dout, *dqkv; float *lse; size_t ld, ldo, rows; } Run;
 
 static Run make_run(Shape s, float scale) {
-    Run r = {.ld = (size_t)((s.NH + 2 * s.NKV) * s.HS), .ldo = (size_t)(s.NH * s.HS), .rows = (size_t)s.B * (size_t)s.T};
+    Run r = {.ld = (size_t)((s.NH + 2 * s.NKV) * s.HS), .ldo = (size_t)(s.NH * s.HS),
+             .rows = (size_t)s.B * (size_t)s.T};
     r.qkv = random_x(r.rows * r.ld, scale);
     r.dout = random_x(r.rows * r.ldo, 1);
     r.o = xcalloc(r.rows * r.ldo, sizeof *r.o);
@@ -157,8 +159,8 @@ static void free_run(Run *r) {
 
 static void forward_run(const Run *r, Shape s) {
     const floatX *k = r->qkv + s.NH * s.HS, *v = k + s.NKV * s.HS;
-    ops->attention_forward(r->o, r->lse, r->qkv, k, v, s.B, s.T, s.T, s.NH, s.NKV, s.HS, (int)r->ldo, (int)r->ld, (int)r->ld,
-                           (size_t)s.T * r->ld);
+    ops->attention_forward(r->o, r->lse, r->qkv, k, v, s.B, s.T, s.T, s.NH, s.NKV, s.HS, (int)r->ldo, (int)r->ld,
+                           (int)r->ld, (size_t)s.T * r->ld);
 }
 
 static void backward_run(const Run *r, Shape s) {
@@ -182,7 +184,8 @@ static void check_backward(Shape s) {
             for (int h = 0; h < s.NH; h++) {
                 size_t row = (size_t)(b * s.T + t), first = (size_t)(b * s.T) * r.ld;
                 size_t at_q = row * r.ld + (size_t)(h * s.HS);
-                size_t at_k = first + (size_t)((s.NH + h / (s.NH / s.NKV)) * s.HS), at_v = at_k + (size_t)(s.NKV * s.HS);
+                size_t at_k = first + (size_t)((s.NH + h / (s.NH / s.NKV)) * s.HS),
+                    at_v = at_k + (size_t)(s.NKV * s.HS);
                 const floatX *dout = r.dout + row * r.ldo + (size_t)(h * s.HS);
                 double e, D = 0, D_err = 0;
                 reference_row(p, r.qkv + at_q, r.qkv + at_k, r.ld, t + 1, s.HS, &e);
@@ -194,7 +197,7 @@ static void check_backward(Shape s) {
                         mag += fabs(x);
                     }
                     D += d * o;
-                    D_err += fabs(d) * ((2 * e + UX + (t + 4) * 0x1p-23) * mag + UX * fabs(o) + s.HS * 0x1p-24 * fabs(o));
+                    D_err += fabs(d) * ((2 * e + UX + (t + 4) * 0x1p-23) * mag + (UX + s.HS * 0x1p-24) * fabs(o));
                 }
                 for (int j = 0; j <= t; j++) {
                     size_t row_k = at_k + (size_t)j * r.ld, row_v = at_v + (size_t)j * r.ld;
@@ -205,7 +208,8 @@ static void check_backward(Shape s) {
                         mag += fabs(x);
                     }
                     double ds = p[j] * (dp - D), p_err = p[j] * (2 * e + UX + (s.B * s.T * s.NH + 4) * 0x1p-23);
-                    double ds_err = fabs(ds) / (p[j] + 1e-300) * p_err + p[j] * (D_err + (2 * s.HS + 2) * 0x1p-24 * mag);
+                    double dp_err = (2 * s.HS + 2) * 0x1p-24 * mag;
+                    double ds_err = fabs(ds) / (p[j] + 1e-300) * p_err + p[j] * (D_err + dp_err);
                     for (int i = 0; i < s.HS; i++) {
                         double q = x2f(r.qkv[at_q + (size_t)i]), k = x2f(r.qkv[row_k + (size_t)i]), d = x2f(dout[i]);
                         want[at_q + (size_t)i] += scale * ds * k;
@@ -220,8 +224,8 @@ static void check_backward(Shape s) {
     for (size_t i = 0; i < n; i++) {
         double bound = err[i] + 2 * UX * fabs(want[i]) + 1e-30;
         if (!(fabs(x2f(r.dqkv[i]) - want[i]) <= bound))
-            fail_msg("dqkv row %zu column %zu (T %d, NH %d, NKV %d, HS %d): %.9g, expected %.9g +- %.2g", i / r.ld, i % r.ld,
-                     s.T, s.NH, s.NKV, s.HS, x2f(r.dqkv[i]), want[i], bound);
+            fail_msg("dqkv row %zu column %zu (T %d, NH %d, NKV %d, HS %d): %.9g, expected %.9g +- %.2g", i / r.ld,
+                     i % r.ld, s.T, s.NH, s.NKV, s.HS, x2f(r.dqkv[i]), want[i], bound);
     }
     free(want);
     free(err);
@@ -244,9 +248,9 @@ static double loss_of(const Run *r, Shape s) {
     return loss;
 }
 
-// Central differences with step h = 2^-7. Truncation: h^2 / 6 times the third derivative, which for values within 1.5 and
-// scores of that size is below 10 times the gradient's own scale (|do| HS terms of at most 1): 1e-4 absolute. Noise: n
-// outputs, each within some 2^-21 of exact and of random sign, over h: sqrt(n) 2^-21 / 2^-7 below 2e-3.
+// Central differences with step h = 2^-7. Truncation: h^2 / 6 times the third derivative, which for values within 1.5
+// and scores of that size is below 10 times the gradient's own scale (|do| HS terms of at most 1): 1e-4 absolute.
+// Noise: n outputs, each within some 2^-21 of exact and of random sign, over h: sqrt(n) 2^-21 / 2^-7 below 2e-3.
 static void test_finite_differences(void **unused) {
     (void)unused;
     set_threads(0);
@@ -273,7 +277,8 @@ static void test_finite_differences(void **unused) {
 }
 #endif
 
-// The first rows of a long sequence, of the sequence alone, and of a batch; a token behind a cache; any number of threads.
+// The first rows of a long sequence, of the sequence alone, and of a batch; a token behind a cache; any number of
+// threads.
 static void test_same_bits(void **unused) {
     (void)unused;
     state = 4;
@@ -312,8 +317,8 @@ static void test_same_bits(void **unused) {
             int T = tail[i], from = s.T - T;
             for (int b = 0; b < s.B; b++) {
                 size_t at = (size_t)(b * s.T) * r.ld, q0 = at + (size_t)from * r.ld;
-                ops->attention_forward(r.o, NULL, r.qkv + q0, kk + at, vv + at, 1, T, s.T, s.NH, s.NKV, s.HS, (int)r.ldo,
-                                       (int)r.ld, (int)r.ld, 0);
+                ops->attention_forward(r.o, NULL, r.qkv + q0, kk + at, vv + at, 1, T, s.T, s.NH, s.NKV, s.HS,
+                                       (int)r.ldo, (int)r.ld, (int)r.ld, 0);
                 if (memcmp(r.o, o + (size_t)(b * s.T + from) * r.ldo, (size_t)T * r.ldo * sizeof *o))
                     fail_msg("last %d queries of %d, sequence %d", T, s.T, b);
             }

@@ -1,5 +1,5 @@
-// The linears against sums in double, and the equalities they promise: a row's bits depend neither on the rows beside it
-// nor on the number of threads.
+// The linears against sums in double, and the equalities they promise: a row's bits depend neither on the rows beside
+// it nor on the number of threads.
 #include "test_common.h"
 #include "device.h"
 #ifdef _OPENMP
@@ -140,8 +140,8 @@ static void test_rows_independent(void **unused) {
         {300, 576, 960}, {300, 576, 576}, {200, 576, 3072}, {300, 1536, 576}, {17, 576, 49152},
         {70, 64, 96}, {140, 2048, 256}, {140, 4096, 96}, {140, 8192, 80}, {70, 14336, 64}, {50, 34, 1000},
     };
-    static const int counts[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128,
-                                 129, 192, 255, 256, 257};
+    static const int counts[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127,
+                                 128, 129, 192, 255, 256, 257};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         size_t N = (size_t)shapes[i][0];
         int C = shapes[i][1], OC = shapes[i][2];
@@ -177,7 +177,8 @@ static void test_rows_independent(void **unused) {
 static void test_threads_equal(void **unused) {
     (void)unused;
     state = 3;
-    static const int shapes[][3] = {{1024, 64, 96}, {4096, 32, 48}, {2048, 64, 300}, {8192, 30, 30}, {3000, 96, 40}, {1, 96, 4096},
+    static const int shapes[][3] = {{1024, 64, 96}, {4096, 32, 48}, {2048, 64, 300}, {8192, 30, 30}, {3000, 96, 40},
+                                    {1, 96, 4096},
                                      {77, 130, 66}, {512, 576, 960}, {300, 1536, 576}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         size_t N = (size_t)shapes[i][0];
@@ -207,7 +208,8 @@ static void test_many_shapes(void **unused) {
     (void)unused;
     set_threads(1);
     state = 4;
-    floatX *x = random_x(700 * 4), *w = random_x(4 * 4), *y = xmalloc(700 * 4 * sizeof *y), *all = xmalloc(700 * 4 * sizeof *y);
+    floatX *x = random_x(700 * 4), *w = random_x(4 * 4), *y = xmalloc(700 * 4 * sizeof *y),
+        *all = xmalloc(700 * 4 * sizeof *y);
     ops->linear_forward(all, x, w, NULL, 700, 4, 4);
     for (size_t n = 1; n <= 700; n++) {
         ops->linear_forward(y, x, w, NULL, n, 4, 4);

@@ -1,9 +1,9 @@
 // How close to the processor's arithmetic peak do the matmuls and the attention of the 135M shape run?
 //
-// The peak is measured in the same run by a register-only loop (device_peak_flops). Each shape runs at least REPEATS times
-// and half a second; the best time counts, since other processes only ever add to it, and the median is shown beside it.
-// FLOPs: 2 N C OC a product. Attention, causal: 2 products of 2 HS operations for each of T (T + 1) / 2 pairs a head
-// forward, 5 backward; the products that are recomputed for tiles' masked corners do not count.
+// The peak is measured in the same run by a register-only loop (device_peak_flops). Each shape runs at least REPEATS
+// times and half a second; the best time counts, since other processes only ever add to it, and the median is shown
+// beside it. FLOPs: 2 N C OC a product. Attention, causal: 2 products of 2 HS operations for each of T (T + 1) / 2
+// pairs a head forward, 5 backward; the products that are recomputed for tiles' masked corners do not count.
 #include "device.h"
 #include <stdlib.h>
 
@@ -50,7 +50,10 @@ typedef struct {
     int C, OC;
 } Linear;
 
-static void forward(const void *p) { const Linear *l = p; ops->linear_forward(l->y, l->x, l->w, NULL, l->N, l->C, l->OC); }
+static void forward(const void *p) {
+    const Linear *l = p;
+    ops->linear_forward(l->y, l->x, l->w, NULL, l->N, l->C, l->OC);
+}
 static void forward_scaled(const void *p) {
     const Linear *l = p;
     ops->linear_forward(l->y, l->x, l->w, l->wscale, l->N, l->C, l->OC);
@@ -87,7 +90,8 @@ static double bench_linear(const LinearShape *s) {
     double flops = 2.0 * (double)s->N * s->C * s->OC, total = 0;
     for (size_t k = 0; k < sizeof kind / sizeof *kind; k++) {
         Times t = measure(kind[k].run, &l);
-        printf("  %-8s %5d -> %5d  N %4zu  %-19s %7.2f ms (median %7.2f)  %7.1f GFLOP/s  %.3f of peak\n", s->name, s->C, s->OC,
+        printf("  %-8s %5d -> %5d  N %4zu  %-19s %7.2f ms (median %7.2f)  %7.1f GFLOP/s  %.3f of peak\n", s->name,
+               s->C, s->OC,
                s->N, kind[k].name, t.best * 1e3, t.median * 1e3, flops / t.best * 1e-9, flops / t.best / peak);
         if (kind[k].counts) total += t.best;
     }
@@ -120,10 +124,13 @@ static void bench_attention(const char *name, int B, int T, int NH, int NKV, int
                    xcalloc(rows * ld, sizeof(floatX)), xcalloc(rows * (size_t)NH, sizeof(float)), B, T, NH, NKV, HS};
     double product = 2.0 * HS * B * NH * (0.5 * T * (T + 1));
     Times f = measure(attention_forward, &a), b = measure(attention_backward, &a);
-    printf("  attention B %d T %4d NH %d NKV %d HS %3d  forward  %7.2f ms (median %7.2f)  %7.1f GFLOP/s  %.3f of peak\n", B, T,
-           NH, NKV, HS, f.best * 1e3, f.median * 1e3, 2e-9 * product / f.best, 2 * product / f.best / peak);
-    printf("  attention B %d T %4d NH %d NKV %d HS %3d  backward %7.2f ms (median %7.2f)  %7.1f GFLOP/s  %.3f of peak\n", B, T,
-           NH, NKV, HS, b.best * 1e3, b.median * 1e3, 5e-9 * product / b.best, 5 * product / b.best / peak);
+    const Times *times[] = {&f, &b};
+    for (int i = 0; i < 2; i++) {
+        double flops = (i ? 5 : 2) * product / times[i]->best;
+        printf("  attention B %d T %4d NH %d NKV %d HS %3d  %-8s %7.2f ms (median %7.2f)  %7.1f GFLOP/s  %.3f of peak\n",
+               B, T, NH, NKV, HS, i ? "backward" : "forward", times[i]->best * 1e3, times[i]->median * 1e3, flops * 1e-9,
+               flops / peak);
+    }
     printf("result attention_fwd_bwd_%s_ms %.2f ms\n", name, (f.best + b.best) * 1e3);
     printf("result attention_fwd_bwd_%s_peak_share %.3f ratio\n", name, 7 * product / (f.best + b.best) / peak);
     free(a.qkv); free(a.o); free(a.dout); free(a.dqkv); free(a.lse);

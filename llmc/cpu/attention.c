@@ -1,5 +1,5 @@
-// Causal grouped-query attention, forward and backward, in tiles (the online softmax of FlashAttention, Dao et al. 2022,
-// and the backward of FlashAttention-2, Dao 2023). Nothing of size [T, T] is ever in memory.
+// Causal grouped-query attention, forward and backward, in tiles (the online softmax of FlashAttention, Dao et al.
+// 2022, and the backward of FlashAttention-2, Dao 2023). Nothing of size [T, T] is ever in memory.
 //
 // The query heads that share a key head are treated as more rows: a block of queries is QT positions times G heads, so
 // that one packed tile of keys serves all of them and K, V are never replicated.
@@ -10,8 +10,9 @@
 // operations wherever the row stands in its block: keys it may not see enter with weight exactly 0, and a tile that it
 // sees nothing of would multiply its sums by exactly 1. So the bits depend neither on T nor on B.
 //
-// Arithmetic: products by tile.h (bf16 operands or f32, f32 sums). With bf16 units the weights p and the score gradients
-// are rounded to bf16 before they are multiplied on; row sums of p, the softmax and all accumulators are f32.
+// Arithmetic: products by tile.h (bf16 operands or f32, f32 sums). With bf16 units the weights p and the score
+// gradients are rounded to bf16 before they are multiplied on; row sums of p, the softmax and all accumulators are
+// f32.
 #include "cpu/cpu.h"
 #include "cpu/tile.h"
 #include <sched.h>
@@ -90,7 +91,8 @@ static void pack_keys(const Shape *s, unit_t *kp, unit_t *vp, const floatX *k, c
 static int gather_rows(const Shape *s, unit_t *dst, const floatX *x, size_t ld, int t0) {
     int rows = imin(s->QT, s->T - t0) * s->G, padded = tile_pad_rows(rows);
     for (int r = 0; r < rows; r++)
-        pack_along(dst + (size_t)r * (size_t)s->HU, x + (size_t)(t0 + r / s->G) * ld + (size_t)(r % s->G * s->HS), s->HS);
+        pack_along(dst + (size_t)r * (size_t)s->HU, x + (size_t)(t0 + r / s->G) * ld + (size_t)(r % s->G * s->HS),
+                   s->HS);
     memset(dst + (size_t)rows * (size_t)s->HU, 0, (size_t)(padded - rows) * (size_t)s->HU * sizeof *dst);
     return rows;
 }
@@ -162,7 +164,8 @@ static void forward_block(const Shape *s, ForwardWork *w, floatX *o, float *lse,
                           const floatX *v, const unit_t *kv, int b, int kh, int block, int ldo, int ldq, int ldkv) {
     int t0 = block * s->QT, head0 = kh * s->G, pos0 = s->Tk - s->T + t0;
     size_t ktile = (size_t)s->HU * KT, vtile = (size_t)(KT / UNIT) * (size_t)s->HP;
-    int rows = gather_rows(s, w->q, q + (size_t)b * (size_t)s->T * (size_t)ldq + (size_t)(head0 * s->HS), (size_t)ldq, t0);
+    int rows = gather_rows(s, w->q, q + (size_t)b * (size_t)s->T * (size_t)ldq + (size_t)(head0 * s->HS), (size_t)ldq,
+                           t0);
     int padded = tile_pad_rows(rows);
     memset(w->o, 0, (size_t)padded * (size_t)s->HP * sizeof *w->o);
     memset(w->sum, 0, (size_t)padded * 16 * sizeof *w->sum);
@@ -174,8 +177,8 @@ static void forward_block(const Shape *s, ForwardWork *w, floatX *o, float *lse,
         int n = imin(KT, (last_pos - tile * KT + 16) & ~15);    // keys that any of the rows sees
         tile_product(w->score, KT, w->q, (size_t)s->HU, 1, kt, KT, padded, n, s->HU, TILE_SET, NULL);
         softmax_step(s, w, padded, n, tile * KT, pos0);
-        tile_product(w->o, (size_t)s->HP, w->p, KT / UNIT, 1, vt, (size_t)s->HP, padded, s->HP, n / UNIT, TILE_SCALE_ADD,
-                     w->decay);
+        tile_product(w->o, (size_t)s->HP, w->p, KT / UNIT, 1, vt, (size_t)s->HP, padded, s->HP, n / UNIT,
+                     TILE_SCALE_ADD, w->decay);
     }
     for (int r = 0; r < rows; r++) {
         int t = t0 + r / s->G, h = head0 + r % s->G;
@@ -183,12 +186,13 @@ static void forward_block(const Shape *s, ForwardWork *w, floatX *o, float *lse,
         if (lse) lse[((size_t)b * (size_t)s->NH + (size_t)h) * (size_t)s->T + (size_t)t] = w->max[r] + logf(sum);
         floatX *out = o + ((size_t)b * (size_t)s->T + (size_t)t) * (size_t)ldo + (size_t)(h * s->HS);
         for (int i = 0; i < s->HS; i += 16)
-            v16_storex(out + i, v16_load(w->o + (size_t)r * (size_t)s->HP + i, 16) / v16_set1(sum), imin(16, s->HS - i));
+            v16_storex(out + i, v16_load(w->o + (size_t)r * (size_t)s->HP + i, 16) / v16_set1(sum),
+                       imin(16, s->HS - i));
     }
 }
 
-void cpu_attention_forward(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, int B, int T, int Tk,
-                           int NH, int NKV, int HS, int ldo, int ldq, int ldkv, size_t skv) {
+void cpu_attention_forward(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, int B, int T,
+                           int Tk, int NH, int NKV, int HS, int ldo, int ldq, int ldkv, size_t skv) {
     Shape s = make_shape(B, T, Tk, NH, NKV, HS);
     ForwardWork unused;
     size_t work = forward_work(&s, NULL, &unused), tile = (size_t)s.HU * KT + (size_t)(KT / UNIT) * (size_t)s.HP;
@@ -223,15 +227,15 @@ void cpu_attention_forward(floatX *o, float *lse, const floatX *q, const floatX 
 }
 
 // ---------------------------------------------------------------------------------------------
-// Backward. With p = exp(score - lse), D = sum(do * o):   dv = p^T do,  ds = p * (do v^T - D),  dk = ds^T q,  dq = ds k,
-// the last two times the scale of the scores.
+// Backward. With p = exp(score - lse) and D = sum(do * o):
+//   dv = p^T do,  ds = p * (do v^T - D),  dk = ds^T q,  dq = ds k      the last two times the scale of the scores
 //
-// A task is a tile of keys of one key head: it walks the blocks of queries that see it, sums dk and dv in its own memory
-// and adds to the blocks' dq. The tiles of a head come to a block in ascending order, the first one preparing it: each
-// waits until the one before has done that block, so the sum does not depend on the threads. Tasks are handed out with
-// ascending tiles, the heads side by side, so that a task waits for one that began before it (no deadlock: the first of
-// the running tasks never waits), and seldom. As many heads as threads are under way at a time: their blocks then stay
-// in the caches.
+// A task is a tile of keys of one key head: it walks the blocks of queries that see it, sums dk and dv in its own
+// memory and adds to the blocks' dq. The tiles of a head come to a block in ascending order, the first one preparing
+// it: each waits until the one before has done that block, so the sum does not depend on the threads. Tasks are
+// handed out with ascending tiles, the heads side by side, so that a task waits for one that began before it (no
+// deadlock: the first of the running tasks never waits), and seldom. As many heads as threads are under way at a
+// time: their blocks then stay in the caches.
 
 typedef struct {
     unit_t *q, *dout;           // (R, HU) rows, for scores and for dp
@@ -323,7 +327,8 @@ static void prepare_block(const Backward *a, const Block *w, int b, int kh, int 
 }
 
 // p and ds of one block against the tile, in the layouts that the three sums read. n: keys looked at, 16 or more.
-static void weights_of_block(const Shape *s, const BackwardWork *w, const Block *q, int rows, int n, int first_key, int t0) {
+static void weights_of_block(const Shape *s, const BackwardWork *w, const Block *q, int rows, int n, int first_key,
+                             int t0) {
     tile_product(w->score, KT, q->q, (size_t)s->HU, 1, w->k, KT, rows, n, s->HU, TILE_SET, NULL);
     tile_product(w->dp, KT, q->dout, (size_t)s->HU, 1, w->v, KT, rows, n, s->HU, TILE_SET, NULL);
     for (int r = 0; r < rows; r += 2) {                 // rows come in pairs: see pack_across_f32
@@ -358,8 +363,8 @@ static void write_dq(const Backward *a, const Block *q, int b, int kh, int block
     int t0 = block * s->QT, rows = imin(s->QT, s->T - t0) * s->G;
     for (int r = 0; r < rows; r++) {
         size_t n = (size_t)b * (size_t)s->T + (size_t)(t0 + r / s->G);
-        write_grad(a->dqkv + n * a->ld + (size_t)((kh * s->G + r % s->G) * s->HS), q->dq + (size_t)r * (size_t)s->HP, s->HS,
-                   s->scale);
+        write_grad(a->dqkv + n * a->ld + (size_t)((kh * s->G + r % s->G) * s->HS), q->dq + (size_t)r * (size_t)s->HP,
+                   s->HS, s->scale);
     }
 }
 
@@ -401,8 +406,8 @@ static void backward_tile(const Backward *a, const BackwardWork *w, char *blocks
     }
 }
 
-void cpu_attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *o, const float *lse, int B,
-                            int T, int NH, int NKV, int HS) {
+void cpu_attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const floatX *o, const float *lse,
+                            int B, int T, int NH, int NKV, int HS) {
     Backward a = {.s = make_shape(B, T, T, NH, NKV, HS), .dqkv = dqkv, .dout = dout, .qkv = qkv, .o = o, .lse = lse,
                   .ld = (size_t)(NH + 2 * NKV) * (size_t)HS, .ldo = (size_t)NH * (size_t)HS};
     const Shape *s = &a.s;

@@ -4,10 +4,10 @@
 //                                                               dw (OC, C) = dy (N, OC)^T . x (N, C)
 //
 // All are c (M, N) = a (M, K) . b (K, N) with a or b read transposed; no operand is ever copied to be transposed.
-// Evaluation must equal the trainer's validation bit for bit whatever the batch, so a row of a forward may not depend on
-// how many rows stand beside it. The built-in product has that by construction (tile.h). oneDNN's brgemm sums the k of a
-// forward in one order for every M and thread count; nothing in its documentation promises that, so test_ops_matmul
-// demands it.
+// Evaluation must equal the trainer's validation bit for bit whatever the batch, so a row of a forward may not depend
+// on how many rows stand beside it. The built-in product has that by construction (tile.h). oneDNN's brgemm sums the
+// k of a forward in one order for every M and thread count; nothing in its documentation promises that, so
+// test_ops_matmul demands it.
 #include "cpu/cpu.h"
 #include "cpu/matmul.h"
 #include "cpu/tile.h"
@@ -62,7 +62,9 @@ static dnnl_status_t make_desc(dnnl_memory_desc_t *d, int64_t rows, int64_t cols
     return dnnl_memory_desc_create_with_strides(d, 2, dims, t, strides);
 }
 static void free_desc(dnnl_memory_desc_t d) { dnnl_memory_desc_destroy(d); }
-static dnnl_status_t append_sum(dnnl_post_ops_t p) { return dnnl_post_ops_append_sum(p, 1.0f, 0, dnnl_data_type_undef); }
+static dnnl_status_t append_sum(dnnl_post_ops_t p) {
+    return dnnl_post_ops_append_sum(p, 1.0f, 0, dnnl_data_type_undef);
+}
 static dnnl_status_t make_matmul(dnnl_primitive_desc_t *pd, dnnl_memory_desc_t a, dnnl_memory_desc_t b,
                                  dnnl_memory_desc_t c, dnnl_primitive_attr_t attr) {
     return dnnl_matmul_primitive_desc_create(pd, engine, a, b, NULL, c, attr);
@@ -159,7 +161,8 @@ static Cached *cached_get(const Product *p, dnnl_data_type_t type, int threads) 
     dnnl_status_t s = cached_fill(&cache[i]);
     if (s) {
         cached_free(&cache[i]);
-        ops_set_error(E_FAIL, "oneDNN refuses a %lld x %lld x %lld matmul (status %d); build with NO_DNNL=1 to do without it",
+        ops_set_error(E_FAIL,
+                      "oneDNN refuses a %lld x %lld x %lld matmul (status %d); build with NO_DNNL=1 to do without it",
                       (long long)p->M, (long long)p->N, (long long)p->K, (int)s);
         return NULL;
     }
@@ -188,8 +191,8 @@ static void cached_run(const Cached *e, void *scratch, void *c, const void *a, c
     if (s) ops_set_error(E_FAIL, "oneDNN's matmul failed (status %d)", (int)s);
 }
 
-// brgemm may split a long sum over k among threads where a is transposed (or of one row, which looks the same to it), and
-// then the bits depend on the number of threads. Planned for one thread it does not.
+// brgemm may split a long sum over k among threads where a is transposed (or of one row, which looks the same to it),
+// and then the bits depend on the number of threads. Planned for one thread it does not.
 static bool splits_sum(const Product *p) { return p->K >= 2048 && !p->tb && (p->ta || p->M == 1); }
 
 // How a product is run: at once, or where the sum would be split, in slices of rows, one a thread. brgemm sums in other
@@ -328,12 +331,12 @@ const char *cpu_matmul_description(void) {
 }
 #else
 // ---------------------------------------------------------------------------------------------
-// The built-in product. a is packed once for all, b by panels of 64 columns for all of K, which the tiles then read from
-// the second-level cache (K up to some 4000) while their sums stay in registers. A task is a panel of columns for a
-// block of rows.
+// The built-in product. a is packed once for all, b by panels of 64 columns for all of K, which the tiles then read
+// from the second-level cache (K up to some 4000) while their sums stay in registers. A task is a panel of columns
+// for a block of rows.
 #define PANEL 64            // columns
-#define ROWS_TILE 96        // rows summed before they are written, in the first-level cache; a transposed a lies in such
-                            // blocks, k after k, so that its units are read in order
+#define ROWS_TILE 96        // rows summed before they are written, in the first-level cache; a transposed a lies in
+                            // such blocks, k after k, so that its units are read in order
 #define ROWS_TASK (6 * ROWS_TILE)       // rows: enough that packing the panel costs little
 
 static int thread_index(void) {
@@ -351,8 +354,8 @@ static void pack_panel(unit_t *dst, const Product *p, const floatX *b, int64_t n
         return;
     }
     for (int k = 0; k < K; k += UNIT)
-        pack_across(dst + (size_t)(k / UNIT) * PANEL, b + k * p->N + n0, k + 1 < K ? b + (k + 1) * p->N + n0 : NULL, cols,
-                    PANEL);
+        pack_across(dst + (size_t)(k / UNIT) * PANEL, b + k * p->N + n0, k + 1 < K ? b + (k + 1) * p->N + n0 : NULL,
+                    cols, PANEL);
 }
 
 static void write_rows(const Product *p, void *c, const float *sum, int64_t m0, int64_t rows, int64_t n0, int cols,
@@ -386,7 +389,8 @@ static void product(const Product *p, void *c, const floatX *a, const floatX *b,
                 int n = p->M - m < ROWS_TILE ? (int)(p->M - m) : ROWS_TILE;
                 for (int64_t k = 0; k < units; k++) {
                     const floatX *row = a + k * UNIT * p->M + m;
-                    pack_across(pa + m * units + k * ROWS_TILE, row, k * UNIT + 1 < p->K ? row + p->M : NULL, n, ROWS_TILE);
+                    pack_across(pa + m * units + k * ROWS_TILE, row, k * UNIT + 1 < p->K ? row + p->M : NULL, n,
+                                ROWS_TILE);
                 }
             }
         } else {
@@ -441,7 +445,8 @@ void cpu_linear_backward_input(floatX *dx, const floatX *dy, const floatX *w, co
     if (N) product(&p, dx, dy, w, NULL);
 }
 
-void cpu_linear_backward_weight(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC, bool accumulate) {
+void cpu_linear_backward_weight(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC,
+                                bool accumulate) {
     Product p = {.ta = true, .out_f32 = true, .accumulate = accumulate, .M = OC, .N = C, .K = (int64_t)N,
                  .lda = OC};
     if (N) product(&p, dw, dy, x, NULL);

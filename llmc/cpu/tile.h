@@ -1,10 +1,11 @@
-// Register tiles of a matrix product, and the operand layouts they read. Attention and the built-in matmul stand on this.
+// Register tiles of a matrix product, and the operand layouts they read. Attention and the built-in matmul stand on
+// this.
 //
 // A tile product is C[m][n] (+)= sum over k of A(m, k) * B(k, n) where one step of k is a unit of 4 bytes: two bf16
 // values that one vdpbf16ps multiplies and adds in f32 (UNIT = 2, AVX512-BF16 and a bf16 build), or one f32 (UNIT = 1,
-// everything else; bf16 inputs are widened when they are packed). A's units are broadcast from memory, so its strides are
-// free; B's lie n after n. Each element of C is one chain of multiply-adds over ascending k, whatever tile it falls in:
-// its bits depend on its own row and column only.
+// everything else; bf16 inputs are widened when they are packed). A's units are broadcast from memory, so its strides
+// are free; B's lie n after n. Each element of C is one chain of multiply-adds over ascending k, whatever tile it
+// falls in: its bits depend on its own row and column only.
 //
 // The two layouts, for a source of rows x0, x1, ... of values (UNIT = 2):
 //   along   unit j of row r  = (x_r[2j],  x_r[2j+1])        k runs along the source's rows: bytes as they are
@@ -109,8 +110,8 @@ VEC int tile_rows(int left) { return left >= 6 && left != 8 ? 6 : 4; }
 VEC int tile_pad_rows(int rows) { return rows <= 4 ? 4 : (rows + 1) & ~1; }
 
 // C (M, N) f32 with M from tile_pad_rows and N a multiple of 16, which TILE_W divides; K in units.
-static inline void tile_product(float *c, size_t ldc, const unit_t *a, size_t am, size_t ak, const unit_t *b, size_t ldb,
-                                int M, int N, int K, TileMode mode, const float *scale) {
+static inline void tile_product(float *c, size_t ldc, const unit_t *a, size_t am, size_t ak, const unit_t *b,
+                                size_t ldb, int M, int N, int K, TileMode mode, const float *scale) {
     int nv = N / TILE_W, panels = (nv + TILE_NV - 1) / TILE_NV;
     for (int p = 0, n = 0; p < panels; p++) {
         int w = (nv - n + panels - p - 1) / (panels - p);       // widths that differ by one at most
@@ -175,7 +176,8 @@ static inline void transpose_16x16(unit_t *dst, size_t ldd, const unit_t *const 
     }
     for (int i = 0; i < 4; i++) {
         __m512i a = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), b = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        __m512i c = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), d = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+        __m512i c = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        __m512i d = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
         _mm512_storeu_si512(dst + (size_t)i * ldd, _mm512_shuffle_i32x4(a, c, 0x88));
         _mm512_storeu_si512(dst + (size_t)(i + 4) * ldd, _mm512_shuffle_i32x4(b, d, 0x88));
         _mm512_storeu_si512(dst + (size_t)(i + 8) * ldd, _mm512_shuffle_i32x4(a, c, 0xdd));
@@ -186,7 +188,8 @@ static inline void transpose_16x16(unit_t *dst, size_t ldd, const unit_t *const 
 
 // `rows` rows of n values (stride ld) as B of a product over n: dst (units of n, ldd) with one column a row, columns
 // rows..padded zero.
-static inline void pack_along_columns(unit_t *dst, size_t ldd, const floatX *src, size_t ld, int rows, int padded, int n) {
+static inline void pack_along_columns(unit_t *dst, size_t ldd, const floatX *src, size_t ld, int rows, int padded,
+                                      int n) {
     int units = (n + UNIT - 1) / UNIT, r0 = 0;
 #if defined(QLLM_AVX512) && (UNIT == 2 || defined(PRECISION_FP32))
     for (; r0 + 16 <= rows; r0 += 16) {
@@ -236,8 +239,8 @@ static inline void pack_across(unit_t *dst, const floatX *row0, const floatX *ro
 VEC void pack_across_f32(unit_t *dst, size_t ld, v16 row0, v16 row1) {
 #if UNIT == 2
     (void)ld;
-    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)row1, (__m512)row0);
     _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(zip, both));
 #else
