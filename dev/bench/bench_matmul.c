@@ -127,9 +127,9 @@ static void bench_attention(const char *name, int B, int T, int NH, int NKV, int
     const Times *times[] = {&f, &b};
     for (int i = 0; i < 2; i++) {
         double flops = (i ? 5 : 2) * product / times[i]->best;
-        printf("  attention B %d T %4d NH %d NKV %d HS %3d  %-8s %7.2f ms (median %7.2f)  %7.1f GFLOP/s  %.3f of peak\n",
-               B, T, NH, NKV, HS, i ? "backward" : "forward", times[i]->best * 1e3, times[i]->median * 1e3, flops * 1e-9,
-               flops / peak);
+        printf("  attention B %d T %4d NH %d NKV %d HS %3d  %-8s %7.2f ms (median %7.2f)  %7.1f GFLOP/s %.3f of peak\n",
+               B, T, NH, NKV, HS, i ? "backward" : "forward", times[i]->best * 1e3, times[i]->median * 1e3,
+               flops * 1e-9, flops / peak);
     }
     printf("result attention_fwd_bwd_%s_ms %.2f ms\n", name, (f.best + b.best) * 1e3);
     printf("result attention_fwd_bwd_%s_peak_share %.3f ratio\n", name, 7 * product / (f.best + b.best) / peak);
@@ -139,6 +139,7 @@ static void bench_attention(const char *name, int B, int T, int NH, int NKV, int
 int main(int argc, char **argv) {
     Err err;
     program_name = "bench_matmul";
+    setvbuf(stdout, NULL, _IOLBF, 0);
     if (argc > 2 || (argc == 2 && (argv[1][0] < '0' || argv[1][0] > '9'))) {
         err_set(&err, E_USAGE, "usage: bench_matmul [THREADS]");
         die(&err);
