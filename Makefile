@@ -26,7 +26,7 @@ endif
 
 CFLAGS   ?= $(if $(SANITIZE),-O2,-O3) -g
 # Scalar arithmetic is shared bit for bit with the GPU: no contraction, no reassociation.
-ALLFLAGS  = -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wpedantic $(if $(WERROR),-Werror) -march=$(ARCH) -ffp-contract=off \
+ALLFLAGS  = -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Wno-psabi $(if $(WERROR),-Werror) -march=$(ARCH) -ffp-contract=off \
             -fno-math-errno $(CFLAGS) -I. -Illmc
 LIBS      = -lcjson -lpcre2-8 -lm
 
