@@ -1,40 +1,6 @@
 // Attention against sums in double, its gradients against finite differences, and the equalities it promises: bits that
 // depend neither on T, on B, on a cache before the queries, nor on the number of threads.
-#include "test_common.h"
-#include "device.h"
-
-static uint32_t state;
-
-static float uniform(void) {
-    state = state * 1664525u + 1013904223u;
-    return x2f(f2x((float)(state >> 8) / 8388608.0f - 1.0f));
-}
-
-static floatX *random_x(size_t n, float scale) {
-    floatX *p = xmalloc(n * sizeof *p);
-    for (size_t i = 0; i < n; i++) p[i] = f2x(scale * uniform());
-    return p;
-}
-
-// A build without OpenMP has one thread, whatever is asked for: its comparisons are of a run with itself.
-static void set_threads(int n) {
-    Err err;
-#ifndef _OPENMP
-    n = 1;
-#endif
-    if (device_init("cpu", n, &err) < 0) fail_msg("%s", err.text);
-}
-
-static void check_device(void) {
-    Err err = {0};
-    if (device_sync(&err) < 0) fail_msg("%s", err.text);
-}
-
-#ifdef PRECISION_FP32
-#define UX 0x1p-24              // unit roundoff of X
-#else
-#define UX 0x1p-8
-#endif
+#include "matmul_common.h"
 
 // One query row in double. s, p (Tk): scaled scores and softmax. Returns the log-sum-exp; *e bounds the relative
 // error of a weight p in f32: the score's rounding (HS products, HS sums and the scale, each at most one rounding

@@ -1,44 +1,8 @@
 // The linears against sums in double, and the equalities they promise: a row's bits depend neither on the rows beside
 // it nor on the number of threads.
-#include "test_common.h"
-#include "device.h"
+#include "matmul_common.h"
 #ifdef _OPENMP
 #include <omp.h>
-#endif
-
-static uint32_t state;
-
-// Uniform in [-1, 1), rounded to X.
-static float uniform(void) {
-    state = state * 1664525u + 1013904223u;
-    return x2f(f2x((float)(state >> 8) / 8388608.0f - 1.0f));
-}
-
-static floatX *random_x(size_t n) {
-    floatX *p = xmalloc(n * sizeof *p);
-    for (size_t i = 0; i < n; i++) p[i] = f2x(uniform());
-    return p;
-}
-
-// A build without OpenMP has one thread, whatever is asked for: its comparisons are of a run with itself.
-static void set_threads(int n) {
-    Err err;
-#ifndef _OPENMP
-    n = 1;
-#endif
-    if (device_init("cpu", n, &err) < 0) fail_msg("%s", err.text);
-}
-
-static void check_device(void) {
-    Err err = {0};
-    if (device_sync(&err) < 0) fail_msg("%s", err.text);
-}
-
-// Unit roundoff of X.
-#ifdef PRECISION_FP32
-#define UX 0x1p-24
-#else
-#define UX 0x1p-8
 #endif
 
 // |computed - exact| <= u_out |exact| + (K + 2) 2^-23 sum |a b|: one rounding to the output's type, and at most one f32
@@ -51,7 +15,7 @@ static void check_close(double got, double want, double abs_sum, int64_t K, doub
 
 static void check_linear(size_t N, int C, int OC, bool scaled) {
     size_t nx = N * (size_t)C, nw = (size_t)OC * (size_t)C, ny = N * (size_t)OC;
-    floatX *x = random_x(nx), *w = random_x(nw), *dy = random_x(ny), *y = xcalloc(ny, sizeof *y);
+    floatX *x = random_x(nx, 1), *w = random_x(nw, 1), *dy = random_x(ny, 1), *y = xcalloc(ny, sizeof *y);
     floatX *dx = xcalloc(nx, sizeof *dx), *dys = xcalloc(ny, sizeof *dys);
     float *y32 = xcalloc(ny, sizeof *y32), *dw = xcalloc(nw, sizeof *dw), *dw2 = xcalloc(nw, sizeof *dw2);
     float *scale = xmalloc((size_t)OC * sizeof *scale);
@@ -149,7 +113,7 @@ static void test_rows_independent(void **unused) {
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         size_t N = (size_t)shapes[i][0];
         int C = shapes[i][1], OC = shapes[i][2];
-        floatX *x = random_x(N * (size_t)C), *w = random_x((size_t)OC * (size_t)C);
+        floatX *x = random_x(N * (size_t)C, 1), *w = random_x((size_t)OC * (size_t)C, 1);
         floatX *y = xmalloc(N * (size_t)OC * sizeof *y), *all = xmalloc(N * (size_t)OC * sizeof *all);
         float *y32 = xmalloc(N * (size_t)OC * sizeof *y32), *all32 = xmalloc(N * (size_t)OC * sizeof *all32);
         float *scale = xmalloc((size_t)OC * sizeof *scale);
@@ -188,7 +152,7 @@ static void test_threads_equal(void **unused) {
         size_t N = (size_t)shapes[i][0];
         int C = shapes[i][1], OC = shapes[i][2];
         size_t nx = N * (size_t)C, nw = (size_t)OC * (size_t)C;
-        floatX *x = random_x(nx), *w = random_x(nw), *dy = random_x(N * (size_t)OC);
+        floatX *x = random_x(nx, 1), *w = random_x(nw, 1), *dy = random_x(N * (size_t)OC, 1);
         floatX *dx[2] = {xmalloc(nx * sizeof(floatX)), xmalloc(nx * sizeof(floatX))};
         float *dw[2] = {xmalloc(nw * sizeof(float)), xmalloc(nw * sizeof(float))};
         for (size_t t = 0; t < sizeof thread_counts / sizeof *thread_counts; t++) {
@@ -212,7 +176,7 @@ static void test_many_shapes(void **unused) {
     (void)unused;
     set_threads(1);
     state = 4;
-    floatX *x = random_x(700 * 4), *w = random_x(4 * 4), *y = xmalloc(700 * 4 * sizeof *y),
+    floatX *x = random_x(700 * 4, 1), *w = random_x(4 * 4, 1), *y = xmalloc(700 * 4 * sizeof *y),
         *all = xmalloc(700 * 4 * sizeof *y);
     ops->linear_forward(all, x, w, NULL, 700, 4, 4);
     for (size_t n = 1; n <= 700; n++) {
