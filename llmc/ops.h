@@ -118,7 +118,7 @@ typedef struct Ops {
     // adamw_fq: AdamW on a (rows, cols) tensor and its requantized working copy in the same pass.
     //   g = grad * grad_scale; f32 throughout, each operation rounded, in this order (torchao's low-bit optimizers):
     //   p -= (lr*wd)*p; m += (1-b1)*(g-m); v += (1-b2)*(g*g-v); p -= (lr*(m/bc1)) / (sqrt(v)/sqrt(bc2) + eps)
-    //   with bc = 1 - powf(b, t); then work, wscale as weight_fq below. Nothing changes when state->skip.
+    //   with bc = 1 - pow_int_f32(b, t); then work, wscale as weight_fq below. Nothing changes when state->skip.
     // A scale of rows or blocks is made while they are in cache; one of the whole tensor takes a second pass.
     void (*adamw_fq)(float *master, float *m, float *v, floatX *work, float *wscale, const float *grad,
                      const StepState *state, const AdamWParams *h, const QuantSpec *wq, int64_t rows, int64_t cols);

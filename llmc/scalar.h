@@ -51,6 +51,35 @@ QHD f16 f16_from_f32(float f) {
     return (f16)(sign | (uint32_t)rintf(scaled));
 }
 
+// p * 2^n for 1/2 <= |p| < 4 and -152 <= n <= 130, rounded once: the first product is exact.
+QHD float scale2_f32(float p, int n) {
+    int half = n / 2;
+    return p * f32_from_bits((uint32_t)(half + 127) << 23) * f32_from_bits((uint32_t)(n - half + 127) << 23);
+}
+// e^x; llmc/cpu/vec.h says how and how well (v16_exp: the same bits).
+QHD float exp_f32(float x) {
+    x = x < -105.0f ? -105.0f : x > 89.0f ? 89.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, x));
+    float p = fmaf(0.00138145965f, r, 0.00836871751f);
+    p = fmaf(p, r, 0.041668389f);
+    p = fmaf(p, r, 0.166665211f);
+    p = fmaf(p, r, 0.49999994f);
+    p = fmaf(p, r, 1.0f);
+    p = fmaf(p, r, 1.0f);
+    return scale2_f32(p, n == n ? (int)n : 0);
+}
+
+// b^t for t >= 0 by squaring in double, rounded once: powf's last bit is each library's own.
+QHD float pow_int_f32(float b, int t) {
+    double r = 1.0, square = (double)b;
+    for (; t > 0; t >>= 1) {
+        if (t & 1) r *= square;
+        square *= square;
+    }
+    return (float)r;
+}
+
 // The build's type of activations and working weights.
 #ifdef PRECISION_FP32
 typedef float floatX;

@@ -97,11 +97,14 @@ struct Thread {
     unsigned mask;
     uint64_t value; int src;
     uint64_t result;
+    struct Copy { char *dst; const char *src; int bytes, group; } *copies;   // cp.async that nobody waited for yet
+    int n_copies, max_copies, group;
 };
 
 Thread threads[MAX_THREADS];
 Thread *current;                       // NULL: the host runs
-int n_threads, n_alive, n_at_barrier;
+int n_threads, n_alive, n_at_barrier, barrier_votes;
+size_t n_launches;
 unsigned ready[MAX_THREADS / 32];      // lanes of each warp that can run
 unsigned ready_warps;                  // warps that have any
 const cudasim::Launch *launch;
@@ -278,6 +281,8 @@ cudaError_t set_error(cudaError_t e) {
 // The scheduler. A thread runs until it waits or ends; the scheduler then picks another. All waiting is on the block's
 // barrier or on lanes of the own warp.
 
+const unsigned FULL = 0xffffffffu;
+
 int index_of(const Thread *t) { return (int)(t - threads); }
 
 void make_ready(Thread *t) {
@@ -323,6 +328,12 @@ void try_warp_collective(Thread *t) {
                  o->mask);
         if (o->value) ballot |= 1u << l;
     }
+    if (t->kind == cudasim::EXCHANGE) {
+        if (lanes != FULL) fail("%08x are not all lanes of the warp at %s:%d", lanes, t->file, t->line);
+        cudasim::Exchange *all[32];
+        for (int l = 0; l < 32; l++) all[l] = (cudasim::Exchange *)(uintptr_t)warp[l].value;
+        all[0]->finish(all);
+    }
     for (int l = 0; l < 32; l++) {
         if (!(lanes >> l & 1)) continue;
         Thread *o = &warp[l];
@@ -345,9 +356,11 @@ void try_barrier() {
         if (t->line != first->line || strcmp(t->file, first->file) != 0)
             fail("threads of one block wait at different barriers: thread %d at %s:%d, thread %d at %s:%d",
                  index_of(first), first->file, first->line, i, t->file, t->line);
+        t->result = (uint64_t)barrier_votes;
         make_ready(t);
     }
     n_at_barrier = 0;
+    barrier_votes = 0;
 }
 
 void fiber_main() __attribute__((no_sanitize_address));
@@ -406,10 +419,11 @@ void run_block() {
     if (!ASAN && tls.size) memset(tls.p, poison_byte(), tls.size);
     if (launch->smem) fill((char *)smem, poison_byte(), launch->smem);
     n_alive = n_threads;
-    n_at_barrier = 0;
+    n_at_barrier = barrier_votes = 0;
     for (int i = 0; i < n_threads; i++) {
         unsigned u = (unsigned)i;
         Thread *t = &threads[i];
+        t->n_copies = t->group = 0;
         t->idx = {u % blockDim.x, u / blockDim.x % blockDim.y, u / blockDim.x / blockDim.y};
         context_make(&t->context, t->stack, STACK, fiber_main);
         make_ready(t);
@@ -473,6 +487,111 @@ void maybe_switch() {
     switch_to_scheduler(false);
 }
 
+// Fragments as ptx.cuh draws them, gathered to whole matrices. Sums are f32, k ascending, each product and addition
+// fused: hardware sums in an order and precision of its own, which tests have to allow for.
+struct Mma : Exchange { void *d; const uint32_t *a, *b; };
+
+static void finish_bf16(Exchange *const lanes[32]) {
+    float A[16][16], B[16][8];
+    for (int l = 0; l < 32; l++) {
+        const Mma *m = (const Mma *)lanes[l];
+        for (int i = 0, g = l / 4, t = l % 4; i < 2; i++)
+            for (int r = 0; r < 4; r++) {
+                A[g + r % 2 * 8][2 * t + r / 2 * 8 + i] = __uint_as_float(m->a[r] >> 16 * i << 16);
+                if (r < 2) B[2 * t + r * 8 + i][g] = __uint_as_float(m->b[r] >> 16 * i << 16);
+            }
+    }
+    for (int l = 0; l < 32; l++)
+        for (int r = 0, g = l / 4, t = l % 4; r < 4; r++) {
+            float *d = (float *)((const Mma *)lanes[l])->d + r;
+            for (int k = 0; k < 16; k++) *d = fmaf(A[g + r / 2 * 8][k], B[k][2 * t + r % 2], *d);
+        }
+}
+static void finish_s8(Exchange *const lanes[32]) {
+    int A[16][32], B[32][8];
+    for (int l = 0; l < 32; l++) {
+        const Mma *m = (const Mma *)lanes[l];
+        for (int i = 0, g = l / 4, t = l % 4; i < 4; i++)
+            for (int r = 0; r < 4; r++) {
+                A[g + r % 2 * 8][4 * t + r / 2 * 16 + i] = (int8_t)(m->a[r] >> 8 * i);
+                if (r < 2) B[4 * t + r * 16 + i][g] = (int8_t)(m->b[r] >> 8 * i);
+            }
+    }
+    for (int l = 0; l < 32; l++)
+        for (int r = 0, g = l / 4, t = l % 4; r < 4; r++) {
+            int *d = (int *)((const Mma *)lanes[l])->d + r;
+            for (int k = 0; k < 32; k++) *d += A[g + r / 2 * 8][k] * B[k][2 * t + r % 2];
+        }
+}
+static void exchange(Exchange *e, const char *file, int line) {
+    warp_collective(EXCHANGE, FULL, (uint64_t)(uintptr_t)e, 0, file, line);
+}
+void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, const char *file, int line) {
+    Mma m;
+    m.finish = finish_bf16; m.d = d; m.a = a; m.b = b;
+    exchange(&m, file, line);
+}
+void mma_s8(int *d, const uint32_t *a, const uint32_t *b, const char *file, int line) {
+    Mma m;
+    m.finish = finish_s8; m.d = d; m.a = a; m.b = b;
+    exchange(&m, file, line);
+}
+
+struct Ldmatrix : Exchange { uint32_t *r; const uint16_t *row; bool trans; };
+
+static void finish_ldmatrix(Exchange *const lanes[32]) {
+    for (int l = 0; l < 32; l++) {
+        const Ldmatrix *m = (const Ldmatrix *)lanes[l];
+        for (int i = 0; i < 4; i++) {
+            uint32_t half[2];
+            for (int z = 0; z < 2; z++) {
+                int row = m->trans ? 2 * (l % 4) + z : l / 4, column = m->trans ? l / 4 : 2 * (l % 4) + z;
+                half[z] = ((const Ldmatrix *)lanes[8 * i + row])->row[column];
+            }
+            m->r[i] = half[0] | half[1] << 16;
+        }
+    }
+}
+void ldmatrix_x4(uint32_t *r, const void *row, bool trans, const char *file, int line) {
+    if ((uintptr_t)row % 16) fail("ldmatrix of a row at %p, which is not 16-byte aligned, at %s:%d", row, file, line);
+    Ldmatrix m;
+    m.finish = finish_ldmatrix; m.r = r; m.row = (const uint16_t *)row; m.trans = trans;
+    exchange(&m, file, line);
+}
+
+void cp_async(void *smem_to, const void *gmem, int bytes, const char *file, int line) {
+    if ((uintptr_t)smem_to % 16 || (uintptr_t)gmem % 16)
+        fail("cp.async from %p to %p, which are not both 16-byte aligned, at %s:%d", gmem, smem_to, file, line);
+    Thread *t = current;
+    if (t->n_copies == t->max_copies) {
+        t->max_copies = t->max_copies ? 2 * t->max_copies : 16;
+        t->copies = (Thread::Copy *)realloc(t->copies, (size_t)t->max_copies * sizeof *t->copies);
+        if (!t->copies) fail("no memory");
+    }
+    t->copies[t->n_copies++] = {(char *)smem_to, (const char *)gmem, bytes, t->group};
+    memset(smem_to, poison_byte(), 16);
+}
+void cp_async_commit() { current->group++; }
+void cp_async_wait(int newest) {
+    Thread *t = current;
+    int kept = 0;
+    for (int i = 0; i < t->n_copies; i++) {
+        Thread::Copy c = t->copies[i];
+        if (c.group >= t->group - newest) { t->copies[kept++] = c; continue; }
+        memcpy(c.dst, c.src, (size_t)c.bytes);
+        memset(c.dst + c.bytes, 0, (size_t)(16 - c.bytes));
+    }
+    t->n_copies = kept;
+}
+
+size_t launches() { return n_launches; }
+
+int barrier_vote(int predicate, const char *file, int line) {
+    barrier_votes += predicate;
+    __syncthreads(file, line);
+    return (int)current->result;
+}
+
 void check_pointer(const Launch &l, int arg, const void *p) {
     const Allocation *a = p ? find(p, 0) : nullptr;
     if (!p || (a && !a->freed)) return;
@@ -497,6 +616,7 @@ void run(const Launch &l) {
         set_error(cudaErrorInvalidConfiguration);
         return;
     }
+    n_launches++;
     launch = &l;
     gridDim = l.grid;
     blockDim = l.block;

@@ -80,10 +80,21 @@ namespace cudasim {
 // Every call that waits carries its place in the source, for messages and to tell one barrier from another.
 #define CUDASIM_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-enum Collective { SYNCWARP, SHUFFLE, BALLOT };
+enum Collective { SYNCWARP, SHUFFLE, BALLOT, EXCHANGE };
 // Waits until every lane of mask has come; returns value of lane src (SHUFFLE) or the lanes whose value is not 0
-// (BALLOT).
+// (BALLOT). EXCHANGE: value is the address of an Exchange, and the last lane to come runs its function over all 32.
 uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int src, const char *file, int line);
+struct Exchange { void (*finish)(Exchange *const lanes[32]); };
+// ptx.cuh says what these do.
+void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, const char *file, int line);
+void mma_s8(int *d, const uint32_t *a, const uint32_t *b, const char *file, int line);
+void ldmatrix_x4(uint32_t *r, const void *row, bool trans, const char *file, int line);
+// A copy is made when it is waited for, at the latest possible time; until then its destination is poison.
+void cp_async(void *smem, const void *gmem, int bytes, const char *file, int line);
+void cp_async_commit();
+void cp_async_wait(int newest);
+int barrier_vote(int predicate, const char *file, int line);    // __syncthreads, and how many predicates were true
+size_t launches();                     // kernels launched so far, for tests
 int lane();
 void maybe_switch();                   // a point where another thread may come first: atomics and fences
 void *dyn_shared();
@@ -203,4 +214,36 @@ template <class T> T atomicCAS(T *p, cudasim::Same<T> expected, cudasim::Same<T>
     return old;
 }
 template <class T> T __ldg(const T *p) { return *p; }
+template <class T> T __ldcs(const T *p) { return *p; }
+template <class T, class U> void __stcs(T *p, U v) { *p = v; }
+
+static inline int __syncthreads_count(int predicate, CUDASIM_HERE) {
+    return cudasim::barrier_vote(predicate != 0, file, line);
+}
+static inline int __syncthreads_or(int predicate, CUDASIM_HERE) {
+    return cudasim::barrier_vote(predicate != 0, file, line) != 0;
+}
+static inline int __syncthreads_and(int predicate, CUDASIM_HERE) {
+    return cudasim::barrier_vote(predicate == 0, file, line) == 0;
+}
+static inline int __popc(unsigned v) { return __builtin_popcount(v); }
+static inline int __ffs(int v) { return __builtin_ffs(v); }
+static inline int __clz(int v) { return v ? __builtin_clz((unsigned)v) : 32; }
+static inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+static inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+static inline float __int_as_float(int u) { float f; memcpy(&f, &u, 4); return f; }
+static inline int __float_as_int(float f) { int u; memcpy(&u, &f, 4); return u; }
+// Bytes of (b, a), the lowest of a being byte 0: nibble i of the selector picks byte i of the result.
+static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    uint64_t both = (uint64_t)b << 32 | a;
+    unsigned r = 0;
+    for (int i = 0; i < 4; i++) r |= (unsigned)(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return r;
+}
+static inline int __dp4a(int a, int b, int c) {
+    for (int i = 0; i < 4; i++) c += (int)(int8_t)(a >> 8 * i) * (int)(int8_t)(b >> 8 * i);
+    return c;
+}
+template <class T> T min(T a, T b) { return b < a ? b : a; }
+template <class T> T max(T a, T b) { return a < b ? b : a; }
 #endif

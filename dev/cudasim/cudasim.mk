@@ -7,10 +7,12 @@
 SIM_ASAN  := $(if $(SANITIZE),--param asan-use-after-return=0)
 SIM_FLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Wno-unknown-pragmas $(if $(WERROR),-Werror) \
              -march=$(ARCH) \
-             -ffp-contract=off -fno-math-errno -fstack-clash-protection -O2 -g -I. -Illmc -Idev/cudasim $(SIM_ASAN) \
+             -ffp-contract=off -fno-math-errno -fstack-clash-protection -O2 -g -I. -Illmc -Idev/cudasim -Itest $(SIM_ASAN) \
              $(filter -DPRECISION_FP32 -fsanitize=% -fno-sanitize-recover=% -fno-omit-frame-pointer,$(ALLFLAGS))
 CUDA_SRC  := $(wildcard llmc/cuda/*.cu)
-SIM_OBJ   := $(CUDA_SRC:%.cu=$(OUT)/cudasim/%.o) $(OUT)/cudasim/dev/cudasim/cudasim.o $(OUT)/cudasim/test/test_cudasim.o
+SIM_TESTS := test/test_cudasim.cpp $(wildcard test/cuda/*.cpp)
+SIM_OBJ   := $(CUDA_SRC:%.cu=$(OUT)/cudasim/%.o) $(OUT)/cudasim/dev/cudasim/cudasim.o \
+             $(SIM_TESTS:%.cpp=$(OUT)/cudasim/%.o)
 
 $(OUT)/cudasim/%.o: %.cu $(OUT)/flags.txt dev/cudasim/cudasim.mk
 	@mkdir -p $(@D)

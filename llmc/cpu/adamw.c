@@ -185,11 +185,11 @@ VEC void update_and_quantize(const Update *u, UpdateKind kind, floatX *work, flo
 void cpu_adamw_fq(float *master, float *m, float *v, floatX *work, float *wscale, const float *grad,
                   const StepState *state, const AdamWParams *h, const QuantSpec *wq, int64_t rows, int64_t cols) {
     if (state->skip) return;
-    float t = (float)state->t;
     Update u = {.master = master, .m = m, .v = v, .grad = grad, .grad_scale = state->grad_scale, .lr = state->lr,
                 .decay = state->lr * (float)h->weight_decay, .eps = (float)h->eps,
                 .c1 = (float)(1.0 - h->beta1), .c2 = (float)(1.0 - h->beta2),
-                .bc1 = 1.0f - powf((float)h->beta1, t), .sqrt_bc2 = sqrtf(1.0f - powf((float)h->beta2, t))};
+                .bc1 = 1.0f - pow_int_f32((float)h->beta1, state->t),
+                .sqrt_bc2 = sqrtf(1.0f - pow_int_f32((float)h->beta2, state->t))};
     update_and_quantize(&u, UPDATE_ADAMW, work, wscale, wq, rows, cols);
 }
 

@@ -235,8 +235,8 @@ VEC v16 v16_roundx(v16 v) {
 // e^x within 1 ulp of the true value for normal results (test_ops_elementwise measures it over all of [-104, 89]):
 // x = n ln2 + r with |r| <= ln2/2, ln2 in two parts so that n * hi is exact, then 1 + r + r^2 q(r) with the q of degree
 // 4 that leaves the least relative error (2^-28.3; fitted by reweighted least squares), by Horner with fused
-// multiply-adds. Overflows to infinity above 88.73, to 0 below -103.98; NaN stays NaN. exp_f32 is the scalar twin: the
-// same bits.
+// multiply-adds. Overflows to infinity above 88.73, to 0 below -103.98; NaN stays NaN. scalar.h's exp_f32 is the
+// scalar twin: the same bits.
 VEC v16 v16_exp(v16 x) {
     x = v16_min(v16_set1(89.0f), v16_max(v16_set1(-105.0f), x));
     v16 n = v16_rint(x * v16_set1(1.44269504f));
@@ -249,17 +249,5 @@ VEC v16 v16_exp(v16 x) {
     p = v16_fma(p, r, v16_set1(1.0f));
     p = v16_fma(p, r, v16_set1(1.0f));
     return v16_scale2(p, n);
-}
-static inline float exp_f32(float x) {
-    x = x < -105.0f ? -105.0f : x > 89.0f ? 89.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, x));
-    float p = fmaf(0.00138145965f, r, 0.00836871751f);
-    p = fmaf(p, r, 0.041668389f);
-    p = fmaf(p, r, 0.166665211f);
-    p = fmaf(p, r, 0.49999994f);
-    p = fmaf(p, r, 1.0f);
-    p = fmaf(p, r, 1.0f);
-    return ldexpf(p, n == n ? (int)n : 0);
 }
 #endif
