@@ -36,6 +36,10 @@ QLLM_OPS(CUDA_OP)
 #undef CUDA_OP
 extern const Ops ops_cuda;            // ops_cuda.cu; entries without a kernel are NULL
 extern cudaStream_t cuda_stream;      // where operations are launched
+// Working memory of one operation, 256-byte aligned, kept from call to call and grown when a larger one comes: what a
+// step needs is there after the first. Operations run one after another on one stream, so they share it. NULL when
+// there is none left; the error is then set.
+void *cuda_workspace(size_t bytes);
 }
 
 // Keeps a failed call as the backend's first error: operations have no return value.

@@ -4,6 +4,23 @@
 
 cudaStream_t cuda_stream = 0;
 
+void *cuda_workspace(size_t bytes) {
+    static void *p;
+    static size_t size;
+    if (bytes <= size) return p;
+    CUDA_CHECK(cudaFree(p));
+    size = 0;
+    cudaError_t e = cudaMalloc(&p, bytes);
+    if (e != cudaSuccess) {
+        (void)cudaGetLastError();
+        p = nullptr;
+        ops_set_error(E_NOMEM, "working memory: no %zu bytes left on the device; use a smaller batch", bytes);
+        return nullptr;
+    }
+    size = bytes;
+    return p;
+}
+
 static constexpr Ops make_table() {
     Ops t = {};
 #ifdef __CUDACC__
