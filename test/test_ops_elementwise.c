@@ -62,6 +62,23 @@ static void test_exp(void **state) {
     assert_true(e[6] == 0.0f && e[7] == INFINITY && e[8] == 0.0f && e[9] > 0.0f && e[10] < INFINITY);
 }
 
+// exp2_fast: its stated error, and the values it promises exactly.
+static void test_exp2(void **state) {
+    (void)state;
+    double worst = 0.0;
+    for (uint32_t sign = 0; sign < 2; sign++)
+        for (uint32_t u = 0x2f000000u; u < 0x43000000u; u += 53) {
+            float x = f32_from_bits((sign << 31) | u);
+            if (x < -126.0f) break;
+            double err = fabs((double)exp2_fast(x) / exp2((double)x) - 1.0);
+            worst = err > worst ? err : worst;
+        }
+    if (worst > 0x1p-22 / sqrt(2.0)) fail_msg("exp2_fast is off by 2^%.2f", log2(worst));
+    for (int n = -126; n < 128; n++) assert_true(exp2_fast((float)n) == ldexpf(1.0f, n));
+    assert_true(exp2_fast(-0.0f) == 1.0f && exp2_fast(-126.00001f) == 0.0f && exp2_fast(-INFINITY) == 0.0f);
+    assert_true(exp2_fast(-1e30f) == 0.0f && exp2_fast(NAN) != exp2_fast(NAN));
+}
+
 // Lanes do what the scalars do, for any bits: subnormals, infinities, NaNs.
 static void test_lanes(void **state) {
     (void)state;
@@ -461,6 +478,7 @@ static void test_threads(void **state) {
 
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_exp),
+    cmocka_unit_test(test_exp2),
     cmocka_unit_test(test_lanes),
     cmocka_unit_test(test_embedding),
     cmocka_unit_test(test_rmsnorm_forward),
