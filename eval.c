@@ -39,7 +39,7 @@ static const Option options[] = {
     {"--tokens",       OPT_STRING, &run.tokens,      NULL,      "1,2,3",          "token ids to run instead of a text; prints the likeliest next token"},
     {"--logits-out",   OPT_STRING, &run.logits_out,  NULL,      NULL,             "with --tokens: write logits (tokens, vocabulary) as f32 safetensors"},
     {"--json",         OPT_STRING, &run.json,        NULL,      NULL,             "append results to this file as JSON lines"},
-    {"--device",       OPT_STRING, &run.device,      "auto",    NULL,             "auto or cpu"},
+    {"--device",       OPT_STRING, &run.device,      "auto",    NULL,             "auto (a GPU if there is one), cpu or cuda"},
     {"--threads",      OPT_INT,    &run.threads,     "0",       "0..4096",        "CPU threads (0: all cores)"},
 };
 #define N_OPTIONS ((int)(sizeof options / sizeof *options))

@@ -37,7 +37,7 @@ static const Option options[] = {
     {"--bos",            OPT_ENUM,   &run.bos,          "auto",  "auto,yes,no",   "put the tokenizer's bos in front (auto: as its configuration says, else yes)"},
     {"--ignore-eos",     OPT_FLAG,   &run.ignore_eos,   "0",     NULL,            "go on after an end-of-text token"},
     {"--arithmetic",     OPT_ENUM,   &run.arithmetic,   "served", "trained,served", "codes unpacked as in training, or read packed by the fast kernels"},
-    {"--device",         OPT_STRING, &run.device,       "auto",  NULL,            "auto or cpu"},
+    {"--device",         OPT_STRING, &run.device,       "auto",  NULL,            "auto (a GPU if there is one), cpu or cuda"},
     {"--threads",        OPT_INT,    &run.threads,      "0",     "0..4096",       "CPU threads (0: all cores)"},
     {"--prefill",        OPT_INT,    &run.prefill,      "512",   "1..65536",      "tokens of the prompt that are processed at a time"},
     {"--json",           OPT_STRING, &run.json,         NULL,    NULL,            "append the figures and the text to this file as a JSON line"},

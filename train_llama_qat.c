@@ -124,7 +124,7 @@ typedef struct {
     float *logits;           // (chunk, V) f32
     floatX *dlogits;         // (chunk, V)
     float *losses;           // (N)
-    int32_t *tokens, *targets;   // (N)
+    int32_t *tokens, *targets;   // (N) of the running micro-batch
     // backward
     floatX *dres;            // (N, C)   gradient of the residual stream
     floatX *dc;              // (N, max(C, NH*HS))   gradient of a norm's or attention's output
@@ -178,8 +178,9 @@ static bool any_row_scale(const Llama *m) {
     return quant_works_as_codes(&m->plan.tied_head);
 }
 
-// Activations for batches of (B, T); recompute keeps one full block for all layers.
-static void take_acts(Arena *a, Acts *s, const Llama *m, int B, int T, bool recompute, bool clip) {
+// Activations for batches of (B, T); recompute keeps one full block for all layers. Tokens of all micro-batches of a
+// step lie one after the other, so that they are there before it begins.
+static void take_acts(Arena *a, Acts *s, const Llama *m, int B, int T, int grad_accum, bool recompute, bool clip) {
     const LlamaConfig *c = &m->c;
     size_t N = (size_t)B * T, X = sizeof(floatX), NHS = (size_t)c->NH * c->HS, QKV = NHS + 2 * (size_t)c->NKV * c->HS;
     s->B = B; s->T = T; s->N = N; s->recompute = recompute;
@@ -201,8 +202,8 @@ static void take_acts(Arena *a, Acts *s, const Llama *m, int B, int T, bool reco
     s->logits = take(a, (size_t)s->chunk * c->V, 4, "logits");
     s->dlogits = take(a, (size_t)s->chunk * c->V, X, "logits");
     s->losses = take(a, N, 4, "losses");
-    s->tokens = take(a, N, 4, "tokens");
-    s->targets = take(a, N, 4, "tokens");
+    s->tokens = take(a, N * (size_t)grad_accum, 4, "tokens");
+    s->targets = take(a, N * (size_t)grad_accum, 4, "tokens");
     s->dres = take(a, N * c->C, X, "gradients of activations");
     s->dc = take(a, N * max_size(c->C, NHS), X, "gradients of activations");
     s->dwide = take(a, N * max_size(2 * (size_t)c->FF, QKV), X, "gradients of activations");
@@ -365,6 +366,24 @@ static void llama_update(const Llama *m, StepState *state, const UpdateParams *u
                        m->fake_quant ? &m->plan.tied_head : NULL, m->c.V, m->c.C);
 }
 
+// One step: gradients of all its micro-batches, then the update. What changes from step to step is in s->state, s->tokens
+// and s->targets, so a device may record it once and replay it.
+typedef struct { const Llama *m; const Acts *s; const UpdateParams *u; int grad_accum; } Step;
+
+static void train_step(void *ctx) {
+    const Step *k = ctx;
+    llama_zero_grad(k->m);
+    for (int micro = 0; micro < k->grad_accum; micro++) {
+        Acts s = *k->s;
+        s.tokens += (size_t)micro * s.N;
+        s.targets += (size_t)micro * s.N;
+        llama_forward(k->m, &s);
+        llama_loss(k->m, &s, true, micro > 0);
+        llama_backward(k->m, &s, micro > 0);
+    }
+    llama_update(k->m, k->s->state, k->u);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Options
 
@@ -422,7 +441,7 @@ static const Option options[] = {
     {"--max-skips",    OPT_INT,    &run.max_skips,    "10",     "1..", "stop after so many steps in a row without a finite loss and norm"},
     {"--log-every",    OPT_INT,    &run.log_every,    "1",      "1..", "print every so many steps (all of them are logged)"},
     {"--profile",      OPT_FLAG,   &run.profile,      "0",      NULL, "at the end print the time of each operation"},
-    {"--device",       OPT_STRING, &run.device,       "auto",   NULL, "auto or cpu"},
+    {"--device",       OPT_STRING, &run.device,       "auto",   NULL, "auto (a GPU if there is one), cpu or cuda"},
     {"--threads",      OPT_INT,    &run.threads,      "0",      "0..4096", "CPU threads (0: all cores)"},
 };
 #define N_OPTIONS ((int)(sizeof options / sizeof *options))
@@ -536,17 +555,17 @@ static int load_tokenizer(Tokenizer **tok, ModelFile *file, Err *err) {
 }
 
 // Prints the memory plan. Activations are counted by the function that allocates them, for one sequence and for two.
-static double print_memory_plan(Llama *m, bool ste_clip, const TokenData *data) {
+static int print_memory_plan(double *planned, Llama *m, bool ste_clip, const TokenData *data, Err *err) {
     double n = (double)m->table.n_elements, b1, b2;
     Acts s = {0};
     Arena a = {.plan = true};
-    take_acts(&a, &s, m, 1, run.T, run.recompute, ste_clip);
+    take_acts(&a, &s, m, 1, run.T, run.grad_accum, run.recompute, ste_clip);
     b1 = a.bytes;
     a.bytes = 0;
-    take_acts(&a, &s, m, 2, run.T, run.recompute, ste_clip);
+    take_acts(&a, &s, m, 2, run.T, run.grad_accum, run.recompute, ste_clip);
     b2 = a.bytes;
     a.bytes = 0;
-    take_acts(&a, &s, m, run.B, run.T, run.recompute, ste_clip);
+    take_acts(&a, &s, m, run.B, run.T, run.grad_accum, run.recompute, ste_clip);
     free(s.block);
     double per = run.B > 1 ? (a.bytes - b1) / (run.B - 1) : b2 - b1;
     double views = tied_views_differ(m) ? (double)m->c.V * m->c.C * sizeof(floatX) : 0;
@@ -557,9 +576,9 @@ static double print_memory_plan(Llama *m, bool ste_clip, const TokenData *data) 
          (run.optimizer == OPTIM_ADAMW ? 8 : 4) * n, 0},
         {"working weights, " FLOATX_NAME, (double)sizeof(floatX) * n + 4.0 * (double)m->table.n_rows + views, 0},
         {"activations and logits", a.bytes - per * run.B, per},
-        {"tokens", data->owned ? 4.0 * (double)data->n : 0, 0},
+        {"tokens", data->owned && device_is_host() ? 4.0 * (double)data->n : 0, 0},
     };
-    return memory_plan_print(items, sizeof items / sizeof *items, run.B, stdout);
+    return memory_plan_print(planned, items, sizeof items / sizeof *items, run.B, stdout, err);
 }
 
 static int run_training(Err *err) {
@@ -616,7 +635,8 @@ static int run_training(Err *err) {
     printf("FLOPs   a token: 6 * %.0f matmul parameters + 6 * %d layers * %d * %d tokens = %.3g\n",
            llama_matmul_params(&m.c), m.c.L, m.c.NH * m.c.HS, run.T, flops_per_token);
     bool ste_clip = run.ste == 1;
-    double planned = print_memory_plan(&m, ste_clip, &train);
+    double planned;
+    if ((rc = print_memory_plan(&planned, &m, ste_clip, &train, err)) < 0) return rc;
     fflush(stdout);
 
     // Allocate; masters first, so that the mapped model file is gone before the rest is touched.
@@ -638,7 +658,7 @@ static int run_training(Err *err) {
     else m.head_scale = quant_works_as_codes(&param_get(&m.table, -1, ROLE_HEAD)->scheme.weight)
                       ? m.wscale + param_get(&m.table, -1, ROLE_HEAD)->row_offset : NULL;
     static Acts s;
-    take_acts(&a, &s, &m, run.B, run.T, run.recompute, ste_clip);
+    take_acts(&a, &s, &m, run.B, run.T, run.grad_accum, run.recompute, ste_clip);
     if (a.rc < 0) return a.rc;
     float *table = xmalloc((size_t)run.T * m.c.HS * 4);
     llama_rope_table(table, table + (size_t)run.T * m.c.HS / 2, &m.c, run.T);
@@ -688,8 +708,9 @@ static int run_training(Err *err) {
                       .adamw = {.beta1 = run.beta1, .beta2 = run.beta2, .eps = run.eps},
                       .clip = (float)run.clip, .ste_clip = ste_clip};
     static int32_t *tokens, *targets;
-    tokens = xmalloc(s.N * 4);
-    targets = xmalloc(s.N * 4);
+    tokens = xmalloc(s.N * (size_t)run.grad_accum * 4);
+    targets = xmalloc(s.N * (size_t)run.grad_accum * 4);
+    Step step = {.m = &m, .s = &s, .u = &u, .grad_accum = run.grad_accum};
     int skips_in_a_row = 0;
     bool quantized = !quant_plan_is_none(&m.plan);
 
@@ -705,16 +726,12 @@ static int run_training(Err *err) {
         StepState state = {
             .t = (int32_t)p.t + 1, .lr = (float)schedule_lr(&sched, (int)p.step), .seed = (uint64_t)run.seed};
         device_copy_in(s.state, &state, sizeof state);
-        llama_zero_grad(&m);
-        for (int micro = 0; micro < run.grad_accum; micro++) {
-            dataloader_next(&train_dl, tokens, targets);
-            device_copy_in(s.tokens, tokens, s.N * 4);
-            device_copy_in(s.targets, targets, s.N * 4);
-            llama_forward(&m, &s);
-            llama_loss(&m, &s, true, micro > 0);
-            llama_backward(&m, &s, micro > 0);
-        }
-        llama_update(&m, s.state, &u);
+        for (int micro = 0; micro < run.grad_accum; micro++)
+            dataloader_next(&train_dl, tokens + (size_t)micro * s.N, targets + (size_t)micro * s.N);
+        device_copy_in(s.tokens, tokens, s.N * (size_t)run.grad_accum * 4);
+        device_copy_in(s.targets, targets, s.N * (size_t)run.grad_accum * 4);
+        if (run.profile) train_step(&step);        // operation by operation, so that each can be timed
+        else device_step(m.fake_quant, train_step, &step);
         if ((rc = device_sync(err)) < 0) return rc;
         device_copy_out(&state, s.state, sizeof state);
 

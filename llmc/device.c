@@ -15,6 +15,10 @@ const Ops *ops;
 static char description[256];
 static int threads_used = 1;
 
+// The CUDA wing is linked into a program or it is not: a weak symbol is NULL where it is missing.
+extern const DeviceWing device_wing_cuda __attribute__((weak));
+static const DeviceWing *wing;      // NULL: the CPU
+
 // The first error wins: what follows is mostly its consequence. Operations may meet one on any thread.
 static Err first_error;
 static atomic_int error_state;      // 0 none, 1 being written, 2 there
@@ -30,7 +34,12 @@ void ops_set_error(int code, const char *fmt, ...) {
     atomic_store(&error_state, 2);
 }
 
+void device_wait(void) {
+    if (wing) wing->wait();
+}
+
 int device_sync(Err *err) {
+    device_wait();
     if (atomic_load(&error_state) != 2) return 0;
     Err e = first_error;
     atomic_store(&error_state, 0);
@@ -53,39 +62,86 @@ static void cpu_model(char *name, size_t size) {
     fclose(f);
 }
 
+static void cpu_init(int threads) {
+#ifdef _OPENMP
+    if (threads) omp_set_num_threads(threads);
+    else omp_set_num_threads(omp_get_num_procs());
+    threads_used = omp_get_max_threads();
+#else
+    (void)threads;
+#endif
+    char model[128];
+    cpu_model(model, sizeof model);
+    snprintf(description, sizeof description, "cpu: %s, %d thread%s, %s", model, threads_used,
+             threads_used == 1 ? "" : "s", cpu_matmul_description());
+    wing = NULL;
+    ops = &ops_cpu;
+}
+
 int device_init(const char *name, int threads, Err *err) {
     if (threads < 0 || threads > 1024)
         return err_set(err, E_USAGE, "threads: %d is not between 0 (all cores) and 1024", threads);
-    if (!name || !strcmp(name, "auto") || !strcmp(name, "cpu")) {
-#ifdef _OPENMP
-        if (threads) omp_set_num_threads(threads);
-        else omp_set_num_threads(omp_get_num_procs());
-        threads_used = omp_get_max_threads();
-#else
-        if (threads > 1)
-            return err_set(err, E_USAGE, "threads: this build has no OpenMP and runs on one thread, not %d", threads);
+#ifndef _OPENMP
+    if (threads > 1)
+        return err_set(err, E_USAGE, "threads: this build has no OpenMP and runs on one thread, not %d", threads);
 #endif
-        char model[128];
-        cpu_model(model, sizeof model);
-        snprintf(description, sizeof description, "cpu: %s, %d thread%s, %s", model, threads_used,
-                 threads_used == 1 ? "" : "s", cpu_matmul_description());
-        ops = &ops_cpu;
-        return 0;
+    bool automatic = !name || !strcmp(name, "auto"), cuda = !automatic && !strcmp(name, "cuda");
+    if (!automatic && !cuda && strcmp(name, "cpu"))
+        return err_set(err, E_USAGE, "device %s: unknown; use auto, cpu or cuda", name);
+    if (cuda && !&device_wing_cuda)
+        return err_set(err, E_USAGE, "device cuda: this build has no CUDA wing; use --device cpu, or build where nvcc is "
+                                     "(make CUDA_HOME=...)");
+    if ((automatic || cuda) && &device_wing_cuda) {
+        char why[192];
+        if (device_wing_cuda.available(why, sizeof why)) {
+            cpu_init(threads);                      // the host's share of the work uses threads too
+            int rc = device_wing_cuda.init(description, sizeof description, err);
+            if (rc < 0) return rc;
+            wing = &device_wing_cuda;
+            ops = wing->ops;
+            return 0;
+        }
+        if (cuda) return err_set(err, E_USAGE, "device cuda: %s; use --device cpu", why);
     }
-    // The CUDA wing's own device file takes over from here when it is part of the build.
-    if (!strcmp(name, "cuda"))
-        return err_set(err, E_USAGE, "device cuda: this build has no CUDA wing; use --device cpu");
-    return err_set(err, E_USAGE, "device %s: unknown; use auto or cpu", name);
+    cpu_init(threads);
+    return 0;
 }
 
 int device_threads(void) { return threads_used; }
 const char *device_description(void) { return description; }
+bool device_is_host(void) { return !wing; }
 
-int device_alloc(void **out, size_t bytes, const char *what, Err *err) { return big_alloc(out, bytes, what, err); }
-void device_free(void *p) { free(p); }
-void device_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
-void device_copy_in(void *dev, const void *host, size_t bytes) { memcpy(dev, host, bytes); }
-void device_copy_out(void *host, const void *dev, size_t bytes) { memcpy(host, dev, bytes); }
+void device_memory(double *available, double *total) {
+    if (wing) {
+        wing->memory(available, total);
+        return;
+    }
+    *total = (double)physical_memory_bytes();
+    *available = *total * 0.95;
+}
+int device_alloc(void **out, size_t bytes, const char *what, Err *err) {
+    return wing ? wing->alloc(out, bytes, what, err) : big_alloc(out, bytes, what, err);
+}
+void device_free(void *p) {
+    if (wing) wing->free(p);
+    else free(p);
+}
+void device_zero(void *p, size_t bytes) {
+    if (wing) wing->zero(p, bytes);
+    else memset(p, 0, bytes);
+}
+void device_copy_in(void *dev, const void *host, size_t bytes) {
+    if (wing) wing->copy_in(dev, host, bytes);
+    else memcpy(dev, host, bytes);
+}
+void device_copy_out(void *host, const void *dev, size_t bytes) {
+    if (wing) wing->copy_out(host, dev, bytes);
+    else memcpy(host, dev, bytes);
+}
+void device_step(uint64_t key, void (*step)(void *ctx), void *ctx) {
+    if (wing) wing->step(key, step, ctx);
+    else step(ctx);
+}
 
 // ---------------------------------------------------------------------------------------------
 // The arithmetic peak: independent chains of multiply-adds in registers, sixteen being more than pipelines of up to six
@@ -167,6 +223,7 @@ static volatile int peak_length = 300000;
 static volatile float peak_sink;
 
 double device_peak_flops(const char **source) {
+    if (wing) return wing->peak_flops(source);
     static double best;
     if (source) *source = PEAK_SOURCE;
     if (best > 0) return best;

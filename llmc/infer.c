@@ -11,7 +11,7 @@ enum {
 };
 
 // One matmul: one tensor, or two or three that read the same input, their rows one after the other.
-typedef struct { PackedTensor t; QuantSpec spec; int rows; } Part;
+typedef struct { PackedTensor t; QuantSpec spec; int rows; bool on_device; } Part;
 typedef struct {
     int C, OC;
     const QuantSpec *act;         // of the input; NULL: none
@@ -50,7 +50,6 @@ struct Infer {
     floatX *qkv;                  // (max_N, (NH + 2*NKV) * HS) X
     floatX *att;                  // (max_N, NH*HS) X
     floatX *gateup, *ffn;         // (max_N, 2*FF), (max_N, FF) X
-    floatX *part_out;             // (MATVEC_MAX_N, largest OC) X: a part's output before it goes to its columns
     floatX *unpacked;             // largest packed linear, X, with
     float *unpacked_scale;        //   its row scales
     float *logits; int logit_rows;// (logit_rows, V) f32, made longer when losses are first asked for
@@ -58,6 +57,7 @@ struct Infer {
 
     void **owned; int n_owned;    // everything from device_alloc
     size_t memory, model_bytes, token_bytes, embed_bytes;
+    size_t embed_row_scales;      // scales of a row of a packed embedding
 };
 
 static int grab(Infer *s, void *out, size_t a, size_t b, size_t c, const char *what, Err *err) {
@@ -107,6 +107,41 @@ static int load_floats(const ModelFile *m, const Param *p, const QuantSpec *spec
     if (dev) device_free(dev);
     free(host);
     return rc;
+}
+
+// Codes and scales of a part that are read where the file is mapped; a device that is not the host gets its own copy.
+static int part_to_device(Part *p, int C, Err *err) {
+    size_t code_bytes = (size_t)p->rows * quant_row_bytes(p->spec.bits, C);
+    size_t scale_bytes = (size_t)p->t.n_scales * sizeof(float);
+    const void *host[] = {p->t.codes, p->t.scale, p->t.zero};
+    size_t bytes[] = {code_bytes, scale_bytes, scale_bytes};
+    void *dev[3] = {NULL, NULL, NULL};
+    for (int i = 0; i < 3; i++) {
+        if (!host[i]) continue;
+        int rc = device_alloc(&dev[i], bytes[i], "packed weights", err);
+        if (rc < 0) {
+            for (int j = 0; j < i; j++) device_free(dev[j]);
+            return rc;
+        }
+        device_copy_in(dev[i], host[i], bytes[i]);
+    }
+    int64_t n_scales = p->t.n_scales;
+    packed_tensor_free(&p->t);
+    p->t = (PackedTensor){.codes = dev[0], .scale = dev[1], .zero = dev[2], .n_scales = n_scales};
+    p->on_device = true;
+    return 0;
+}
+
+static void part_free(Part *p) {
+    if (p->on_device) {
+        device_free((void *)(uintptr_t)p->t.codes);
+        device_free(p->t.scale);
+        device_free(p->t.zero);
+        p->t = (PackedTensor){0};
+        p->on_device = false;
+    } else {
+        packed_tensor_free(&p->t);
+    }
 }
 
 static size_t packed_bytes(const Part *p, int C) {
@@ -174,7 +209,9 @@ static int load_linear(Infer *s, Linear *l, const ModelFile *m, const Param *con
     int rc = 0;
     if (all_packed && keep_packed) {
         for (int i = 0; i < n; i++) bytes += packed_bytes(&l->part[i], l->C);
-        if (n > 1) rc = join_parts(s, l, err);
+        if (n > 1 || !device_is_host()) rc = join_parts(s, l, err);
+        for (int i = 0; rc == 0 && i < n && !l->codes && !device_is_host(); i++)
+            rc = part_to_device(&l->part[i], l->C, err);
     } else {
         rc = grab(s, &l->w, (size_t)l->OC, (size_t)l->C, sizeof(floatX), p[0]->name, err);
         if (rc == 0 && any_works_as_codes(l)) rc = grab(s, &l->wscale, (size_t)l->OC, sizeof(float), 1, "row scales",
@@ -182,6 +219,8 @@ static int load_linear(Infer *s, Linear *l, const ModelFile *m, const Param *con
         size_t row = 0;
         for (int i = 0; rc == 0 && i < n; row += (size_t)l->part[i++].rows) {
             Part *part = &l->part[i];
+            if (part->t.codes && !device_is_host()) rc = part_to_device(part, l->C, err);
+            if (rc < 0) break;
             if (part->t.codes) unpack_part(l, i, l->w, l->wscale);
             else rc = load_floats(m, p[i], &part->spec, l->w + row * (size_t)l->C, l->wscale ? l->wscale + row : NULL,
                                   err);
@@ -189,7 +228,7 @@ static int load_linear(Infer *s, Linear *l, const ModelFile *m, const Param *con
         bytes = (size_t)l->OC * ((size_t)l->C * sizeof(floatX) + (l->wscale ? sizeof(float) : 0));
     }
     if (l->w || l->codes)                        // the file's own are no longer read
-        for (int i = 0; i < n; i++) packed_tensor_free(&l->part[i].t);
+        for (int i = 0; i < n; i++) part_free(&l->part[i]);
     if (p[0]->scheme.act.bits && p[0]->role != ROLE_EMBED) l->act = &p[0]->scheme.act;
     s->model_bytes += bytes;
     if (p[0]->role == ROLE_EMBED) {
@@ -237,6 +276,7 @@ static int load_weights(Infer *s, const ModelFile *m, Err *err) {
     int rc = 0;
     if (embed->scheme.weight.bits) rc = quant_block_shape(&embed->scheme.weight, embed->rows, embed->cols, block, err);
     // Rows are unpacked as tokens come; a block of several rows is unpacked at once.
+    if (embed->scheme.weight.bits) s->embed_row_scales = (size_t)(embed->cols / block[1]);
     if (rc == 0) rc = load_linear(s, &s->embed, m, &embed, 1, packed && block[0] == 1, err);
     for (int l = 0; rc == 0 && l < s->c.L; l++) {
         Block *b = &s->block[l];
@@ -285,9 +325,8 @@ static int make_buffers(Infer *s, Err *err) {
     s->logit_rows = s->B < LOGIT_ROWS ? s->B : LOGIT_ROWS;
     if (rc == 0) rc = grab(s, &s->logits, (size_t)s->logit_rows, (size_t)c->V, sizeof(float), "logits", err);
     if (rc == 0 && largest) {
-        rc = grab(s, &s->part_out, MATVEC_MAX_N, widest, X, act, err);
         // Prefill is the only reader; one token at a time never touches it.
-        if (rc == 0) rc = grab(s, &s->unpacked, largest, X, 1, "an unpacked weight", err);
+        rc = grab(s, &s->unpacked, largest, X, 1, "an unpacked weight", err);
         if (rc == 0) rc = grab(s, &s->unpacked_scale, widest, sizeof(float), 1, "an unpacked weight", err);
     }
     for (int l = 0; rc == 0 && l < c->L; l++)
@@ -343,7 +382,7 @@ int infer_new(Infer **out, const ModelFile *m, int B, int max_T, int max_N, Arit
 }
 
 static void linear_free(Linear *l) {
-    for (int i = 0; i < l->n_parts; i++) packed_tensor_free(&l->part[i].t);
+    for (int i = 0; i < l->n_parts; i++) part_free(&l->part[i]);
 }
 
 void infer_free(Infer *s) {
@@ -400,11 +439,13 @@ static void embed(Infer *s, const int32_t *tokens, size_t N) {
         return;
     }
     const Part *p = &e->part[0];
-    size_t row_bytes = quant_row_bytes(p->spec.bits, e->C), row_scales = (size_t)p->t.n_scales / (size_t)e->OC;
+    const uint8_t *codes = e->codes ? e->codes : p->t.codes;
+    const float *scale = e->codes ? e->scale : p->t.scale, *zero = e->codes ? e->zero : p->t.zero;
+    size_t row_bytes = quant_row_bytes(p->spec.bits, e->C), row_scales = s->embed_row_scales;
     for (size_t n = 0; n < N; n++) {
         size_t row = (size_t)tokens[n];
-        ops->dequant_rows(s->res + n * (size_t)e->C, NULL, p->t.codes + row * row_bytes, p->t.scale + row * row_scales,
-                          p->t.zero ? p->t.zero + row * row_scales : NULL, &p->spec, 1, e->C);
+        ops->dequant_rows(s->res + n * (size_t)e->C, NULL, codes + row * row_bytes, scale + row * row_scales,
+                          zero ? zero + row * row_scales : NULL, &p->spec, 1, e->C);
     }
 }
 
@@ -430,11 +471,11 @@ static void linear(Infer *s, floatX *y, const floatX *x, const Linear *l, size_t
     size_t column = 0;
     for (int i = 0; i < l->n_parts; i++) {
         const Part *p = &l->part[i];
-        floatX *to = N == 1 || l->n_parts == 1 ? y + column : s->part_out;
-        ops->qmatvec_forward(to, x, p->t.codes, p->t.scale, p->t.zero, &p->spec, N, l->C, p->rows);
-        if (to == s->part_out)
-            for (size_t n = 0; n < N; n++)
-                memcpy(y + n * OC + column, to + n * (size_t)p->rows, (size_t)p->rows * sizeof *y);
+        // A part's columns of several tokens do not lie side by side: token by token then.
+        size_t together = l->n_parts == 1 ? N : 1;
+        for (size_t n = 0; n < N; n += together)
+            ops->qmatvec_forward(y + n * OC + column, x + n * (size_t)l->C, p->t.codes, p->t.scale, p->t.zero, &p->spec,
+                                 together, l->C, p->rows);
         column += (size_t)p->rows;
     }
 }

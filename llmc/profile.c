@@ -22,6 +22,7 @@ static long calls[OP_COUNT];
     static void timed_##name params { \
         double t0 = now_seconds(); \
         inner->name args; \
+        device_wait(); \
         spent[OP_##name] += now_seconds() - t0; \
         calls[OP_##name]++; \
     }

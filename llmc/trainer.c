@@ -31,7 +31,7 @@ int trainer_signal(void) { return caught; }
 // ---------------------------------------------------------------------------------------------
 // Memory plan
 
-double memory_plan_print(const MemoryItem *items, int n, int B, FILE *out) {
+int memory_plan_print(double *planned, const MemoryItem *items, int n, int B, FILE *out, Err *err) {
     double fixed = 0, per_sequence = 0;
     char buf[32];
     fprintf(out, "memory plan\n");
@@ -41,14 +41,22 @@ double memory_plan_print(const MemoryItem *items, int n, int B, FILE *out) {
         per_sequence += items[i].per_sequence;
         fprintf(out, "  %-44s %12s\n", items[i].what, fmt_bytes(buf, bytes));
     }
-    double total = fixed + per_sequence * B, physical = (double)physical_memory_bytes();
+    double total = fixed + per_sequence * B, available, all;
+    device_memory(&available, &all);
+    double largest = per_sequence > 0 ? fmax(0, floor((available - fixed) / per_sequence)) : 0;
     fprintf(out, "  %-44s %12s", "total", fmt_bytes(buf, total));
-    fprintf(out, " of %s; a sequence costs", fmt_bytes(buf, physical));
-    fprintf(out, " %s", fmt_bytes(buf, per_sequence));
-    if (per_sequence > 0)
-        fprintf(out, ", the largest batch that fits is %.0f", fmax(0, floor((physical * 0.95 - fixed) / per_sequence)));
-    fprintf(out, "\n");
-    return total;
+    fprintf(out, " of %s; a sequence costs", fmt_bytes(buf, all));
+    fprintf(out, " %s, the largest batch that fits is %.0f\n", fmt_bytes(buf, per_sequence), largest);
+    *planned = total;
+    if (total <= available) return 0;
+    char need[32], have[32];
+    fmt_bytes(need, total);
+    fmt_bytes(have, available);
+    if (largest < 1)
+        return err_set(err, E_NOMEM, "the memory plan needs %s and %s are available, too little for one sequence: use a "
+                                     "smaller model, a shorter --seq-len or --recompute block", need, have);
+    return err_set(err, E_NOMEM, "the memory plan needs %s and %s are available: the largest batch that fits is --batch "
+                                 "%.0f; or use --recompute block", need, have, largest);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -62,9 +70,14 @@ void steplog_print(StepLog *log, const StepReport *r, bool show) {
     if (show) {
         char rate[32], time[32], mem[32], util[48] = "mfu n/a";
         if (log->peak > 0) snprintf(util, sizeof util, "%.1f%% of peak", 100 * flops / log->peak);
+        double used = (double)peak_rss_bytes(), available, all;
+        if (!device_is_host()) {
+            device_memory(&available, &all);
+            used = all - available;
+        }
         printf("step %5d/%d | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %s tok/s | %s | mem %s | left %s%s\n",
                r->step, log->steps, r->loss, r->norm, r->lr, 1e3 * r->seconds, fmt_count(rate, tok_s), util,
-               fmt_bytes(mem, (double)peak_rss_bytes()), fmt_time(time, left),
+               fmt_bytes(mem, used), fmt_time(time, left),
                r->skipped ? " | SKIPPED: not finite" : "");
         fflush(stdout);
     }

@@ -12,9 +12,9 @@ int trainer_signal(void);                      // the signal that came, or 0
 
 // The memory plan, printed before anything is allocated.
 typedef struct { const char *what; double fixed, per_sequence; } MemoryItem;   // bytes
-// Prints the table for batches of B, its total beside the machine's memory, and the largest batch that fits; returns
-// the total.
-double memory_plan_print(const MemoryItem *items, int n, int B, FILE *out);
+// Prints the table for batches of B, its total (also to *planned) beside the device's memory, and the largest batch that
+// fits. E_NOMEM, with that batch in the message, where the total is more than device_memory() can give.
+int memory_plan_print(double *planned, const MemoryItem *items, int n, int B, FILE *out, Err *err);
 
 // The step line and its JSON twin.
 typedef struct {

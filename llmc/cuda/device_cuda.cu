@@ -1,0 +1,174 @@
+// The GPU as device.h wants it: memory, copies, errors, and steps that become graphs.
+//
+// Everything runs on one stream, cuda_stream, in the order in which it was asked for, so operations need no events
+// among themselves, and the host waits in two places only: device_copy_out and device_sync.
+#include "cuda.cuh"
+#include "device.h"
+#include "matmul.cuh"
+
+#define OLDEST_CAPABILITY 80           // sm_80: bf16 mma, cp.async
+
+cudaStream_t cuda_stream = 0;
+
+static int capability;                 // 90 for 9.0
+
+// A kernel to ask the driver about: whether the program has code for this device.
+static __global__ void probe_kernel(int *out) { *out = 1; }
+
+static bool available(char *why, size_t size) {
+    int n = 0, major = 0, minor = 0;
+    cudaError_t e = cudaGetDeviceCount(&n);
+    if (e != cudaSuccess || n == 0) {
+        (void)cudaGetLastError();
+        snprintf(why, size, "no usable GPU: %s", e != cudaSuccess ? cudaGetErrorString(e) : "the driver lists none");
+        return false;
+    }
+    e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
+    if (e != cudaSuccess) {
+        (void)cudaGetLastError();
+        snprintf(why, size, "the GPU does not answer: %s", cudaGetErrorString(e));
+        return false;
+    }
+    capability = 10 * major + minor;
+    if (capability < OLDEST_CAPABILITY) {
+        snprintf(why, size, "the GPU has compute capability %d.%d, and 8.0 or newer is needed", major, minor);
+        return false;
+    }
+#ifdef __CUDACC__
+    cudaFuncAttributes attributes;
+    e = cudaFuncGetAttributes(&attributes, probe_kernel);
+    if (e != cudaSuccess) {
+        (void)cudaGetLastError();
+        snprintf(why, size, "this program has no code for compute capability %d.%d (%s); build with CUDA_ARCHS=%d",
+                 major, minor, cudaGetErrorString(e), capability);
+        return false;
+    }
+#endif
+    return true;
+}
+
+static int init(char *description, size_t size, Err *err) {
+    cudaDeviceProp prop;
+    cudaError_t e = cudaGetDeviceProperties(&prop, 0);
+    if (e == cudaSuccess && !cuda_stream) e = cudaStreamCreateWithFlags(&cuda_stream, cudaStreamNonBlocking);
+    if (e != cudaSuccess) return err_set(err, E_FAIL, "device cuda: %s", cudaGetErrorString(e));
+    snprintf(description, size, "%s: %s, %d multiprocessors, compute capability %d.%d, %s", ops_cuda.name, prop.name,
+             prop.multiProcessorCount, prop.major, prop.minor, cuda_matmul_description());
+    return 0;
+}
+
+// Above this share of the free memory an allocation may still fail, since the driver hands out pages of 2 MiB.
+#define USABLE 0.98
+
+static void memory(double *free_bytes, double *total) {
+    size_t f = 0, t = 0;
+    CUDA_CHECK(cudaMemGetInfo(&f, &t));
+    *free_bytes = USABLE * (double)f;
+    *total = (double)t;
+}
+
+static int alloc(void **out, size_t bytes, const char *what, Err *err) {
+    cudaError_t e = cudaMalloc(out, bytes ? bytes : 1);
+    if (e == cudaSuccess) e = cudaMemsetAsync(*out, 0, bytes, cuda_stream);
+    if (e == cudaSuccess) return 0;
+    (void)cudaGetLastError();
+    if (e != cudaErrorMemoryAllocation)
+        return err_set(err, E_FAIL, "%s: %zu bytes on the GPU: %s", what, bytes, cudaGetErrorString(e));
+    size_t f = 0, t = 0;
+    cudaMemGetInfo(&f, &t);
+    return err_set(err, E_NOMEM, "%s: the GPU has no %zu bytes left (%zu of %zu are free); use a smaller batch, or "
+                                 "--recompute block", what, bytes, f, t);
+}
+
+static void release(void *p) { CUDA_CHECK(cudaFree(p)); }
+
+static void zero(void *p, size_t bytes) {
+    if (bytes) CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, cuda_stream));
+}
+// From memory that is not pinned the driver returns when it has taken its own copy of the bytes.
+static void copy_in(void *dev, const void *host, size_t bytes) {
+    if (bytes) CUDA_CHECK(cudaMemcpyAsync(dev, host, bytes, cudaMemcpyHostToDevice, cuda_stream));
+}
+static void wait(void) { CUDA_CHECK(cudaStreamSynchronize(cuda_stream)); }
+static void copy_out(void *host, const void *dev, size_t bytes) {
+    if (!bytes) return;
+    CUDA_CHECK(cudaMemcpyAsync(host, dev, bytes, cudaMemcpyDeviceToHost, cuda_stream));
+    wait();
+}
+
+// ---------------------------------------------------------------------------------------------
+// Steps. The first run of a key is eager: working memory grows and matmuls choose their algorithms, which a recording
+// may not do. The second is recorded.
+static struct {
+    uint64_t key;
+    int runs;
+    cudaGraphExec_t exec;
+} recorded;
+
+static bool record(void (*step)(void *ctx), void *ctx) {
+    cudaGraph_t graph = nullptr;
+    CUDA_CHECK(cudaStreamBeginCapture(cuda_stream, cudaStreamCaptureModeThreadLocal));
+    step(ctx);
+    cudaError_t e = cudaStreamEndCapture(cuda_stream, &graph);
+    if (e == cudaSuccess) e = cudaGraphInstantiate(&recorded.exec, graph, 0);
+    if (graph) CUDA_CHECK(cudaGraphDestroy(graph));
+    if (e == cudaSuccess) return true;
+    ops_set_error(E_FAIL, "recording a step as a graph: %s; QLLM_NO_GRAPH=1 runs without", cudaGetErrorString(e));
+    return false;
+}
+
+static void run_step(uint64_t key, void (*step)(void *ctx), void *ctx) {
+    const char *off = getenv("QLLM_NO_GRAPH");
+    if (off && *off && *off != '0') {
+        step(ctx);
+        return;
+    }
+    if (recorded.runs == 0 || recorded.key != key) {
+        if (recorded.exec) CUDA_CHECK(cudaGraphExecDestroy(recorded.exec));
+        recorded.exec = nullptr;
+        recorded.key = key;
+        recorded.runs = 1;
+        step(ctx);
+        return;
+    }
+    if (!recorded.exec && !record(step, ctx)) return;
+    recorded.runs++;
+    CUDA_CHECK(cudaGraphLaunch(recorded.exec, cuda_stream));
+}
+
+// ---------------------------------------------------------------------------------------------
+
+static double peak_flops(const char **source) {
+    static double best;
+    if (source) *source = "best matmul of the build's type on this GPU";
+    if (best <= 0) best = cuda_matmul_peak();
+    return best;
+}
+
+void *cuda_workspace(size_t bytes) {
+    static void *p;
+    static size_t size;
+    if (bytes <= size) return p;
+    wait();                            // what still runs may use the old one
+    CUDA_CHECK(cudaFree(p));
+    p = nullptr;
+    size = 0;
+    cudaError_t e = cudaMalloc(&p, bytes);
+    if (e != cudaSuccess) {
+        (void)cudaGetLastError();
+        p = nullptr;
+        ops_set_error(e == cudaErrorMemoryAllocation ? E_NOMEM : E_FAIL,
+                      "working memory of an operation, %zu bytes: %s; use a smaller batch", bytes,
+                      cudaGetErrorString(e));
+        return nullptr;
+    }
+    size = bytes;
+    return p;
+}
+
+extern "C" {
+extern const DeviceWing device_wing_cuda;
+const DeviceWing device_wing_cuda = {&ops_cuda, available, init,     memory,   alloc,     release,
+                                     zero,      copy_in,   copy_out, wait,     run_step,  peak_flops};
+}
