@@ -211,7 +211,7 @@ static void trainers_losses(float *losses, const Variant *v, const int32_t *toke
     if (m.c.tied && quant_works_as_codes(&m.plan.tied_head)) m.head_scale = take(&real, (size_t)m.c.V, 4, "");
     if (!m.c.tied && quant_works_as_codes(&param_get(&m.table, -1, ROLE_HEAD)->scheme.weight))
         m.head_scale = m.wscale + param_get(&m.table, -1, ROLE_HEAD)->row_offset;
-    take_acts(&real, &s, &m, BATCH, T_ALL, false, false);
+    take_acts(&real, &s, &m, BATCH, T_ALL, 1, false, false);
     must(real.rc, &err);
     for (int i = 0; i < m.table.n; i++) {
         const Param *p = &m.table.p[i];

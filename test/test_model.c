@@ -40,7 +40,7 @@ static void fixture_init(Fixture *f, const LlamaConfig *c, const QuantPlan *plan
     else m->head = w(m, -1, c->tied ? ROLE_EMBED : ROLE_HEAD);
     if (!c->tied && quant_works_as_codes(&param_get(&m->table, -1, ROLE_HEAD)->scheme.weight))
         m->head_scale = m->wscale + param_get(&m->table, -1, ROLE_HEAD)->row_offset;
-    take_acts(&a, &f->s, m, B, T, recompute, clip);
+    take_acts(&a, &f->s, m, B, T, 1, recompute, clip);
     if (a.rc < 0) fail_msg("%s", err.text);
 }
 
