@@ -89,8 +89,9 @@ FUZZ_SECONDS ?= 60
 .PHONY: all programs test test-programs test-cudasim test-sanitize bench fuzz quickstart install clean help FORCE
 all: $(PROGRAMS)
 
-# The CUDA simulator's tests (test-cudasim) and, with nvcc, the device code (cuda-compile).
--include dev/cudasim/cudasim.mk
+# The CUDA wing of the programs (ptx-report), and its tests on a simulator (test-cudasim).
+include llmc/cuda/cuda.mk
+include dev/cudasim/cudasim.mk
 
 ifeq ($(BUILDS_NOTHING)$(MAKE_RESTARTS)$(QLLM_QUIET),)
   say = $(info $(if $(filter y,$(2)),  [x],  [ ]) $(1))
@@ -98,6 +99,8 @@ ifeq ($(BUILDS_NOTHING)$(MAKE_RESTARTS)$(QLLM_QUIET),)
   $(call say,OpenMP: $(if $(HAVE_OMP),all cores,one thread$(if $(NO_OMP), (NO_OMP))),$(HAVE_OMP))
   WITHOUT_DNNL := $(if $(NO_DNNL),NO_DNNL,apt-get install libdnnl-dev or set DNNL_HOME)
   $(call say,oneDNN: $(if $(HAVE_DNNL),fast matmuls,plain blocked matmul$(comma) slower ($(WITHOUT_DNNL))),$(HAVE_DNNL))
+  $(call say,CUDA: $(if $(HAVE_CUDA),$(NVCC)$(comma) compute capability $(CUDA_ARCHS),the CPU only \
+$(if $(NO_CUDA),(NO_CUDA),$(if $(SANITIZE),(SANITIZE),(set CUDA_HOME)))),$(HAVE_CUDA))
   $(call say,cmocka: $(if $(HAVE_CMOCKA),make test,no make test (apt-get install libcmocka-dev)),$(HAVE_CMOCKA))
   $(call say,clang with libFuzzer: $(if $(HAVE_CLANG),make fuzz,no make fuzz (apt-get install clang)),$(HAVE_CLANG))
 endif
@@ -123,10 +126,10 @@ $(OUT)/libqllm.a: $(LIB_OBJ)
 	@rm -f $@
 	@ar rcs $@ $^
 
-$(OUT)/bin/%: $(OUT)/%.o $(OUT)/libqllm.a
+$(OUT)/bin/%: $(OUT)/%.o $(PROGRAM_OBJ) $(OUT)/libqllm.a
 	@mkdir -p $(@D)
 	@echo "  link $@"
-	$(Q)$(CC) $(ALLFLAGS) $< $(OUT)/libqllm.a $(LIBS) -o $@
+	$(Q)$(CC) $(ALLFLAGS) $< $(PROGRAM_OBJ) $(OUT)/libqllm.a $(LIBS) $(PROGRAM_LIBS) -o $@
 
 # In the repository root stands the program of the last make, whatever its PRECISION.
 $(PROGRAMS): %: $(OUT)/bin/% FORCE

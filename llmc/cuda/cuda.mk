@@ -1,0 +1,62 @@
+# The CUDA wing in the programs. Included by the Makefile.
+#   make                 links it in where nvcc is found; the programs then run on a GPU or, where there is none, on the CPU
+#   make ptx-report      registers, shared memory and spills of each kernel; fails if one spills
+#   CUDA_HOME=           the toolkit, where nvcc is not in PATH (a Python package's folder will do)
+#   CUDA_ARCHS="80 90"   compute capabilities to build for; PTX of the first serves those not listed
+#   CUBLAS_HOME=         where cublasLt.h and libcublasLt lie, if not in CUDA_HOME
+#   NO_CUDA=1            leave it out
+
+NVCC       ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) \
+              $(wildcard /usr/local/cuda/bin/nvcc))
+CUDA_DIR   := $(if $(CUDA_HOME),$(CUDA_HOME),$(patsubst %/bin/nvcc,%,$(NVCC)))
+CUDA_ARCHS ?= 80 90
+CUDA_SRC   := $(wildcard llmc/cuda/*.cu)
+CUDA_OBJ   := $(CUDA_SRC:llmc/cuda/%.cu=$(OUT)/cuda/%.o)
+# -fmad=false: see llmc/cuda/cuda.cuh. The simulator's headers of a wing's libraries are not seen.
+NVCC_FLAGS := -std=c++17 -O3 -lineinfo -fmad=false -DQLLM_FMAD_FALSE -I. -Illmc $(CUBLAS_HOME:%=-I%/include) \
+              $(filter -DPRECISION_FP32,$(ALLFLAGS)) -Xcompiler -Wall,-Wextra,-ffp-contract=off,-fno-exceptions \
+              $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
+              -gencode arch=compute_$(firstword $(CUDA_ARCHS)),code=compute_$(firstword $(CUDA_ARCHS))
+CUDA_LIBDIR := $(patsubst %/libcudart_static.a,%,$(firstword $(wildcard $(CUDA_DIR)/lib64/libcudart_static.a \
+               $(CUDA_DIR)/lib/libcudart_static.a $(CUDA_DIR)/targets/*/lib/libcudart_static.a)))
+CUDA_LIBS  := $(CUDA_LIBDIR:%=-L%) -lcudart_static -lstdc++ -ldl -lrt -lpthread
+
+# Sanitizers watch the host's code; the wing has the simulator for that.
+ifeq ($(BUILDS_NOTHING)$(NO_CUDA)$(SANITIZE),)
+  ifneq ($(and $(NVCC),$(CUDA_LIBDIR)),)
+    HAVE_CUDA := $(call probe,int cudaGetDeviceCount(int *);\nint main(void){int n;return cudaGetDeviceCount(&n)<0;}\n,\
+$(CUDA_LIBS))
+  endif
+endif
+ifeq ($(HAVE_CUDA),y)
+  PROGRAM_OBJ  := $(CUDA_OBJ)
+  PROGRAM_LIBS := $(CUDA_LIBS)
+endif
+
+CUDA_FLAGS_FILE := $(OUT)/cuda/flags.txt
+ifeq ($(HAVE_CUDA),y)
+  ifneq ($(NVCC) $(NVCC_FLAGS),$(shell cat $(CUDA_FLAGS_FILE) 2>/dev/null))
+    $(shell mkdir -p $(OUT)/cuda && printf '%s\n' '$(NVCC) $(NVCC_FLAGS)' > $(CUDA_FLAGS_FILE))
+  endif
+endif
+
+# What ptxas says of each kernel is kept beside the object, for ptx-report.
+$(OUT)/cuda/%.o: llmc/cuda/%.cu $(CUDA_FLAGS_FILE)
+	@mkdir -p $(@D)
+	@echo "  nvcc $<"
+	$(Q)$(NVCC) $(NVCC_FLAGS) -MMD -MF $(@:.o=.d) -MT $@ -Xptxas -v,-warn-spills -c $< -o $@ 2> $(@:.o=.ptxas) \
+	    || { grep -v '^ptxas info' $(@:.o=.ptxas); exit 1; }
+	@grep -v -e '^ptxas info' -e 'bytes stack frame' $(@:.o=.ptxas) || true
+
+.PHONY: ptx-report
+ifeq ($(HAVE_CUDA),y)
+ptx-report: $(CUDA_OBJ)
+	@status=0; for f in $(CUDA_OBJ:.o=.ptxas); do \
+	    echo "$$f"; dev/cudasim/ptxas.sh $$f || { echo "$$f: a kernel spills registers to memory"; status=1; }; \
+	done; \
+	[ $$status = 0 ] && echo "no kernel spills registers"; exit $$status
+else
+ptx-report:
+	@echo "ptx-report: skipped, $(if $(NO_CUDA),NO_CUDA is set,$(if $(SANITIZE),no CUDA with SANITIZE,no nvcc with its \
+libraries was found: set CUDA_HOME))"
+endif
