@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -55,19 +56,98 @@ constexpr int warpSize = 32;
 // Runtime. Device memory is protected while no kernel runs: host code that touches it is stopped, as on a GPU.
 
 enum cudaError_t {
-    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9
+    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9,
+    cudaErrorInvalidMemcpyDirection = 21, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
+    cudaErrorInvalidResourceHandle = 400, cudaErrorIllegalState = 401, cudaErrorNotReady = 600,
+    cudaErrorStreamCaptureUnsupported = 900, cudaErrorStreamCaptureInvalidated = 901,
+    cudaErrorStreamCaptureUnmatched = 903, cudaErrorStreamCaptureUnjoined = 904,
+    cudaErrorStreamCaptureIsolation = 905, cudaErrorStreamCaptureImplicit = 906, cudaErrorCapturedEvent = 907
 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost = 0, cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 typedef struct CudasimStream *cudaStream_t;
+typedef struct CudasimEvent *cudaEvent_t;
+typedef struct CudasimGraph *cudaGraph_t;
+typedef struct CudasimGraphExec *cudaGraphExec_t;
 
 cudaError_t cudaMalloc(void **p, size_t bytes);                     // poisoned, not zeroed
 cudaError_t cudaFree(void *p);
+cudaError_t cudaMallocHost(void **p, size_t bytes);                 // what asynchronous copies read and write late
+cudaError_t cudaFreeHost(void *p);
 cudaError_t cudaMemcpy(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind);
 cudaError_t cudaMemset(void *p, int byte, size_t bytes);
 cudaError_t cudaGetLastError(void);                                 // and clears it
+cudaError_t cudaPeekAtLastError(void);
 cudaError_t cudaDeviceSynchronize(void);
 const char *cudaGetErrorString(cudaError_t e);
+const char *cudaGetErrorName(cudaError_t e);
+
+// The device: one, of compute capability 8.0, with few multiprocessors, so that kernels which fill the GPU with blocks
+// loop in tests. CUDASIM_DEVICES=0 in the environment takes it away; CUDASIM_MEMORY sets its bytes (the machine's).
+struct cudaDeviceProp {
+    char name[256];
+    int major, minor, multiProcessorCount, l2CacheSize, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor;
+    int regsPerBlock, regsPerMultiprocessor, memoryBusWidth, ECCEnabled, integrated;
+    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
+};
+enum cudaDeviceAttr {
+    cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrMaxSharedMemoryPerBlock = 8, cudaDevAttrWarpSize = 10,
+    cudaDevAttrMultiProcessorCount = 16, cudaDevAttrL2CacheSize = 38, cudaDevAttrMaxThreadsPerMultiProcessor = 39,
+    cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+cudaError_t cudaGetDeviceCount(int *n);
+cudaError_t cudaGetDevice(int *device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device);
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes);
+cudaError_t cudaRuntimeGetVersion(int *version);
+cudaError_t cudaDriverGetVersion(int *version);
+
+// Streams. Order 0 (below) does everything at once, order 1 as late as it may: when the host waits for it, or when
+// other work does. Random orders do some of what waits, of any stream, at each call. So what relies on an order that no
+// stream and no event gives shows. Streams without cudaStreamNonBlocking and stream 0 wait for each other. Asynchronous
+// copies are late only where the host's side is from cudaMallocHost.
+enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
+enum { cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2 };
+cudaError_t cudaStreamCreate(cudaStream_t *s);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t s);
+cudaError_t cudaStreamSynchronize(cudaStream_t s);
+cudaError_t cudaStreamQuery(cudaStream_t s);
+cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned flags = 0);
+cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind, cudaStream_t s = 0);
+cudaError_t cudaMemcpy2DAsync(void *dst, size_t dst_pitch, const void *src, size_t src_pitch, size_t width, size_t rows,
+                              cudaMemcpyKind kind, cudaStream_t s = 0);
+cudaError_t cudaMemsetAsync(void *p, int byte, size_t bytes, cudaStream_t s = 0);
+cudaError_t cudaEventCreate(cudaEvent_t *e);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags);
+cudaError_t cudaEventDestroy(cudaEvent_t e);
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s = 0);
+cudaError_t cudaEventSynchronize(cudaEvent_t e);
+cudaError_t cudaEventQuery(cudaEvent_t e);
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end);
+
+// Graphs. What is put on a capturing stream, or on one that waited for an event of it, is recorded and not done. As with
+// the driver, whatever waits or allocates meanwhile is refused and ends the capture as invalid; a copy from or to
+// memory that is not cudaMallocHost's is refused too, whose driver would record an address that the host may have left.
+// Nodes of a graph run in any order that their streams and events allow (the scheduler's order picks one).
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeThreadLocal = 1, cudaStreamCaptureModeRelaxed = 2
+};
+enum cudaStreamCaptureStatus {
+    cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1, cudaStreamCaptureStatusInvalidated = 2
+};
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph);
+cudaError_t cudaStreamIsCapturing(cudaStream_t s, cudaStreamCaptureStatus *status);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags = 0);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 
 // ---------------------------------------------------------------------------------------------
 // Scheduling. Order 0 always runs the lowest-numbered warp and lane that can run, 1 the highest, any other number is
@@ -94,7 +174,7 @@ void cp_async(void *smem, const void *gmem, int bytes, const char *file, int lin
 void cp_async_commit();
 void cp_async_wait(int newest);
 int barrier_vote(int predicate, const char *file, int line);    // __syncthreads, and how many predicates were true
-size_t launches();                     // kernels launched so far, for tests
+size_t launches();                     // kernels launched so far, those recorded or waiting in a stream too
 int lane();
 void maybe_switch();                   // a point where another thread may come first: atomics and fences
 void *dyn_shared();
@@ -104,12 +184,15 @@ struct Launch {
     int line;
     dim3 grid, block;
     size_t smem;
+    cudaStream_t stream;
     const void *kernel;
-    void (*body)(void *);              // runs the kernel once, as the current thread
-    void *ctx;
+    std::shared_ptr<void> args;
+    void (*body)(void *args);              // runs the kernel once, as the current thread
+    void (*check)(const Launch &l);        // its arguments
 };
-void run(const Launch &l);
+void submit(const Launch &l);
 cudaError_t set_max_dynamic_shared(const void *kernel, int bytes);
+int max_dynamic_shared(const void *kernel);
 void check_pointer(const Launch &l, int arg, const void *p);
 
 template <class A> void check_argument(const Launch &l, int arg, const A &a) {
@@ -120,19 +203,25 @@ template <class A> void check_argument(const Launch &l, int arg, const A &a) {
 template <class... P> struct Launcher {
     void (*kernel)(P...);
     Launch l;
-    void operator()(P... args) {
-        struct Call { void (*kernel)(P...); std::tuple<P...> args; } call{kernel, std::tuple<P...>(args...)};
+    struct Call { void (*kernel)(P...); std::tuple<P...> args; };
+    static void body(void *args) { std::apply(((Call *)args)->kernel, ((Call *)args)->args); }
+    static void check(const Launch &l) {
         int n = 0;
-        (check_argument(l, n++, args), ...);
+        std::apply([&](const P &...a) { (check_argument(l, n++, a), ...); }, ((Call *)l.args.get())->args);
+        (void)n;
+    }
+    void operator()(P... args) {
         l.kernel = (const void *)kernel;
-        l.body = [](void *c) { std::apply(((Call *)c)->kernel, ((Call *)c)->args); };
-        l.ctx = &call;
-        run(l);
+        l.args = std::make_shared<Call>(Call{kernel, std::tuple<P...>(args...)});
+        l.body = body;
+        l.check = check;
+        submit(l);
     }
 };
 template <class... P>
-Launcher<P...> launcher(void (*kernel)(P...), const char *name, dim3 grid, dim3 block, size_t smem, CUDASIM_HERE) {
-    return {kernel, {name, file, line, grid, block, smem, nullptr, nullptr, nullptr}};
+Launcher<P...> launcher(void (*kernel)(P...), const char *name, dim3 grid, dim3 block, size_t smem, cudaStream_t stream,
+                        CUDASIM_HERE) {
+    return {kernel, {name, file, line, grid, block, smem, stream, nullptr, nullptr, nullptr, nullptr}};
 }
 
 template <class T> uint64_t pack(T v) {
@@ -151,8 +240,23 @@ template <class... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cud
     return cudasim::set_max_dynamic_shared((const void *)kernel, bytes);
 }
 
-#define LAUNCH(kernel, grid, block, smem, stream) \
-    ((void)(stream), cudasim::launcher(kernel, #kernel, grid, block, smem))
+// What a compiler's resource report says is not known here: registers are 0.
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes, localSizeBytes;
+    int maxThreadsPerBlock, numRegs, maxDynamicSharedSizeBytes;
+};
+template <class... P> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, void (*kernel)(P...)) {
+    *a = {0, 0, 1024, 0, cudasim::max_dynamic_shared((const void *)kernel)};
+    return cudaSuccess;
+}
+// By threads alone; at least 1.
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void (*)(P...), int block_size, size_t) {
+    *blocks = block_size > 0 && block_size <= 1024 ? 2048 / block_size : 0;
+    return cudaSuccess;
+}
+
+#define LAUNCH(kernel, grid, block, smem, stream) cudasim::launcher(kernel, #kernel, grid, block, smem, stream)
 #define DYN_SHARED(type, name) type *name = (type *)cudasim::dyn_shared()
 
 // ---------------------------------------------------------------------------------------------

@@ -28,6 +28,10 @@ $(OUT)/sim/%: $(OUT)/%.o $(SIM_OBJ) $(OUT)/libqllm.a
 	@mkdir -p $(@D)
 	@echo "  link $@"
 	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(LIBS) -o $@
+$(OUT)/sim/bench_cuda: $(OUT)/cudasim/dev/gpu/bench_cuda.o $(SIM_OBJ) $(OUT)/libqllm.a
+	@mkdir -p $(@D)
+	@echo "  link $@"
+	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(LIBS) -o $@
 .PHONY: sim-programs
 sim-programs: $(PROGRAMS:%=$(OUT)/sim/%)
 
@@ -43,8 +47,3 @@ test-cudasim:
 test-cudasim-one: $(OUT)/test/test_cudasim
 	@$<
 endif
-
-# For dev/gpu/check.sh: what the library of the CPU wing is linked with.
-.PHONY: cuda-link-libs
-cuda-link-libs:
-	@echo $(LIBS)
