@@ -85,6 +85,17 @@ QHD float exp2_fast(float x) {
     return x < -126.0f ? 0.0f : y;
 }
 
+// Natural logarithm of a positive normal number, within 1 ulp; NaN and infinity stay. logf's last bit is each library's
+// own. In double, for a few numbers a row: x = 2^n m with m in [1/sqrt 2, sqrt 2), log m = 2 artanh((m - 1) / (m + 1)).
+QHD float log_f32(float x) {
+    uint32_t u = f32_bits(x);
+    if (u >= 0x7f800000u) return x;
+    int n = (int)((u - 0x3f3504f3u) >> 23) - (u < 0x3f3504f3u ? 512 : 0);
+    double m = (double)f32_from_bits(u - ((uint32_t)n << 23)), s = (m - 1.0) / (m + 1.0), q = s * s;
+    double p = 1.0 / 3.0 + q * (1.0 / 5.0 + q * (1.0 / 7.0 + q * (1.0 / 9.0 + q * (1.0 / 11.0))));
+    return (float)(n * 0.69314718055994530942 + 2.0 * s * (1.0 + q * p));
+}
+
 // b^t for t >= 0 by squaring in double, rounded once: powf's last bit is each library's own.
 QHD float pow_int_f32(float b, int t) {
     double r = 1.0, square = (double)b;

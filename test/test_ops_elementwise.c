@@ -79,6 +79,20 @@ static void test_exp2(void **state) {
     assert_true(exp2_fast(-1e30f) == 0.0f && exp2_fast(NAN) != exp2_fast(NAN));
 }
 
+static void test_log(void **state) {
+    (void)state;
+    double worst = 0.0;
+    for (uint32_t u = 0x00800000u; u < 0x7f800000u; u += 997) {
+        double want = log((double)f32_from_bits(u)), err = fabs((double)log_f32(f32_from_bits(u)) - want);
+        int exponent;
+        frexp(want, &exponent);
+        double ulps = want == 0.0 ? err > 0.0 : err / ldexp(1.0, exponent - 24);
+        worst = ulps > worst ? ulps : worst;
+    }
+    if (worst > 1.0) fail_msg("log_f32 is off by %.3f ulp", worst);
+    assert_true(log_f32(1.0f) == 0.0f && log_f32(INFINITY) == INFINITY && log_f32(NAN) != log_f32(NAN));
+}
+
 // Lanes do what the scalars do, for any bits: subnormals, infinities, NaNs.
 static void test_lanes(void **state) {
     (void)state;
@@ -479,6 +493,7 @@ static void test_threads(void **state) {
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_exp),
     cmocka_unit_test(test_exp2),
+    cmocka_unit_test(test_log),
     cmocka_unit_test(test_lanes),
     cmocka_unit_test(test_embedding),
     cmocka_unit_test(test_rmsnorm_forward),
