@@ -1,7 +1,7 @@
 # qllm.c: make, make test, make quickstart. `make help` lists the targets.
 #
 # What is optional is found by compiling and linking a three-line program; what was found, and what it does, is printed.
-# Override the search with DNNL_HOME, CUDA_HOME, or turn something off: NO_DNNL=1 NO_OMP=1 NO_CUDA=1.
+# Override the search with DNNL_HOME, CUDA_HOME, DEPS_HOME, or turn something off: NO_DNNL=1 NO_OMP=1 NO_CUDA=1.
 #   PRECISION=bf16|fp32   type of activations and working weights (default bf16)
 #   SANITIZE=1            AddressSanitizer and UndefinedBehaviorSanitizer
 #   ARCH=native           -march= of the CPU code
@@ -28,7 +28,12 @@ CFLAGS   ?= $(if $(SANITIZE),-O2,-O3) -g
 # Scalar arithmetic is shared bit for bit with the GPU: no contraction, no reassociation.
 ALLFLAGS  = -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Wno-psabi $(if $(WERROR),-Werror) -march=$(ARCH) -ffp-contract=off \
             -fno-math-errno $(CFLAGS) -I. -Illmc
-LIBS      = -lcjson -lpcre2-8 -lm
+# A folder of libraries where nothing can be installed: DEPS_HOME/include, DEPS_HOME/lib (scripts/pack_deps.sh makes one).
+DEPS_FLAGS := $(if $(DEPS_HOME),-I$(DEPS_HOME)/include)
+DEPS_LIBS  := $(if $(DEPS_HOME),-L$(DEPS_HOME)/lib -Wl$(comma)-rpath$(comma)$(abspath $(DEPS_HOME))/lib)
+ALLFLAGS  += $(DEPS_FLAGS)
+KERNEL_LIBS = $(DEPS_LIBS) -lm
+LIBS      = $(DEPS_LIBS) -lcjson -lpcre2-8 -lm
 
 ifeq ($(PRECISION),fp32)
   ALLFLAGS += -DPRECISION_FP32
@@ -51,16 +56,18 @@ ifeq ($(BUILDS_NOTHING),)
     $(error no working C compiler ("$(CC)"): run scripts/install_deps.sh, or apt-get install gcc libc6-dev)
   endif
   HAVE_REQUIRED := $(call probe,$(H)include <cjson/cJSON.h>\n$(H)define PCRE2_CODE_UNIT_WIDTH 8\n$(H)include <pcre2.h>\
-\nint main(void){return cJSON_Version()==0;}\n,-lcjson -lpcre2-8)
-  ifneq ($(HAVE_REQUIRED),y)
-    $(error cJSON and PCRE2 are required: run scripts/install_deps.sh, or apt-get install libcjson-dev libpcre2-dev)
+\nint main(void){return cJSON_Version()==0;}\n,$(DEPS_FLAGS) $(DEPS_LIBS) -lcjson -lpcre2-8)
+  # Kernels and their tests need neither.
+  ifneq ($(or $(filter y,$(HAVE_REQUIRED)),$(if $(MAKECMDGOALS),$(if $(filter-out ptx-report gpu-%,$(MAKECMDGOALS)),,y))),y)
+    $(error cJSON and PCRE2 are required: run scripts/install_deps.sh, or apt-get install libcjson-dev libpcre2-dev, or \
+set DEPS_HOME)
   endif
   ifndef NO_OMP
     HAVE_OMP := $(call probe,$(H)include <omp.h>\nint main(void){return omp_get_max_threads()==0;}\n,-fopenmp)
   endif
   ifndef NO_DNNL
-    DNNL_FLAGS := $(if $(DNNL_HOME),-I$(DNNL_HOME)/include)
-    DNNL_LIBS  := $(if $(DNNL_HOME),-L$(DNNL_HOME)/lib -Wl$(comma)-rpath$(comma)$(DNNL_HOME)/lib) -ldnnl
+    DNNL_FLAGS := $(if $(DNNL_HOME),-I$(DNNL_HOME)/include) $(DEPS_FLAGS)
+    DNNL_LIBS  := $(if $(DNNL_HOME),-L$(DNNL_HOME)/lib -Wl$(comma)-rpath$(comma)$(DNNL_HOME)/lib) $(DEPS_LIBS) -ldnnl
     HAVE_DNNL := $(call probe,$(H)include <dnnl.h>\nint main(void){return dnnl_version()==0;}\n,\
 $(DNNL_FLAGS) $(DNNL_LIBS))
   endif
@@ -77,6 +84,7 @@ endif
 ifeq ($(HAVE_DNNL),y)
   ALLFLAGS += -DHAVE_DNNL $(DNNL_FLAGS)
   LIBS     += $(DNNL_LIBS)
+  KERNEL_LIBS += $(DNNL_LIBS)
 endif
 
 LIB_SRC  := $(wildcard llmc/*.c llmc/cpu/*.c)
@@ -205,13 +213,15 @@ help:
 	@echo "make                 the programs: $(PROGRAMS)"
 	@echo "make test            every test, in both precisions; ends with: N passed, N failed"
 	@echo "make test-sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make test-cudasim    the CUDA kernels on a simulator; needs no GPU (part of make test)"
+	@echo "make ptx-report      registers, shared memory and spills of each CUDA kernel; needs nvcc"
 	@echo "make quickstart      trains, quantizes and scores a small Llama on text that the machine has"
 	@echo "make bench           measures; lines: result NAME VALUE UNIT"
 	@echo "make fuzz            FUZZ_SECONDS=60 for each parser"
 	@echo "make install         to PREFIX=/usr/local"
 	@echo "make clean           removes BUILD=build and the programs"
 	@sed -n 's/^#\(   [A-Z]\)/\1/p' Makefile
-	@echo "   NO_DNNL=1 NO_OMP=1 NO_CUDA=1, DNNL_HOME= CUDA_HOME=   turn off, or say where, what is optional"
+	@echo "   NO_DNNL=1 NO_OMP=1 NO_CUDA=1, DNNL_HOME= CUDA_HOME= DEPS_HOME=   turn off, or say where, what is optional"
 
 -include $(shell find $(OUT) $(BUILD)/fuzz -name '*.d' 2>/dev/null)
 .PRECIOUS: $(OUT)/%.o $(BUILD)/fuzz/%.o

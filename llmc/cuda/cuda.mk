@@ -48,6 +48,22 @@ $(OUT)/cuda/%.o: llmc/cuda/%.cu $(CUDA_FLAGS_FILE)
 	    || { grep -v '^ptxas info' $(@:.o=.ptxas); exit 1; }
 	@grep -v -e '^ptxas info' -e 'bytes stack frame' $(@:.o=.ptxas) || true
 
+# What dev/gpu/check.sh runs: the wing's tests and its benchmark, compiled for the GPU. They need no JSON library.
+KERNEL_OBJ := $(patsubst %.c,$(OUT)/%.o,llmc/common.c llmc/quant.c llmc/device.c $(wildcard llmc/cpu/*.c))
+GPU_TEST_OBJ := $(patsubst %.cpp,$(OUT)/gpu/%.o,test/test_cudasim.cpp $(wildcard test/cuda/*.cpp))
+$(OUT)/gpu/%.o: %.cpp $(CUDA_FLAGS_FILE)
+	@mkdir -p $(@D)
+	@echo "  nvcc $<"
+	$(Q)$(NVCC) $(NVCC_FLAGS) -Itest -MMD -MF $(@:.o=.d) -MT $@ -x cu -c $< -o $@
+$(OUT)/gpu/test_cuda: $(GPU_TEST_OBJ) $(CUDA_OBJ) $(KERNEL_OBJ)
+	@echo "  link $@"
+	$(Q)$(CC) $(ALLFLAGS) $^ $(KERNEL_LIBS) $(CUDA_LIBS) -o $@
+$(OUT)/gpu/bench_cuda: $(OUT)/gpu/dev/gpu/bench_cuda.o $(CUDA_OBJ) $(KERNEL_OBJ)
+	@echo "  link $@"
+	$(Q)$(CC) $(ALLFLAGS) $^ $(KERNEL_LIBS) $(CUDA_LIBS) -o $@
+.PHONY: gpu-kernels
+gpu-kernels: $(OUT)/gpu/test_cuda $(OUT)/gpu/bench_cuda
+
 .PHONY: ptx-report
 ifeq ($(HAVE_CUDA),y)
 ptx-report: $(CUDA_OBJ)
