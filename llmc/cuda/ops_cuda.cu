@@ -32,6 +32,9 @@ static constexpr Ops make_table() {
     t.linear_forward = cuda_linear_forward;
     t.linear_forward_f32 = cuda_linear_forward_f32;
     t.fakequant_forward = cuda_fakequant_forward;
+    t.attention_backward = cuda_attention_backward;
+    t.dequant_rows = cuda_dequant_rows;
+    t.qmatvec_forward = cuda_qmatvec_forward;
     return t;
 }
 const Ops ops_cuda = make_table();
