@@ -184,7 +184,9 @@ static void take_acts(Arena *a, Acts *s, const Llama *m, int B, int T, int grad_
     const LlamaConfig *c = &m->c;
     size_t N = (size_t)B * T, X = sizeof(floatX), NHS = (size_t)c->NH * c->HS, QKV = NHS + 2 * (size_t)c->NKV * c->HS;
     s->B = B; s->T = T; s->N = N; s->recompute = recompute;
-    s->chunk = N < 512 ? (int)N : 512;
+    // Each chunk adds to the head's whole gradient, so chunks grow with the batch; logits are an eighth of it at most.
+    size_t chunk = N / 8 > 512 ? N / 8 : 512;
+    s->chunk = (int)(N < chunk ? N : chunk);
     if (!s->block) s->block = xcalloc((size_t)c->L, sizeof *s->block);
     for (int l = 0; l < c->L; l++) {
         if (l > 0 && recompute) {
@@ -395,7 +397,7 @@ static struct {
         val_batches, save_every, keep, recompute, threads, max_skips, log_every;
     int64_t seed;
     double lr, min_lr, weight_decay, beta1, beta2, eps, momentum, clip;
-    bool resume, hf, profile;
+    bool resume, hf, no_save, profile;
 } run;
 
 static const Option options[] = {
@@ -437,6 +439,7 @@ static const Option options[] = {
     {"--keep",         OPT_INT,    &run.keep,         "1",      "0..", "checkpoints kept (0: all)"},
     {"--resume",       OPT_FLAG,   &run.resume,       "0",      NULL, "go on from the newest checkpoint in --out, bit for bit"},
     {"--hf",           OPT_FLAG,   &run.hf,           "0",      NULL, "at the end also write OUT/hf, a folder for transformers"},
+    {"--no-save",      OPT_FLAG,   &run.no_save,      "0",      NULL, "write neither checkpoint nor model.bin: to measure speed"},
     {"--seed",         OPT_INT64,  &run.seed,         "1337",   "0..", "of weights, data order and rounding"},
     {"--max-skips",    OPT_INT,    &run.max_skips,    "10",     "1..", "stop after so many steps in a row without a finite loss and norm"},
     {"--log-every",    OPT_INT,    &run.log_every,    "1",      "1..", "print every so many steps (all of them are logged)"},
@@ -761,6 +764,10 @@ static int run_training(Err *err) {
         if (run.save_every && p.step % run.save_every == 0 && !last)
             if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, run.keep, err)) < 0)
                 return rc;
+    }
+    if (run.no_save) {
+        jsonlog_close(&json);
+        return 0;
     }
     // A stopped run leaves a checkpoint; a finished one leaves the checkpoint, model.bin and, if asked, the folder.
     if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, run.keep, err)) < 0) return rc;
