@@ -12,8 +12,10 @@ cudaStream_t cuda_stream = 0;
 
 static int capability;                 // 90 for 9.0
 
+#ifdef __CUDACC__
 // A kernel to ask the driver about: whether the program has code for this device.
 static __global__ void probe_kernel(int *out) { *out = 1; }
+#endif
 
 static bool available(char *why, size_t size) {
     int n = 0, major = 0, minor = 0;
