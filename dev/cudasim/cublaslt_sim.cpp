@@ -195,7 +195,7 @@ static Problem problem(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cubl
     p.pointer_mode = desc->pointer_mode; p.trans_a = desc->trans_a; p.trans_b = desc->trans_b;
     p.epilogue = desc->epilogue;
     p.bias = desc->bias;
-    const CublasLtLayout *const layouts[4] = {a, b, c, d};
+    CublasLtLayout *const layouts[4] = {a, b, c, d};
     for (int i = 0; i < 4; i++) {
         const CublasLtLayout *l = live(layouts[i], "a layout");
         Matrix &x = p.x[i];

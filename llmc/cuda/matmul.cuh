@@ -10,4 +10,14 @@
 #define CUDA_MATVEC_TOKENS 8
 template <class Out>
 void cuda_matvec(Out *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC);
+
+// "cuBLASLt 13.0", or "own matmul" and why.
+const char *cuda_matmul_description(void);
+// The best rate of linear_forward over two large shapes, in FLOP/s: what a step is measured against. A second or so on
+// a GPU, with 400 MB of its memory, or 0 where that is not free; 1e9 under the simulator, which measures nothing.
+double cuda_matmul_peak(void);
+// Which ways a product may take, for tests: all at first, but the library with QLLM_NO_CUBLASLT=1. The plain kernel is
+// always there.
+enum { MATMUL_LIBRARY = 1, MATMUL_TILES = 2, MATMUL_MATVEC = 4, MATMUL_ALL = 7 };
+void cuda_matmul_allow(int ways);
 #endif
