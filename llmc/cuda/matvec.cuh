@@ -1,0 +1,293 @@
+// y (N, OC) = x (N, C) . w (OC, C)^T for up to eight tokens, the rows of w being packed codes or plain floatX: one kernel
+// for qmatvec_forward (qmatmul.cu) and cuda_matvec (matvec.cu), the inner loop of decoding.
+//
+// What bounds it. Each byte of w is used once a token, so at one token the floor is the time to read w. An H100 reads
+// 3 TB/s, 13 bytes a cycle and multiprocessor, which starts at most 128 instructions a lane in that cycle:
+//                     bytes a weight     weights a cycle     instructions there are for each
+//   bf16              2                   6.5                19
+//   int8 by row       1                  13                   9.8
+//   int4, G = 64      0.5 + 4 / 64       23                   5.5     a scale
+//   with zero points  0.5 + 8 / 64       21                   6.2     scale and zero point
+// What a weight takes with one token (R = 8 rows share the values of x):
+//   int4: turning a field into f32 is one LOP3 (16 a cycle and quarter) and one FFMA, see below, and 2/8 to set up the
+//         word; the product 1; loads, scales and the fold 0.25; x 0.3; the sums across lanes 0.1          3.9
+//   int8: PRMT, FADD, FFMA, 1/4 to set up the word, 0.25 loads, 0.3 x, 0.2 sums                           4
+//   bf16: a shift or mask, FFMA, 0.25 loads, 0.2 x, 0.3 sums                                              2.8
+// So memory is the bound at one token; int4 has the least to spare and runs at 0.6 to 0.7 of what can be issued. More
+// tokens add one FFMA a weight each: int8 leaves the memory's bound at about 6 tokens, int4 at 3.
+//
+// What keeps memory busy: 3 TB/s times 0.7 us of latency is 16 KiB a multiprocessor on its way at any time. Each lane
+// asks for 16 bytes of each of R = 8 rows before it touches the first, 4 KiB a warp, and asks for its next 16 bytes of a
+// row as soon as it has used the last: 16 warps have up to 64 KiB under way. The 8 MiB of a 4096 x 4096 int4 tensor are
+// all asked for at once, and x arrives meanwhile.
+//
+// Shape. A block takes R rows. Their bytes are cut into chunks of 512: a lane's slot is 16 bytes of it, V weights (32
+// codes of 4 bits, 16 of 8, 8 bf16). Chunk k belongs to warp k mod warps. So each value of x is read by one warp of a
+// block, once for R rows. x comes by 16-byte loads, neighbours by neighbouring lanes, while a lane needs the V values
+// of its slot, P pieces of 16 bytes: they pass through shared memory, private to the warp. Piece j of lane l lies at
+//   16-byte cell l * P + (j ^ (l / (8 / P)) % P)
+// so that eight lanes which write, or read, at once touch all 32 banks. Example, P = 4 (int4 with bf16 x):
+//   cells  0..3   lane 0: pieces 0 1 2 3     cells  4..7   lane 1: pieces 0 1 2 3
+//   cells  8..11  lane 2: pieces 1 0 3 2     cells 12..15  lane 3: pieces 1 0 3 2     and so on
+//
+// Order of sums, the same for any number of tokens: a lane's slot is a chain of fmaf in the order of the columns, times
+// the scale of its group; the lane adds its slots in ascending order; lanes fold +16, +8, +4, +2, +1; warps are added in
+// order. How many warps there are follows from the bytes of a row.
+#ifndef QLLM_MATVEC_CUH
+#define QLLM_MATVEC_CUH
+#include "cuda.cuh"
+
+enum WeightKind { CODES_4, CODES_8, PLAIN };
+enum Scaling { SCALE_ROW, SCALE_GROUP, SCALE_ZERO };    // one scale a row; one a group; and a zero point of real units
+
+#define MATVEC_TOKENS 8
+#define MATVEC_WARPS (sizeof(floatX) == 2 ? 8 : 4)      // at most: 8 tokens of x take 16 (fp32: 32) KiB a warp
+#define CHUNK 512
+
+// Weights in 16 bytes, and how many are turned into f32 at a time.
+template <int KIND> static constexpr int slot_weights = KIND == CODES_4 ? 32 : KIND == CODES_8 ? 16 : VEC_X;
+template <int KIND> static constexpr int step_weights = slot_weights<KIND> < 8 ? slot_weights<KIND> : 8;
+
+static __device__ __forceinline__ float low_half(uint32_t w) { return __uint_as_float(w << 16); }
+static __device__ __forceinline__ float high_half(uint32_t w) { return __uint_as_float(w & 0xffff0000u); }
+
+// 16 bytes of floatX as f32.
+static __device__ __forceinline__ void widen_x(float *v, uint4 u) {
+    const uint32_t w[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#ifdef PRECISION_FP32
+        v[i] = __uint_as_float(w[i]);
+#else
+        v[2 * i] = low_half(w[i]);
+        v[2 * i + 1] = high_half(w[i]);
+#endif
+    }
+}
+
+// Step s of a slot as f32, codes counted from the middle of their type. `flip` has the sign bit of each code set when
+// codes are signed: two's complement with that bit flipped counts from the lowest code.
+//   An f32 between 2^23 and 2^24 is an integer, its last 23 bits say how far above 2^23. A code's field put there,
+//   without moving it, gives 2^23 + field * 16^i for nibble i; times 16^-i, less (2^23 * 16^-i + 8) in one fmaf, is
+//   field - 8, exactly. Five nibbles of a word lie in those 23 bits, the last three after a shift.
+template <int KIND>
+static __device__ __forceinline__ void unpack_step(float *v, const uint32_t *slot, int s, uint32_t flip) {
+    if (KIND == CODES_4) {
+        uint32_t word = slot[s] ^ flip, high = word >> 12;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            int at = i < 5 ? i : i - 3;
+            float unit = 1.0f / (float)(1 << 4 * at);
+            float f = __uint_as_float(((i < 5 ? word : high) & 0xfu << 4 * at) | 0x4b000000u);
+            v[i] = fmaf(f, unit, -(8388608.0f * unit + 8.0f));
+        }
+    } else if (KIND == CODES_8) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            uint32_t word = slot[2 * s + i / 4] ^ flip;
+            v[i] = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u + i % 4)) - (8388608.0f + 128.0f);
+        }
+    } else {
+        widen_x(v, make_uint4(slot[0], slot[1], slot[2], slot[3]));
+    }
+}
+
+// 16 bytes of floatX, of which `left` values are there; zeros for the others. VEC: all or none.
+template <bool VEC> static __device__ __forceinline__ uint4 load_x16(const floatX *p, int left) {
+    if (VEC) return left > 0 ? *(const uint4 *)p : make_uint4(0, 0, 0, 0);
+    uint32_t w[4] = {};
+#pragma unroll
+    for (int i = 0; i < VEC_X; i++) {
+        uint32_t bits = i < left ? f32_bits(x2f(p[i])) : 0;
+        if (sizeof(floatX) == 4) w[i % 4] = bits;
+        else w[i / 2] |= i % 2 ? bits & 0xffff0000u : bits >> 16;
+    }
+    return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// What a lane holds of a row: 16 bytes of weights, and the parameters of the group they lie in.
+struct Slot { uint32_t w[4]; float scale, zero; };
+
+// The slot at byte `at` of a row, in group `group` of the tensor; zeros behind the row's end. Weights are read once, so
+// they ask for no place in a cache.
+template <int SCALING, bool VEC>
+static __device__ __forceinline__ void load_slot(Slot *s, const uint8_t *row, size_t at, size_t row_bytes,
+                                                 const float *scale, const float *zero, size_t group) {
+    uint4 u = make_uint4(0, 0, 0, 0);
+    s->scale = s->zero = 0.0f;
+    if (at < row_bytes) {
+        if (VEC) u = __ldcs((const uint4 *)(row + at));
+        else u = load_x16<false>((const floatX *)(row + at), (int)((row_bytes - at) / sizeof(floatX)));
+        if (SCALING != SCALE_ROW) s->scale = scale[group];
+        if (SCALING == SCALE_ZERO) s->zero = zero[group];
+    }
+    s->w[0] = u.x, s->w[1] = u.y, s->w[2] = u.z, s->w[3] = u.w;
+}
+
+static __device__ __forceinline__ void store_y(floatX *p, float v) { *p = f2x(v); }
+#ifndef PRECISION_FP32
+static __device__ __forceinline__ void store_y(float *p, float v) { *p = v; }
+#endif
+
+// R rows against NT tokens, of which N are there. group: weights that share a scale (SCALE_GROUP, SCALE_ZERO), C being a
+// multiple of it. scale (OC) may be NULL with SCALE_ROW.
+template <int KIND, int SCALING, int NT, int R, bool VEC, class Out>
+static __global__ void __launch_bounds__(32 * MATVEC_WARPS, NT == 1 ? 2 : 1)
+matvec_kernel(Out *y, const floatX *x, const uint8_t *w, size_t row_bytes, uint32_t flip, const float *scale,
+              const float *zero, unsigned group, int N, int C, int OC) {
+    const int V = slot_weights<KIND>, STEP = step_weights<KIND>, P = V / VEC_X, M = R * NT;
+    DYN_SHARED(uint4, shared_x);                                // (warps, NT, 32, P) where P > 1
+    __shared__ float part[MATVEC_WARPS][M];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int row0 = blockIdx.x * R, rows = min(R, OC - row0), groups = SCALING == SCALE_ROW ? 0 : C / (int)group;
+    uint4 *stage = shared_x + (P > 1 ? warp * NT * 32 * P : 0);
+    const int swizzle = lane / (8 / P) % P;
+    const size_t first_group = (size_t)row0 * groups;
+    w += (size_t)row0 * row_bytes;
+
+    // 1. The weights of the first chunk are on their way before anything else.
+    size_t at = (size_t)warp * CHUNK + lane * 16;
+    Slot slot[R] = {};
+#pragma unroll
+    for (int r = 0; r < R; r++)
+        if (r < rows)
+            load_slot<SCALING, VEC>(&slot[r], w + r * row_bytes, at, row_bytes, scale, zero,
+                                    first_group + (size_t)r * groups + (groups ? (unsigned)(at / 16 * V) / group : 0));
+    float acc[M] = {};                                          // of row r and token n at r * NT + n
+    for (size_t chunk = (size_t)warp * CHUNK; chunk < row_bytes; chunk += (size_t)warps * CHUNK) {
+        // 2. x of this chunk, for each lane that of its slot.
+        const int col0 = (int)(chunk / 16 * V);                 // of the chunk; this lane's is col0 + lane * V
+        if (P > 1) {
+            __syncwarp();                                       // all lanes have read the chunk before
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int i = 0; i < P; i++) {
+                    int q = i * 32 + lane, owner = q / P, piece = q % P ^ owner / (8 / P) % P, col = col0 + q * VEC_X;
+                    stage[(n * 32 + owner) * P + piece] =
+                        load_x16<true>(x + (size_t)n * C + col, n < N ? C - col : 0);
+                }
+            __syncwarp();                                       // the chunk is there
+        }
+        // 3. The slot's products, and the next chunk's weights into the place of those that are done with.
+        at += (size_t)warps * CHUNK;
+        const size_t next_group = first_group + (groups ? (unsigned)(at / 16 * V) / group : 0);
+        float s[M], sum[NT] = {};
+#pragma unroll
+        for (int k = 0; k < M; k++) s[k] = SCALING == SCALE_ROW ? acc[k] : 0.0f;
+        if (NT == 1) {                                          // x in registers, one row behind the other as they come
+            float xs[V];
+#pragma unroll
+            for (int j = 0; j < P; j++)
+                widen_x(xs + j * VEC_X, P > 1 ? stage[lane * P + (j ^ swizzle)]
+                                              : load_x16<VEC>(x + col0 + lane * V, C - col0 - lane * V));
+            if (SCALING == SCALE_ZERO) {
+#pragma unroll
+                for (int j = 0; j < V; j++) sum[0] += xs[j];
+            }
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+#pragma unroll
+                for (int p = 0; p < V / STEP; p++) {
+                    float v[STEP];
+                    unpack_step<KIND>(v, slot[r].w, p, flip);
+#pragma unroll
+                    for (int j = 0; j < STEP; j++) s[r] = fmaf(v[j], xs[p * STEP + j], s[r]);
+                }
+                if (SCALING == SCALE_ZERO) acc[r] = fmaf(slot[r].zero, sum[0], acc[r]);
+                acc[r] = SCALING == SCALE_ROW ? s[r] : fmaf(s[r], slot[r].scale, acc[r]);
+                if (r < rows)
+                    load_slot<SCALING, VEC>(&slot[r], w + r * row_bytes, at, row_bytes, scale, zero,
+                                            next_group + (size_t)r * groups);
+            }
+        } else {                                                // a step of all rows in registers, token by token
+#pragma unroll
+            for (int p = 0; p < V / STEP; p++) {
+                float v[R][STEP];
+#pragma unroll
+                for (int r = 0; r < R; r++) unpack_step<KIND>(v[r], slot[r].w, p, flip);
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+                    float xs[STEP];
+#pragma unroll
+                    for (int j = 0; j < STEP / VEC_X; j++) {
+                        int piece = p * (STEP / VEC_X) + j;
+                        widen_x(xs + j * VEC_X, P > 1 ? stage[(n * 32 + lane) * P + (piece ^ swizzle)]
+                                                      : load_x16<VEC>(x + (size_t)n * C + col0 + lane * V,
+                                                                      n < N ? C - col0 - lane * V : 0));
+                    }
+#pragma unroll
+                    for (int j = 0; j < STEP; j++) {
+                        if (SCALING == SCALE_ZERO) sum[n] += xs[j];
+#pragma unroll
+                        for (int r = 0; r < R; r++) s[r * NT + n] = fmaf(v[r][j], xs[j], s[r * NT + n]);
+                    }
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+                    float *a = &acc[r * NT + n];
+                    if (SCALING == SCALE_ZERO) *a = fmaf(slot[r].zero, sum[n], *a);
+                    *a = SCALING == SCALE_ROW ? s[r * NT + n] : fmaf(s[r * NT + n], slot[r].scale, *a);
+                }
+                if (r < rows)
+                    load_slot<SCALING, VEC>(&slot[r], w + r * row_bytes, at, row_bytes, scale, zero,
+                                            next_group + (size_t)r * groups);
+            }
+        }
+    }
+
+    // 4. Lanes: as long as a lane has several sums it gives half of them away and adds to the other half, the bits of
+    // the lane's number saying which; M - 1 shuffles instead of 5 M. Sum i ends in lanes i * (32 / M) and following.
+#pragma unroll
+    for (int b = 0; b < 5; b++) {
+        const int bit = 16 >> b, half = M >> (b + 1);
+        if (half == 0) acc[0] += __shfl_xor_sync(FULL_WARP, acc[0], bit);
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            float keep = lane & bit ? acc[i + half] : acc[i], give = lane & bit ? acc[i] : acc[i + half];
+            acc[i] = keep + __shfl_xor_sync(FULL_WARP, give, bit);
+        }
+    }
+    if (lane % (32 / M) == 0) part[warp][lane / (32 / M)] = acc[0];
+    __syncthreads();                                            // all warps' sums are there
+
+    // 5. Warps.
+    const int r = threadIdx.x / NT, n = threadIdx.x % NT;
+    if (r < rows && n < N) {
+        float total = part[0][threadIdx.x];
+        for (int i = 1; i < warps; i++) total += part[i][threadIdx.x];
+        if (SCALING == SCALE_ROW && scale) total *= scale[row0 + r];
+        store_y(&y[(size_t)n * OC + row0 + r], total);
+    }
+}
+
+template <int KIND, int SCALING, int NT, int R, bool VEC, class Out>
+static void matvec_launch(Out *y, const floatX *x, const uint8_t *w, size_t row_bytes, uint32_t flip, const float *scale,
+                          const float *zero, unsigned group, int N, int C, int OC) {
+    auto kernel = matvec_kernel<KIND, SCALING, NT, R, VEC, Out>;
+    size_t chunks = (row_bytes + CHUNK - 1) / CHUNK, rounds = (chunks + MATVEC_WARPS - 1) / MATVEC_WARPS;
+    size_t warps = (chunks + rounds - 1) / rounds, slot_x = slot_weights<KIND> * sizeof(floatX);
+    size_t bytes = slot_x > 16 ? warps * NT * 32 * slot_x : 0;
+    if (!allow_shared(kernel, bytes)) return;
+    LAUNCH(kernel, (unsigned)((OC + R - 1) / R), (unsigned)(32 * warps), bytes, cuda_stream)
+        (y, x, w, row_bytes, flip, scale, zero, group, N, C, OC);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+// VEC: rows of w and of x begin at multiples of 16 bytes, and those of w end there; only PLAIN weights go without.
+template <int KIND, int SCALING, bool VEC, class Out>
+static void matvec_any_n(Out *y, const floatX *x, const uint8_t *w, size_t row_bytes, uint32_t flip, const float *scale,
+                         const float *zero, unsigned group, size_t N, int C, int OC) {
+    for (size_t t = 0; t < N; t += MATVEC_TOKENS) {
+        int n = N - t < MATVEC_TOKENS ? (int)(N - t) : MATVEC_TOKENS;
+        auto launch = matvec_launch<KIND, SCALING, 8, 4, VEC, Out>;
+        if (VEC && n == 1) launch = matvec_launch<KIND, SCALING, 1, VEC ? 8 : 1, VEC, Out>;
+        else if (VEC && n == 2) launch = matvec_launch<KIND, SCALING, VEC ? 2 : 8, 4, VEC, Out>;
+        else if (VEC && n <= 4) launch = matvec_launch<KIND, SCALING, VEC ? 4 : 8, 4, VEC, Out>;
+        launch(y + t * OC, x + t * C, w, row_bytes, flip, scale, zero, group, n, C, OC);
+    }
+}
+#endif

@@ -1,0 +1,175 @@
+// Packed codes (quant.h): dequant_rows and qmatvec_forward (ops.h).
+//
+// dequant_rows, before a matmul of many tokens. It reads bits/8 bytes a weight and writes sizeof(floatX): the writes
+// count, so a lane makes eight weights, 16 bytes of bf16, of the `bits` bytes that hold them, and neighbouring lanes
+// write one behind the other.
+//
+// qmatvec_forward, for decoding. Codes of 4 bits and of 8 that the kernel of matvec.cuh takes (groups of whole 16-byte
+// slots, no integer zero points, rows aligned: all presets of 4 and 8 bits) run there, which see for what bounds them.
+// All others take the general kernel: a warp a row, eight codes a lane at a time, any width, blocks that end anywhere.
+// It is right for everything and meant for what is rare.
+#include "matvec.cuh"
+
+// How the codes of one tensor lie. C++ needs no more of a QuantSpec on the device.
+struct Packed {
+    int bits;
+    uint32_t sign;              // value of a code's sign bit, 0 when unsigned
+    float mid;                  // zero point of a symmetric spec; what codes count from in the float domain
+    bool zero_is_float;
+    size_t row_bytes;
+    int b0, b1, across;         // rows and columns of a block, blocks across a row
+};
+
+static bool packed_init(Packed *p, const QuantSpec *s, int64_t rows, int64_t cols) {
+    int64_t block[2];
+    Err err;
+    if (quant_block_shape(s, rows, cols, block, &err) < 0) {
+        ops_set_error(err.code, "%s", err.text);
+        return false;
+    }
+    *p = Packed{s->bits, s->is_unsigned ? 0u : 1u << (s->bits - 1), quant_mid(s), s->zero == QZ_FLOAT,
+                quant_row_bytes(s->bits, cols), (int)block[0], (int)block[1], (int)(cols / block[1])};
+    return true;
+}
+
+// Codes 8 unit .. 8 unit + 7 of a row, which begin at a byte, as a little-endian integer; zeros behind the row's end.
+// BITS is the width where it makes one aligned load of it, else 0.
+template <int BITS>
+static __device__ __forceinline__ uint64_t load_codes8(const uint8_t *row, int unit, const Packed *pk) {
+    if (BITS == 4) return ((const uint32_t *)row)[unit];
+    if (BITS == 8) return ((const uint64_t *)row)[unit];
+    uint64_t v = 0;
+    size_t from = (size_t)unit * pk->bits, n = pk->row_bytes - from < (size_t)pk->bits ? pk->row_bytes - from : pk->bits;
+    for (size_t i = 0; i < n; i++) v |= (uint64_t)row[from + i] << 8 * i;
+    return v;
+}
+static __device__ __forceinline__ float code_at(uint64_t codes, int i, const Packed *pk) {
+    uint32_t field = (uint32_t)(codes >> i * pk->bits) & ((1u << pk->bits) - 1);
+    return (float)((int)(field ^ pk->sign) - (int)pk->sign);
+}
+
+#define DEQUANT_BLOCK 256
+
+// A block a row. VEC: rows of work and of codes take aligned loads and stores of eight values.
+template <int BITS, bool VEC>
+static __global__ void __launch_bounds__(DEQUANT_BLOCK)
+dequant_rows_kernel(floatX *work, float *wscale, const uint8_t *codes, const float *scale, const float *zero, Packed pk,
+                    bool as_codes, QuantSpec s, int cols) {
+    const size_t row = blockIdx.x, first = row / pk.b0 * pk.across;
+    codes += row * pk.row_bytes;
+    work += row * cols;
+    scale += first;
+    if (zero) zero += first;
+    if (wscale && threadIdx.x == 0) wscale[row] = as_codes ? scale[0] : 1.0f;
+    for (int unit = threadIdx.x; unit < (cols + 7) / 8; unit += DEQUANT_BLOCK) {
+        uint64_t eight = load_codes8<BITS>(codes, unit, &pk);
+        int c = unit * 8, n = min(8, cols - c), g = c / pk.b1, left = pk.b1 - c % pk.b1;
+        QParams p = {scale[g], zero ? zero[g] : pk.mid};
+        Vec<floatX, 8> v = {};
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (i < n && left-- == 0) {                         // a block that ends within the eight
+                g++;
+                left = pk.b1 - 1;
+                p = QParams{scale[g], zero ? zero[g] : pk.mid};
+            }
+            float q = code_at(eight, i, &pk);
+            v.v[i] = f2x(as_codes ? q : quant_dequant(q, p, &s, QD_BF16));
+        }
+        if (VEC) {
+#pragma unroll
+            for (int i = 0; i < 8; i += VEC_X) {
+                Vec<floatX, VEC_X> part;
+                for (int j = 0; j < VEC_X; j++) part.v[j] = v.v[i + j];
+                vec_store(work + c + i, part);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++) if (i < n) work[c + i] = v.v[i];
+        }
+    }
+}
+
+void cuda_dequant_rows(floatX *work, float *wscale, const uint8_t *codes, const float *scale, const float *zero,
+                       const QuantSpec *wq, int64_t rows, int64_t cols) {
+    Packed pk;
+    if (rows == 0 || !packed_init(&pk, wq, rows, cols)) return;
+    bool vec = cols % 8 == 0 && (uintptr_t)work % 16 == 0 && (uintptr_t)codes % 8 == 0;
+    auto kernel = vec && pk.bits == 4 ? dequant_rows_kernel<4, true>
+                  : vec && pk.bits == 8 ? dequant_rows_kernel<8, true>
+                  : vec ? dequant_rows_kernel<0, true> : dequant_rows_kernel<0, false>;
+    LAUNCH(kernel, (unsigned)rows, DEQUANT_BLOCK, 0, cuda_stream)
+        (work, wscale, codes, scale, zero, pk, quant_works_as_codes(wq), *wq, (int)cols);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------------
+// Few tokens.
+
+#define ANY_WARPS 4
+
+// A warp a row: lane l takes codes 8 l .. 8 l + 7, 8 (l + 32) .. and so on. Products of a block within the eight are a
+// chain of fmaf, scaled and added to the lane's sum; the lanes fold +16, +8, +4, +2, +1.
+static __global__ void __launch_bounds__(32 * ANY_WARPS)
+qmatvec_any_kernel(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero, Packed pk,
+                   int N, int C, int OC) {
+    const int NT = MATVEC_TOKENS, lane = threadIdx.x % 32, row = blockIdx.x * ANY_WARPS + threadIdx.x / 32;
+    if (row >= OC) return;                                      // whole warps, and nothing below waits for a block
+    const size_t first = (size_t)(row / pk.b0) * pk.across;
+    codes += (size_t)row * pk.row_bytes;
+    scale += first;
+    if (zero) zero += first;
+    float acc[NT] = {}, s[NT] = {}, sum[NT] = {};
+    for (int unit = lane; unit < (C + 7) / 8; unit += 32) {
+        uint64_t eight = load_codes8<0>(codes, unit, &pk);
+        int c = unit * 8, last = min(8, C - c) - 1, g = c / pk.b1, left = pk.b1 - c % pk.b1;
+        for (int i = 0; i <= last; i++) {
+            float q = code_at(eight, i, &pk) - (zero && !pk.zero_is_float ? zero[g] : pk.mid);
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+                if (n < N) {
+                    float v = x2f(x[(size_t)n * C + c + i]);
+                    s[n] = fmaf(q, v, s[n]);
+                    sum[n] += v;
+                }
+            if (--left > 0 && i < last) continue;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                if (pk.zero_is_float) acc[n] = fmaf(zero[g], sum[n], acc[n]);
+                acc[n] = fmaf(s[n], scale[g], acc[n]);
+                s[n] = sum[n] = 0.0f;
+            }
+            g++;
+            left = pk.b1;
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        for (int bits = 16; bits; bits >>= 1) acc[n] += __shfl_xor_sync(FULL_WARP, acc[n], bits);
+        if (lane == 0 && n < N) y[(size_t)n * OC + row] = f2x(acc[n]);
+    }
+}
+
+void cuda_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
+                          const QuantSpec *wq, size_t N, int C, int OC) {
+    Packed pk;
+    if (N == 0 || !packed_init(&pk, wq, OC, C)) return;
+    int slot = 128 / pk.bits;                                   // codes in 16 bytes
+    bool wide = (pk.bits == 4 || pk.bits == 8) && C % slot == 0 && pk.b0 == 1 && pk.b1 % slot == 0 &&
+                rows_take_vec(C, x, codes) && pk.mid == (pk.sign ? 0.0f : (float)(1 << (pk.bits - 1)));
+    if (wide && (!zero || (pk.zero_is_float && pk.bits == 4))) {
+        auto run = pk.bits == 4 ? (zero ? matvec_any_n<CODES_4, SCALE_ZERO, true, floatX>
+                                        : matvec_any_n<CODES_4, SCALE_GROUP, true, floatX>)
+                   : pk.across == 1 ? matvec_any_n<CODES_8, SCALE_ROW, true, floatX>
+                                    : matvec_any_n<CODES_8, SCALE_GROUP, true, floatX>;
+        uint32_t flip = pk.sign * (pk.bits == 4 ? 0x11111111u : 0x01010101u);
+        run(y, x, codes, pk.row_bytes, flip, scale, zero, (unsigned)pk.b1, N, C, OC);
+        return;
+    }
+    for (size_t t = 0; t < N; t += MATVEC_TOKENS) {
+        int n = N - t < MATVEC_TOKENS ? (int)(N - t) : MATVEC_TOKENS;
+        LAUNCH(qmatvec_any_kernel, (unsigned)((OC + ANY_WARPS - 1) / ANY_WARPS), 32 * ANY_WARPS, 0, cuda_stream)
+            (y + t * OC, x + t * C, codes, scale, zero, pk, n, C, OC);
+        CUDA_CHECK(cudaGetLastError());
+    }
+}

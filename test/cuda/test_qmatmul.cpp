@@ -1,0 +1,133 @@
+// Packed codes: dequant_rows against the CPU wing, bit for bit; qmatvec_forward against an fp64 reference.
+#include "cuda_test.h"
+
+struct PackedTest {
+    QuantSpec spec;
+    int64_t block[2];
+    std::vector<uint8_t> codes;
+    std::vector<float> scale, zero;         // zero is empty without zero points
+};
+
+// Random codes of the spec's range (its ends among them), scales and zero points; false where the blocks do not fit.
+static bool packed_test(PackedTest *p, const char *text, int rows, int cols) {
+    p->spec = spec(text, false);
+    Err err;
+    if (quant_block_shape(&p->spec, rows, cols, p->block, &err) < 0) return false;
+    const QuantSpec *s = &p->spec;
+    size_t bytes = quant_row_bytes(s->bits, cols), blocks = (size_t)(rows / p->block[0] * (cols / p->block[1]));
+    p->codes.assign((size_t)rows * bytes, 0);
+    std::vector<int16_t> row((size_t)cols);
+    for (int r = 0; r < rows; r++) {
+        for (int c = 0; c < cols; c++)
+            row[(size_t)c] = (int16_t)(s->qmin + (int)(philox(7, 60, (uint64_t)r * (uint64_t)cols + (uint64_t)c).v[0] %
+                                                       (unsigned)(s->qmax - s->qmin + 1)));
+        quant_pack_row(p->codes.data() + (size_t)r * bytes, row.data(), cols, s->bits);
+    }
+    p->scale.resize(blocks);
+    p->zero.resize(quant_has_zero(s) ? blocks : 0);
+    for (size_t b = 0; b < blocks; b++) p->scale[b] = bf16_round(0.02f * (1.5f + uniform(61, b)));
+    for (size_t b = 0; b < p->zero.size(); b++)
+        p->zero[b] = s->zero == QZ_FLOAT ? bf16_round(0.3f * uniform(62, b))
+                                         : (float)(s->qmin + (int)((size_t)(s->qmax - s->qmin) * (b % 7) / 6));
+    return true;
+}
+
+// Widths that end within a byte, within eight codes, within a slot of 16 bytes; blocks of rows, of odd widths, and
+// across slots; both signs; zero points of both kinds; every width.
+static const char *const packed_specs[] = {
+    "int8,channel", "int8,group=32", "int8,group=16,symmetric", "int8,tensor",
+    "uint8,group=32,asymmetric", "uint8,group=32,float", "int8,channel,symmetric,range=-127..127",
+    "uint4,group=32,float", "uint4,group=64,float", "int4,group=32", "int4,group=64,symmetric",
+    "int4,channel", "uint4,group=32,asymmetric", "uint4,group=4,float", "int4,group=64,range=-7..7",
+    "int4,group=32,range=-6..6", "int4,group=3", "int2,group=32", "int3,group=32", "uint2,group=9,float", "int5,block=2x16",
+    "int6,channel", "int7,group=5", "uint3,channel,asymmetric", "uint6,block=3x7,asymmetric", "uint7,channel,float"};
+static const int packed_shapes[][2] = {{1, 1}, {2, 7}, {6, 45}, {9, 64}, {3, 576}, {12, 2112}};     // rows, cols
+
+CUDA_TEST(dequant_rows) {
+    for (auto &shape : packed_shapes)
+        for (const char *text : packed_specs)
+            for (int unaligned = 0; unaligned < 2; unaligned++) {
+                int rows = shape[0], cols = shape[1];
+                PackedTest p;
+                if (!packed_test(&p, text, rows, cols)) continue;
+                size_t n = (size_t)rows * (size_t)cols, offset = (size_t)unaligned;
+                std::vector<floatX> work(n);
+                std::vector<float> wscale((size_t)rows);
+                ops_cpu.dequant_rows(work.data(), wscale.data(), p.codes.data(), p.scale.data(),
+                                     p.zero.empty() ? nullptr : p.zero.data(), &p.spec, rows, cols);
+                Device<uint8_t> dcodes(p.codes, offset);
+                Device<float> dscale(p.scale), dzero(p.zero.empty() ? p.scale : p.zero);
+                for (int order = 0; order < ORDERS; order++) {
+                    char where[128];
+                    snprintf(where, sizeof where, "%s rows=%d cols=%d unaligned=%d order=%d", text, rows, cols,
+                             unaligned, order);
+                    set_order(order);
+                    Device<floatX> dwork(n, offset);
+                    Device<float> dwscale((size_t)rows);
+                    OP(dequant_rows)(dwork.p, order == 1 ? nullptr : dwscale.p, dcodes.p, dscale.p,
+                                     p.zero.empty() ? nullptr : dzero.p, &p.spec, rows, cols);
+                    check_same("work", where, dwork.host(), work);
+                    if (order != 1) check_same("wscale", where, dwscale.host(), wscale);
+                }
+            }
+}
+
+// |error| <= (C + 6) 2^-23 sum |x| |w| plus one rounding to X: ops.h.
+static void check_qmatvec(const char *text, int C, int OC, size_t offset) {
+    PackedTest p;
+    if (!packed_test(&p, text, OC, C)) return;
+    const size_t most = 9;                                      // tokens
+    const QuantSpec *s = &p.spec;
+    std::vector<floatX> x = random_x(most * (size_t)C, 63, 1.0f);
+    std::vector<double> want(most * (size_t)OC), size(most * (size_t)OC);
+    std::vector<int16_t> row((size_t)C);
+    for (int r = 0; r < OC; r++) {
+        quant_unpack_row(row.data(), p.codes.data() + (size_t)r * quant_row_bytes(s->bits, C), C, s);
+        for (size_t n = 0; n < most; n++)
+            for (int c = 0; c < C; c++) {
+                size_t b = (size_t)(r / p.block[0] * (C / p.block[1]) + c / p.block[1]), i = n * (size_t)OC + (size_t)r;
+                double scale = (double)p.scale[b], zero = p.zero.empty() ? (double)quant_mid(s) : (double)p.zero[b],
+                       v = (double)x2f(x[n * (size_t)C + (size_t)c]),
+                       code = (double)row[(size_t)c] - (s->zero == QZ_FLOAT ? (double)quant_mid(s) : zero);
+                want[i] += v * (code * scale + (s->zero == QZ_FLOAT ? zero : 0.0));
+                size[i] += fabs(v) * (fabs(code) * scale + (s->zero == QZ_FLOAT ? fabs(zero) : 0.0));
+            }
+    }
+    Device<floatX> dx(x, offset);
+    Device<uint8_t> dcodes(p.codes, offset);
+    Device<float> dscale(p.scale), dzero(p.zero.empty() ? p.scale : p.zero);
+    std::vector<floatX> first;                                  // y of all tokens in the first order
+    for (int order = 0; order < ORDERS; order++)
+        for (size_t N : {9, 1, 2, 3, 8}) {
+            char where[128];
+            snprintf(where, sizeof where, "%s C=%d OC=%d N=%zu offset=%zu order=%d", text, C, OC, N, offset, order);
+            set_order(order);
+            Device<floatX> dy(N * (size_t)OC);
+            OP(qmatvec_forward)(dy.p, dx.p, dcodes.p, dscale.p, p.zero.empty() ? nullptr : dzero.p, s, N, C, OC);
+            std::vector<floatX> y = dy.host();
+            if (first.empty()) {
+                first = y;
+                size_t bad = 0, at = 0;
+                for (size_t i = 0; i < y.size(); i++) {
+                    double bound = (C + 6) / 8388608.0 * size[i] + (sizeof(floatX) == 2 ? fabs(want[i]) / 255.0 : 0.0);
+                    if (!(fabs((double)value(y[i]) - want[i]) <= bound) && bad++ == 0) at = i;
+                }
+                CHECK(bad == 0, "%s: %zu of %zu beyond the bound, the first at %zu: %.9g, exact %.9g", where, bad,
+                      y.size(), at, (double)value(y[at]), want[at]);
+            }
+            check_same("bits of a token", where, y, std::vector<floatX>(first.begin(), first.begin() + (long)y.size()));
+            if (order > 1) break;                               // the random orders: one call
+        }
+}
+CUDA_TEST(qmatvec) {
+    for (auto &shape : packed_shapes)
+        for (const char *text : packed_specs) check_qmatvec(text, shape[1], shape[0], 0);
+    for (const char *text : packed_specs) check_qmatvec(text, 64, 5, 1);
+}
+
+// More chunks of 512 bytes than warps, ends within a chunk; blocks of rows that are not full.
+CUDA_TEST(qmatvec_wide) {
+    check_qmatvec("uint4,group=64,float", 10304, 9, 0);
+    check_qmatvec("int4,group=32", 9248, 3, 0);
+    check_qmatvec("int8,channel", 5136, 11, 0);
+}
