@@ -35,15 +35,21 @@ static inline float attention_scale_log2(int HS) { return LOG2E / sqrtf((float)H
 
 // Rows [row0, row0 + ROWS) of a head whose row 0 begins at m (16-byte aligned, ld a multiple of 8), as asynchronous
 // copies by THREADS threads. Rows `rows` and behind are zeros, and are not read.
+// Eight threads (or as many as a short row has pieces) walk a row: whole lines of 128 bytes, and few addresses to keep.
 template <int ROWS, int HS, int THREADS>
 static __device__ __forceinline__ void copy_tile(bf16 *tile, const bf16 *m, size_t ld, int row0, int rows) {
-    const int pieces = HS / 8;                                  // of a row
+    const int pieces = HS / 8, side = pieces < 6 ? pieces : 8, step = THREADS / side;
+    int c = (int)threadIdx.x % side * 8, first = (int)threadIdx.x / side;
+    const bf16 *src = m + (size_t)(row0 + first) * ld + c;
+    bf16 *dst = tile + first * TILE_LD(HS) + c;
 #pragma unroll
-    for (int n = 0; n < (ROWS * pieces + THREADS - 1) / THREADS; n++) {
-        int i = n * THREADS + (int)threadIdx.x, r = i / pieces, c = i % pieces * 8;
-        if (ROWS * pieces % THREADS && i >= ROWS * pieces) break;
-        bool valid = row0 + r < rows;
-        cp_async16(tile + r * TILE_LD(HS) + c, valid ? m + (size_t)(row0 + r) * ld + c : m, valid);
+    for (int r = 0; r < ROWS; r += step) {
+        if (ROWS % step && first + r >= ROWS) break;
+        bool valid = row0 + first + r < rows;
+#pragma unroll
+        for (int n = 0; n < pieces; n += side)
+            if (pieces % side == 0 || c + n * 8 < HS)
+                cp_async16(dst + r * TILE_LD(HS) + n * 8, valid ? src + (size_t)r * ld + n * 8 : m, valid);
     }
 }
 
