@@ -1,8 +1,8 @@
-// Fake quantization of a row that a block has just written to shared memory: what the operations that produce a
-// linear's input share (rmsnorm_fq, fakequant, swiglu_fq).
+// Fake quantization of a row that a block has just made: what the operations that produce a linear's input share
+// (rmsnorm_fq, fakequant, swiglu_fq).
 #ifndef QLLM_FAKEQUANT_CUH
 #define QLLM_FAKEQUANT_CUH
-#include "cuda.cuh"
+#include "row.cuh"
 
 QHD bool quant_is_on(const QuantSpec *s) { return s && s->bits; }
 
@@ -17,43 +17,58 @@ static __device__ __forceinline__ void widen(float *mn, float *mx, float lo, flo
     *mn = lo < *mn ? lo : *mn;
     *mx = hi > *mx ? hi : *mx;
 }
-
-// The least and greatest of the values that each thread of the block brings, to all threads. Exact in any order. All
-// threads call it, at most once in a kernel: a second call would need a barrier before it, so that nobody overwrites
-// `part` while another still reads.
-static __device__ void block_minmax(float *mn, float *mx) {
-    __shared__ float part[2][32];                              // least and greatest of each warp
+static __device__ __forceinline__ void warp_minmax(float *mn, float *mx) {
     for (int bits = 16; bits; bits >>= 1)
         widen(mn, mx, __shfl_xor_sync(FULL_WARP, *mn, bits), __shfl_xor_sync(FULL_WARP, *mx, bits));
+}
+
+// Scale and zero point of the row whose least and greatest values, before or after their rounding to X, each thread of
+// the block brings a share of. One warp computes them for all: three divisions a thread would cost the other warps as
+// many instructions as a row's elements do. All threads call it, at most once in a kernel: a second call would need a
+// barrier before it, so that nobody overwrites the shared memory while another still reads.
+static __device__ QParams block_qparams(float mn, float mx, const QuantSpec *act) {
+    __shared__ float part[2][32];                              // least and greatest of each warp
+    __shared__ QParams params;
+    int warps = (int)blockDim.x / 32;
+    warp_minmax(&mn, &mx);
     if (threadIdx.x % 32 == 0) {
-        part[0][threadIdx.x / 32] = *mn;
-        part[1][threadIdx.x / 32] = *mx;
+        part[0][threadIdx.x / 32] = mn;
+        part[1][threadIdx.x / 32] = mx;
     }
     __syncthreads();                                           // part is complete
-    for (int w = 0; w < (int)blockDim.x / 32; w++) widen(mn, mx, part[0][w], part[1][w]);
+    if (threadIdx.x < 32) {
+        bool there = (int)threadIdx.x < warps;
+        mn = there ? part[0][threadIdx.x] : INFINITY;
+        mx = there ? part[1][threadIdx.x] : -INFINITY;
+        warp_minmax(&mn, &mx);
+        if (threadIdx.x == 0) params = quant_choose(x2f(f2x(mn)), x2f(f2x(mx)), act, QD_X);
+    }
+    __syncthreads();                                           // params are there
+    return params;
 }
 
 // y (C) X = fq(row), mask (C) or NULL; mn and mx are this thread's share of row's span. Without quantization y is the
-// row and the mask is 1. Each thread reads the very elements it wrote to row, so no barrier stands between.
+// row and the mask is 1. Each thread reads the very elements it wrote to row, so no barrier stands between; row may be
+// y.
 template <int V>
-static __device__ void fakequant_row(floatX *y, uint8_t *mask, const floatX *row, int C, float mn, float mx,
-                                     const QuantSpec *act) {
-    bool on = quant_is_on(act);                                // in all threads alike: all meet block_minmax's barrier
+static __device__ __forceinline__ void fakequant_row(floatX *y, uint8_t *mask, const floatX *row, int C, float mn,
+                                                     float mx, const QuantSpec *act) {
+    bool on = quant_is_on(act);                                // in all threads alike: all meet the barriers
     QParams p = {};
-    if (on) {
-        block_minmax(&mn, &mx);
-        p = quant_choose(mn, mx, act, QD_X);                   // each thread for itself: cheaper than a broadcast
-    }
+    if (on) p = block_qparams(mn, mx, act);
     for (int c = threadIdx.x * V; c < C; c += blockDim.x * V) {
         Vec<floatX, V> v = vec_load<floatX, V>(row + c);
         Vec<uint8_t, V> m;
+        float f[V];
+#pragma unroll
         for (int i = 0; i < V; i++) {
-            float f = x2f(v.v[i]);
-            m.v[i] = !on || quant_in_range(f, p, act, QD_X);
-            if (on) v.v[i] = f2x(quant_fake(f, p, act, QD_X));
+            float q = on ? quant_unclamped(x2f(v.v[i]), p, act, QD_X) : 0.0f;
+            m.v[i] = !on || (q >= (float)act->qmin && q <= (float)act->qmax);
+            f[i] = quant_dequant(quant_clampf(q, (float)act->qmin, (float)act->qmax), p, act, QD_F32);
         }
-        vec_store(y + c, v);
         if (mask) vec_store(mask + c, m);
+        if (on) v = to_x(f);                                   // dequant's rounding
+        vec_store(y + c, v);
     }
 }
 #endif

@@ -30,3 +30,49 @@ CUDA_TEST(fakequant) {
                 }
             }
 }
+
+// Rows longer than shared memory, here and in swiglu_fq.
+CUDA_TEST(fakequant_long_rows) {
+    int C = 110000;
+    size_t N = 2, n = N * (size_t)C;
+    QuantSpec s = spec("int8,token,asymmetric");
+    std::vector<floatX> gateup = random_x(2 * n, 39, 3.0f), x(gateup.begin(), gateup.begin() + (long)n), y(n), h(n);
+    std::vector<uint8_t> mask(n);
+    ops_cpu.fakequant_forward(y.data(), mask.data(), x.data(), N, C, &s);
+    ops_cpu.swiglu_fq_forward(h.data(), nullptr, gateup.data(), N, C, &s);
+    for (int order = 0; order < 2; order++) {
+        char where[96];
+        snprintf(where, sizeof where, "C=%d order=%d", C, order);
+        set_order(order);
+        Device<floatX> dx(x), dg(gateup), dy(n);
+        Device<uint8_t> dm(n);
+        OP(fakequant_forward)(dx.p, dm.p, dx.p, N, C, &s);
+        OP(swiglu_fq_forward)(dy.p, nullptr, dg.p, N, C, &s);
+        check_same("fakequant in place", where, dx.host(), y);
+        check_same("mask", where, dm.host(), mask);
+        check_same("swiglu", where, dy.host(), h);
+    }
+}
+
+CUDA_TEST(mask_backward) {
+    for (auto &shape : row_shapes)
+        for (int variant = 0; variant < 4; variant++) {          // half masked; unaligned; nothing masked; all, with NaN
+            size_t N = (size_t)shape[0], n = N * (size_t)shape[1], offset = variant == 1 ? 1 : 0;
+            int C = shape[1];
+            std::vector<floatX> dx = random_x(n, 40, 1.0f);
+            if (variant == 3) dx[n / 2] = f2x(NAN);
+            std::vector<uint8_t> mask(n);
+            for (size_t i = 0; i < n; i++) mask[i] = variant == 2 || (variant != 3 && uniform(41, i) < 0.5f);
+            std::vector<floatX> want = dx;
+            ops_cpu.mask_backward(want.data(), mask.data(), N, C);
+            for (int order = 0; order < ORDERS; order++) {
+                char where[96];
+                snprintf(where, sizeof where, "N=%zu C=%d variant=%d order=%d", N, C, variant, order);
+                set_order(order);
+                Device<floatX> d(dx, offset);
+                Device<uint8_t> m(mask, offset);
+                OP(mask_backward)(d.p, m.p, N, C);
+                check_same("dx", where, d.host(), want);
+            }
+        }
+}
