@@ -28,6 +28,11 @@ static constexpr Ops make_table() {
     t.attention_backward = cuda_attention_backward;
     t.dequant_rows = cuda_dequant_rows;
     t.qmatvec_forward = cuda_qmatvec_forward;
+    t.global_norm = cuda_global_norm;
+    t.adamw_fq = cuda_adamw_fq;
+    t.sgd_fq = cuda_sgd_fq;
+    t.weight_fq = cuda_weight_fq;
+    t.weight_ste_mask = cuda_weight_ste_mask;
     return t;
 }
 const Ops ops_cuda = make_table();
