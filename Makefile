@@ -161,7 +161,7 @@ ifneq ($(HAVE_CMOCKA),y)
 test test-sanitize:
 	@echo "make test needs cmocka: run scripts/install_deps.sh, or apt-get install libcmocka-dev" >&2; exit 1
 else
-test-programs: $(TESTS) programs
+test-programs: $(TESTS) programs $(if $(CUDASIM_TESTS),sim-programs)
 test:
 	@$(MAKE) --no-print-directory PRECISION=bf16 test-programs
 	@$(MAKE) --no-print-directory PRECISION=fp32 test-programs

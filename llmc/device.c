@@ -89,7 +89,7 @@ int device_init(const char *name, int threads, Err *err) {
     if (!automatic && !cuda && strcmp(name, "cpu"))
         return err_set(err, E_USAGE, "device %s: unknown; use auto, cpu or cuda", name);
     if (cuda && !&device_wing_cuda)
-        return err_set(err, E_USAGE, "device cuda: this build has no CUDA wing; use --device cpu, or build where nvcc is "
+        return err_set(err, E_FAIL, "device cuda: this build has no CUDA wing; use --device cpu, or build where nvcc is "
                                      "(make CUDA_HOME=...)");
     if ((automatic || cuda) && &device_wing_cuda) {
         char why[192];
@@ -101,7 +101,7 @@ int device_init(const char *name, int threads, Err *err) {
             ops = wing->ops;
             return 0;
         }
-        if (cuda) return err_set(err, E_USAGE, "device cuda: %s; use --device cpu", why);
+        if (cuda) return err_set(err, E_FAIL, "device cuda: %s; use --device cpu", why);
     }
     cpu_init(threads);
     return 0;
@@ -117,7 +117,7 @@ void device_memory(double *available, double *total) {
         return;
     }
     *total = (double)physical_memory_bytes();
-    *available = *total * 0.95;
+    *available = *total * 0.98;
 }
 int device_alloc(void **out, size_t bytes, const char *what, Err *err) {
     return wing ? wing->alloc(out, bytes, what, err) : big_alloc(out, bytes, what, err);

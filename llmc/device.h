@@ -7,7 +7,7 @@ extern "C" {
 #endif
 
 // name: "auto" (a GPU that the build and the machine have, else the CPU), "cpu" or "cuda". threads: of the CPU wing, 0
-// for all cores. Sets `ops`. "cuda" where there is no usable GPU is E_USAGE with the reason.
+// for all cores. Sets `ops`. "cuda" where there is no usable GPU is E_FAIL with the reason.
 int device_init(const char *name, int threads, Err *err);
 int device_threads(void);
 const char *device_description(void);                       // "cpu: AMD EPYC ..., 2 threads, oneDNN 2.6.3 bf16"

@@ -43,6 +43,7 @@ int memory_plan_print(double *planned, const MemoryItem *items, int n, int B, FI
     }
     double total = fixed + per_sequence * B, available, all;
     device_memory(&available, &all);
+    available *= 0.97;                 // for the operations' own working memory, and pages that end unused
     double largest = per_sequence > 0 ? fmax(0, floor((available - fixed) / per_sequence)) : 0;
     fprintf(out, "  %-44s %12s", "total", fmt_bytes(buf, total));
     fprintf(out, " of %s; a sequence costs", fmt_bytes(buf, all));

@@ -8,7 +8,7 @@ static void test_init(void **unused) {
     ops = NULL;
     assert_int_equal(device_init("tpu", 0, &err), E_USAGE);
     assert_non_null(strstr(err.text, "tpu"));
-    assert_int_equal(device_init("cuda", 0, &err), E_USAGE);
+    assert_int_equal(device_init("cuda", 0, &err), E_FAIL);
     assert_non_null(strstr(err.text, "CUDA"));
     assert_int_equal(device_init("cpu", -1, &err), E_USAGE);
     assert_non_null(strstr(err.text, "-1"));

@@ -816,7 +816,10 @@ cudaError_t cudaSetDevice(int device) { return check_device(device); }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     *p = {};
     snprintf(p->name, sizeof p->name, "cudasim");
-    p->major = 8;
+    const char *capability = getenv("CUDASIM_CAPABILITY");      // 75 for 7.5
+    int tenfold = capability ? atoi(capability) : 80;
+    p->major = tenfold / 10;
+    p->minor = tenfold % 10;
     p->multiProcessorCount = 4;
     p->l2CacheSize = 1 << 20;
     p->warpSize = 32;

@@ -60,13 +60,10 @@ static int init(char *description, size_t size, Err *err) {
     return 0;
 }
 
-// Above this share of the free memory an allocation may still fail, since the driver hands out pages of 2 MiB.
-#define USABLE 0.98
-
 static void memory(double *free_bytes, double *total) {
     size_t f = 0, t = 0;
     CUDA_CHECK(cudaMemGetInfo(&f, &t));
-    *free_bytes = USABLE * (double)f;
+    *free_bytes = (double)f;
     *total = (double)t;
 }
 
