@@ -114,6 +114,8 @@ int n_threads, n_alive, n_at_barrier, barrier_votes;
 size_t n_launches;
 unsigned ready[MAX_THREADS / 32];      // lanes of each warp that can run
 unsigned ready_warps;                  // warps that have any
+unsigned alive[MAX_THREADS / 32];      // lanes of each warp that have not ended
+unsigned in_warp[MAX_THREADS / 32];    // and those that wait for others of it
 const cudasim::Launch *launch;
 void *smem;                            // dynamic shared memory of the launch
 Context scheduler;
@@ -291,10 +293,12 @@ void shared_end() {
 const unsigned FULL = 0xffffffffu;
 
 int index_of(const Thread *t) { return (int)(t - threads); }
+bool other_file(const Thread *a, const Thread *b) { return a->file != b->file && strcmp(a->file, b->file) != 0; }
 
 void make_ready(Thread *t) {
     int i = index_of(t);
     t->wait = READY;
+    in_warp[i / 32] &= ~(1u << (i % 32));
     ready[i / 32] |= 1u << (i % 32);
     ready_warps |= 1u << (i / 32);
 }
@@ -311,25 +315,17 @@ void switch_to_scheduler(bool ending) {
 #endif
 }
 
-// The lanes of t's warp that `mask` names and that still run.
-unsigned lanes_alive(const Thread *t, unsigned mask) {
-    unsigned alive = 0;
-    int first = index_of(t) / 32 * 32;
-    for (int l = 0; l < 32 && first + l < n_threads; l++)
-        if ((mask >> l & 1) && threads[first + l].wait != DONE) alive |= 1u << l;
-    return alive;
-}
-
 // If every running lane of t's mask has come to the same call, gives each its result and lets it run.
 void try_warp_collective(Thread *t) {
-    Thread *warp = threads + index_of(t) / 32 * 32;
-    unsigned mask = t->mask, lanes = lanes_alive(t, mask), ballot = 0;
+    int w = index_of(t) / 32;
+    Thread *warp = threads + w * 32;
+    unsigned mask = t->mask, lanes = alive[w] & mask, ballot = 0;
+    if (lanes & ~in_warp[w]) return;
     for (int l = 0; l < 32; l++) {
         if (!(lanes >> l & 1)) continue;
         const Thread *o = &warp[l];
-        if (o->wait != IN_WARP) return;
         if (!(o->mask >> (index_of(t) % 32) & 1)) return;      // it waits for others first
-        if (o->kind != t->kind || o->mask != mask || o->line != t->line || strcmp(o->file, t->file) != 0)
+        if (o->kind != t->kind || o->mask != mask || o->line != t->line || other_file(o, t))
             fail("lanes of one mask wait in different calls: lane %d at %s:%d (mask %08x), "
                  "lane %d at %s:%d (mask %08x)", index_of(t) % 32, t->file, t->line, mask, l, o->file, o->line,
                  o->mask);
@@ -360,7 +356,7 @@ void try_barrier() {
         Thread *t = &threads[i];
         if (t->wait != AT_BARRIER) continue;
         if (!first) first = t;
-        if (t->line != first->line || strcmp(t->file, first->file) != 0)
+        if (t->line != first->line || other_file(t, first))
             fail("threads of one block wait at different barriers: thread %d at %s:%d, thread %d at %s:%d",
                  index_of(first), first->file, first->line, i, t->file, t->line);
         t->result = (uint64_t)barrier_votes;
@@ -379,6 +375,7 @@ void fiber_main() {
     Thread *self = current;
     self->wait = DONE;
     n_alive--;
+    alive[index_of(self) / 32] &= ~(1u << index_of(self) % 32);
     try_barrier();                     // the others may have waited for this one only
     Thread *warp = threads + index_of(self) / 32 * 32;
     for (int l = 0; l < 32 && &warp[l] < threads + n_threads; l++)
@@ -433,6 +430,7 @@ void run_block() {
         t->n_copies = t->group = 0;
         t->idx = {u % blockDim.x, u / blockDim.x % blockDim.y, u / blockDim.x / blockDim.y};
         context_make(&t->context, t->stack, STACK, fiber_main);
+        alive[i / 32] |= 1u << (i % 32);
         make_ready(t);
     }
     while (n_alive) {
@@ -535,6 +533,7 @@ uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int src
     if (!(mask >> lane() & 1)) fail("lane %d is not in its own mask %08x at %s:%d", lane(), mask, file, line);
     t->kind = kind; t->mask = mask; t->value = value; t->src = src; t->file = file; t->line = line;
     t->wait = IN_WARP;
+    in_warp[index_of(t) / 32] |= 1u << lane();
     try_warp_collective(t);
     switch_to_scheduler(false);
     return t->result;
