@@ -22,7 +22,7 @@
 //   keys: 192 and 128 FLOP a byte, about 2 TB/s.
 // Longest blocks first: a causal triangle's tiles differ in length by their number.
 //
-// Plain kernels do the rest (the fp32 build, other head sizes, unaligned rows): 16 x 16 tiles in f32.
+// Plain kernels do the rest (the fp32 build, other head sizes, unaligned rows): small tiles in f32.
 // Either way p and ds are rounded to X before they are multiplied on, as in the CPU wing; sums are f32.
 #include "attention.cuh"
 
@@ -74,12 +74,12 @@ attention_stats_kernel(float2 *stats, const floatX *dout, const floatX *o, const
 }
 
 // ---------------------------------------------------------------------------------------------
-// Plain kernels: 16 x 16 threads, tiles of 16 queries and 16 keys, rows of HS + 1 floats (no bank conflicts).
+// Plain kernels: P x P threads, tiles of P queries and P keys, rows of HS + 1 floats (no bank conflicts). P is 16, less
+// where six tiles would not fit into the 99 KiB of shared memory that every device since sm_80 gives a block.
 
-#define PLAIN 16
-
+template <int P>
 static __device__ __forceinline__ void plain_load(float *tile, const floatX *rows, size_t ld, int valid, int HS) {
-    for (int i = threadIdx.x; i < HS; i += PLAIN)
+    for (int i = threadIdx.x; i < HS; i += P)
         tile[threadIdx.y * (HS + 1) + i] = (int)threadIdx.y < valid ? x2f(rows[threadIdx.y * ld + i]) : 0.0f;
 }
 static __device__ __forceinline__ float plain_dot(const float *a, const float *b, int HS) {
@@ -96,69 +96,71 @@ static __device__ __forceinline__ void plain_weights(float *p, float *ds, const 
     *ds = x2f(f2x(x * (plain_dot(dout, v, s->HS) - stat.y)));
 }
 
-static __global__ void __launch_bounds__(PLAIN * PLAIN)
+template <int P>
+static __global__ void __launch_bounds__(P * P)
 attention_dq_plain_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv, const float2 *stats, unsigned heads,
                           AttentionShape s) {
     DYN_SHARED(float, shared);
-    __shared__ float ds_s[PLAIN][PLAIN + 1];
+    __shared__ float ds_s[P][P + 1];
     int row = s.HS + 1, y = threadIdx.y, x = threadIdx.x;
-    float *q_s = shared, *do_s = q_s + PLAIN * row, *k_s = do_s + PLAIN * row, *v_s = k_s + PLAIN * row,
-          *dq_s = v_s + PLAIN * row;
+    float *q_s = shared, *do_s = q_s + P * row, *k_s = do_s + P * row, *v_s = k_s + P * row,
+          *dq_s = v_s + P * row;
     size_t b = blockIdx.x % heads / s.NH;
-    int h = (int)(blockIdx.x % heads) % s.NH, t0 = (int)(gridDim.x / heads - 1 - blockIdx.x / heads) * PLAIN;
+    int h = (int)(blockIdx.x % heads) % s.NH, t0 = (int)(gridDim.x / heads - 1 - blockIdx.x / heads) * P;
     const floatX *base = qkv + b * s.T * s.ld, *k = base + (size_t)(s.NH + h / s.G) * s.HS,
                  *v = k + (size_t)s.NKV * s.HS;
     size_t at_q = t0 * s.ld + (size_t)h * s.HS;
-    plain_load(q_s, base + at_q, s.ld, s.T - t0, s.HS);
-    plain_load(do_s, dout + (b * s.T + t0) * s.ldo + (size_t)h * s.HS, s.ldo, s.T - t0, s.HS);
-    for (int i = x; i < s.HS; i += PLAIN) dq_s[y * row + i] = 0.0f;
+    plain_load<P>(q_s, base + at_q, s.ld, s.T - t0, s.HS);
+    plain_load<P>(do_s, dout + (b * s.T + t0) * s.ldo + (size_t)h * s.HS, s.ldo, s.T - t0, s.HS);
+    for (int i = x; i < s.HS; i += P) dq_s[y * row + i] = 0.0f;
     float2 stat = stats[(b * s.NH + h) * s.Tp + t0 + y];
-    for (int key0 = 0; key0 <= t0; key0 += PLAIN) {
-        plain_load(k_s, k + key0 * s.ld, s.ld, s.T - key0, s.HS);
-        plain_load(v_s, v + key0 * s.ld, s.ld, s.T - key0, s.HS);
+    for (int key0 = 0; key0 <= t0; key0 += P) {
+        plain_load<P>(k_s, k + key0 * s.ld, s.ld, s.T - key0, s.HS);
+        plain_load<P>(v_s, v + key0 * s.ld, s.ld, s.T - key0, s.HS);
         __syncthreads();                                       // the tiles are complete
         float p;
         plain_weights(&p, &ds_s[y][x], q_s + y * row, do_s + y * row, k_s + x * row, v_s + x * row, stat,
                       key0 + x <= t0 + y, &s);
         __syncthreads();                                       // so is ds
-        for (int i = x; i < s.HS; i += PLAIN) {
+        for (int i = x; i < s.HS; i += P) {
             float sum = dq_s[y * row + i];
-            for (int j = 0; j < PLAIN; j++) sum = fmaf(ds_s[y][j], k_s[j * row + i], sum);
+            for (int j = 0; j < P; j++) sum = fmaf(ds_s[y][j], k_s[j * row + i], sum);
             dq_s[y * row + i] = sum;
         }
         __syncthreads();                                       // all have read: the next may overwrite
     }
     if (t0 + y < s.T)
-        for (int i = x; i < s.HS; i += PLAIN)
+        for (int i = x; i < s.HS; i += P)
             dqkv[b * s.T * s.ld + at_q + y * s.ld + i] = f2x(dq_s[y * row + i] * s.scale);
 }
 
-static __global__ void __launch_bounds__(PLAIN * PLAIN)
+template <int P>
+static __global__ void __launch_bounds__(P * P)
 attention_dkv_plain_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv, const float2 *stats, unsigned heads,
                            AttentionShape s) {
     DYN_SHARED(float, shared);
-    __shared__ float p_s[PLAIN][PLAIN + 1], ds_s[PLAIN][PLAIN + 1];
+    __shared__ float p_s[P][P + 1], ds_s[P][P + 1];
     int row = s.HS + 1, y = threadIdx.y, x = threadIdx.x;
-    float *q_s = shared, *do_s = q_s + PLAIN * row, *k_s = do_s + PLAIN * row, *v_s = k_s + PLAIN * row,
-          *dk_s = v_s + PLAIN * row, *dv_s = dk_s + PLAIN * row;
+    float *q_s = shared, *do_s = q_s + P * row, *k_s = do_s + P * row, *v_s = k_s + P * row,
+          *dk_s = v_s + P * row, *dv_s = dk_s + P * row;
     size_t b = blockIdx.x % heads / s.NKV;
-    int kh = (int)(blockIdx.x % heads) % s.NKV, key0 = (int)(blockIdx.x / heads) * PLAIN;
+    int kh = (int)(blockIdx.x % heads) % s.NKV, key0 = (int)(blockIdx.x / heads) * P;
     const floatX *base = qkv + b * s.T * s.ld;
     size_t at_k = key0 * s.ld + (size_t)(s.NH + kh) * s.HS, at_v = at_k + (size_t)s.NKV * s.HS;
-    plain_load(k_s, base + at_k, s.ld, s.T - key0, s.HS);
-    plain_load(v_s, base + at_v, s.ld, s.T - key0, s.HS);
-    for (int i = x; i < s.HS; i += PLAIN) dk_s[y * row + i] = dv_s[y * row + i] = 0.0f;
+    plain_load<P>(k_s, base + at_k, s.ld, s.T - key0, s.HS);
+    plain_load<P>(v_s, base + at_v, s.ld, s.T - key0, s.HS);
+    for (int i = x; i < s.HS; i += P) dk_s[y * row + i] = dv_s[y * row + i] = 0.0f;
     for (int h = kh * s.G; h < (kh + 1) * s.G; h++)
-        for (int t0 = key0; t0 < s.T; t0 += PLAIN) {
-            plain_load(q_s, base + t0 * s.ld + (size_t)h * s.HS, s.ld, s.T - t0, s.HS);
-            plain_load(do_s, dout + (b * s.T + t0) * s.ldo + (size_t)h * s.HS, s.ldo, s.T - t0, s.HS);
+        for (int t0 = key0; t0 < s.T; t0 += P) {
+            plain_load<P>(q_s, base + t0 * s.ld + (size_t)h * s.HS, s.ld, s.T - t0, s.HS);
+            plain_load<P>(do_s, dout + (b * s.T + t0) * s.ldo + (size_t)h * s.HS, s.ldo, s.T - t0, s.HS);
             __syncthreads();                                   // the tiles are complete
             plain_weights(&p_s[y][x], &ds_s[y][x], q_s + x * row, do_s + x * row, k_s + y * row, v_s + y * row,
                           stats[(b * s.NH + h) * s.Tp + t0 + x], key0 + y <= t0 + x && t0 + x < s.T, &s);
             __syncthreads();                                   // so are p and ds
-            for (int i = x; i < s.HS; i += PLAIN) {
+            for (int i = x; i < s.HS; i += P) {
                 float dk = dk_s[y * row + i], dv = dv_s[y * row + i];
-                for (int j = 0; j < PLAIN; j++) {
+                for (int j = 0; j < P; j++) {
                     dv = fmaf(p_s[y][j], do_s[j * row + i], dv);
                     dk = fmaf(ds_s[y][j], q_s[j * row + i], dk);
                 }
@@ -168,25 +170,26 @@ attention_dkv_plain_kernel(floatX *dqkv, const floatX *dout, const floatX *qkv, 
             __syncthreads();                                   // all have read: the next may overwrite
         }
     if (key0 + y < s.T)
-        for (int i = x; i < s.HS; i += PLAIN) {
+        for (int i = x; i < s.HS; i += P) {
             floatX *out = dqkv + b * s.T * s.ld + y * s.ld + i;
             out[at_k] = f2x(dk_s[y * row + i] * s.scale);
             out[at_v] = f2x(dv_s[y * row + i]);
         }
 }
 
+template <int P>
 static void plain_backward(floatX *dqkv, const floatX *dout, const floatX *qkv, const float2 *stats, int B,
                            const AttentionShape *s) {
-    unsigned tiles = (unsigned)((s->T + PLAIN - 1) / PLAIN), q_heads = (unsigned)(B * s->NH),
+    unsigned tiles = (unsigned)((s->T + P - 1) / P), q_heads = (unsigned)(B * s->NH),
              k_heads = (unsigned)(B * s->NKV);
-    size_t tile = (size_t)PLAIN * (s->HS + 1) * sizeof(float);
-    dim3 block(PLAIN, PLAIN);
-    if (!allow_shared(attention_dq_plain_kernel, 5 * tile)) return;
-    if (!allow_shared(attention_dkv_plain_kernel, 6 * tile)) return;
-    LAUNCH(attention_dq_plain_kernel, q_heads * tiles, block, 5 * tile, cuda_stream)
+    size_t tile = (size_t)P * (s->HS + 1) * sizeof(float);
+    dim3 block(P, P);
+    if (!allow_shared(attention_dq_plain_kernel<P>, 5 * tile)) return;
+    if (!allow_shared(attention_dkv_plain_kernel<P>, 6 * tile)) return;
+    LAUNCH(attention_dq_plain_kernel<P>, q_heads * tiles, block, 5 * tile, cuda_stream)
         (dqkv, dout, qkv, stats, q_heads, *s);
     CUDA_CHECK(cudaGetLastError());
-    LAUNCH(attention_dkv_plain_kernel, k_heads * tiles, block, 6 * tile, cuda_stream)
+    LAUNCH(attention_dkv_plain_kernel<P>, k_heads * tiles, block, 6 * tile, cuda_stream)
         (dqkv, dout, qkv, stats, k_heads, *s);
     CUDA_CHECK(cudaGetLastError());
 }
@@ -330,7 +333,7 @@ static __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 attention_dkv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float2 *stats, unsigned heads,
                      AttentionShape s, float scale_log2) {
     const int TILE = 16 * WARPS, THREADS = 32 * WARPS, LD = TILE_LD(HS), STAGE = 2 * ROWS * LD;
-    const bool KEEP = HS <= 64;                                // k and v in registers
+    const bool KEEP_K = HS <= 64, KEEP_V = HS <= 48;           // in registers
     static_assert(TILE % ROWS == 0 && ROWS == STATS_PAD, "tiles of keys begin with a tile of queries");
     DYN_SHARED(bf16, shared);                                  // k, v (TILE, LD); two stages of q, do (ROWS, LD)
     bf16 *k_s = shared, *v_s = k_s + TILE * LD, *stages = v_s + TILE * LD;
@@ -345,14 +348,14 @@ attention_dkv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float2
     copy_tile<TILE, HS, THREADS>(v_s, qkv + at_v, s.ld, first, s.T);
     cp_async_commit();
     copy_queries<HS, THREADS>(stages, stat_s, dout, qkv, stats, b, kh * s.G, first, &s);
-    uint32_t k_kept[KEEP ? HS / 16 : 1][4], v_kept[KEEP ? HS / 16 : 1][4];
-    if (KEEP) {
+    uint32_t k_kept[KEEP_K ? HS / 16 : 1][4], v_kept[KEEP_V ? HS / 16 : 1][4];
+    if (KEEP_K) {
         cp_async_wait<1>();
         __syncthreads();                                       // k and v are there
 #pragma unroll
         for (int i = 0; i < HS / 16; i++) {
             frag_a(k_kept[i], k_s, LD, 16 * warp, 16 * i);
-            frag_a(v_kept[i], v_s, LD, 16 * warp, 16 * i);
+            if (KEEP_V) frag_a(v_kept[i], v_s, LD, 16 * warp, 16 * i);
         }
     }
     float dk[HS / 8][4] = {}, dv[HS / 8][4] = {};
@@ -376,16 +379,14 @@ attention_dkv_kernel(bf16 *dqkv, const bf16 *dout, const bf16 *qkv, const float2
 #pragma unroll
         for (int i = 0; i < HS / 16; i++) {
             uint32_t k_frag[4], v_frag[4], col[4];
-            if (!KEEP) {
-                frag_a(k_frag, k_s, LD, 16 * warp, 16 * i);
-                frag_a(v_frag, v_s, LD, 16 * warp, 16 * i);
-            }
+            if (!KEEP_K) frag_a(k_frag, k_s, LD, 16 * warp, 16 * i);
+            if (!KEEP_V) frag_a(v_frag, v_s, LD, 16 * warp, 16 * i);
 #pragma unroll
             for (int j = 0; j < ROWS / 16; j++) {
                 frag_b(col, q_s, LD, 16 * j, 16 * i);
-                mma_pair(p[2 * j], p[2 * j + 1], KEEP ? k_kept[i] : k_frag, col);
+                mma_pair(p[2 * j], p[2 * j + 1], KEEP_K ? k_kept[i] : k_frag, col);
                 frag_b(col, do_s, LD, 16 * j, 16 * i);
-                mma_pair(ds[2 * j], ds[2 * j + 1], KEEP ? v_kept[i] : v_frag, col);
+                mma_pair(ds[2 * j], ds[2 * j + 1], KEEP_V ? v_kept[i] : v_frag, col);
             }
         }
         if (key0 + 15 > t0)                                    // as in the dq kernel
@@ -487,5 +488,7 @@ void cuda_attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv
 #endif
     if (vec) launch_stats<VEC_X>(stats, dout, o, lse, B, &s, 1.0f);
     else launch_stats<1>(stats, dout, o, lse, B, &s, 1.0f);
-    plain_backward(dqkv, dout, qkv, stats, B, &s);
+    if (HS <= 256) plain_backward<16>(dqkv, dout, qkv, stats, B, &s);
+    else if (HS <= 512) plain_backward<8>(dqkv, dout, qkv, stats, B, &s);
+    else plain_backward<4>(dqkv, dout, qkv, stats, B, &s);      // up to 1024, the largest that a model may have
 }

@@ -112,5 +112,6 @@ CUDA_TEST(attention_backward_head_sizes) {
     for (int HS : {16, 32, 48, 80, 96, 112, 128}) check_backward({1, 67, 1, 1, HS}, 0);
     for (int HS : {80, 128}) check_backward({1, 100, 1, 1, HS}, 0);        // tiles of 96 and 128 behind T
     for (int HS : {2, 8, 24, 144}) check_backward({1, 18, 2, 1, HS}, 0);
+    for (int HS : {264, 1024}) check_backward({1, 9, 1, 1, HS}, 0);
 }
 CUDA_TEST(attention_backward_unaligned) { check_backward({2, 21, 2, 1, 64}, 1); }
