@@ -51,15 +51,11 @@ QHD f16 f16_from_f32(float f) {
     return (f16)(sign | (uint32_t)rintf(scaled));
 }
 
-// p * 2^n for 1/2 <= |p| < 4 and -152 <= n <= 130, rounded once: the first product is exact.
-QHD float scale2_f32(float p, int n) {
-    int half = n / 2;
-    return p * f32_from_bits((uint32_t)(half + 127) << 23) * f32_from_bits((uint32_t)(n - half + 127) << 23);
-}
-// e^x; llmc/cpu/vec.h says how and how well (v16_exp: the same bits).
+// e^x; llmc/cpu/vec.h says how and how well (v16_exp: the same bits). Adding 1.5 * 2^23 rounds to the nearest integer,
+// which then stands in the low bits: no conversions, of which a GPU does few at a time. (NaN: whatever stands there.)
 QHD float exp_f32(float x) {
     x = x < -105.0f ? -105.0f : x > 89.0f ? 89.0f : x;
-    float n = rintf(x * 1.44269504f);
+    float t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;
     float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, x));
     float p = fmaf(0.00138145965f, r, 0.00836871751f);
     p = fmaf(p, r, 0.041668389f);
@@ -67,22 +63,28 @@ QHD float exp_f32(float x) {
     p = fmaf(p, r, 0.49999994f);
     p = fmaf(p, r, 1.0f);
     p = fmaf(p, r, 1.0f);
-    return scale2_f32(p, n == n ? (int)n : 0);
+    uint32_t e = f32_bits(t) - 0x4b400000u, half = (uint32_t)((int32_t)e >> 1);      // -152..129
+    return p * f32_from_bits((half + 127u) << 23) * f32_from_bits((e - half + 127u) << 23);   // the first is exact
 }
 
-// 2^x for x < 128 in a dozen instructions, for softmax: exactly 1 at 0, exactly 0 below -126 (and at -infinity, so that a
-// masked score needs no more care), NaN stays NaN; relative error below 2^-22.5. Adding 1.5 * 2^23 rounds to the nearest
-// integer, which then stands in the low bits; 2^r on [-1/2, 1/2] is a polynomial of error 2^-23.3; the integer goes
-// straight into the exponent. Above 128 the result is meaningless.
+// 2^x for x < 128 in eleven instructions, for softmax: exactly 1 at 0; exactly 0 below -127 and so at -infinity (a masked
+// score needs no more care); less than 2^-126 between; NaN stays NaN; relative error below 2^-22.5 from -126 on. Adding
+// 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits; 2^r on [-1/2, 1/2] is a polynomial of
+// error 2^-23.3; the integer goes straight into the exponent, where 1 less 127 makes 0. Above 128 the result is
+// meaningless.
 QHD float exp2_fast(float x) {
+#ifdef __CUDA_ARCH__
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-127.0f));    // one instruction, where the line below takes two
+#else
+    x = x < -127.0f ? -127.0f : x;
+#endif
     float t = x + 12582912.0f, r = x - (t - 12582912.0f);
     float p = fmaf(0.00132692803f, r, 0.00967129972f);
     p = fmaf(p, r, 0.055507116f);
     p = fmaf(p, r, 0.240222469f);
     p = fmaf(p, r, 0.693147004f);
     p = fmaf(p, r, 1.0f);
-    float y = f32_from_bits(f32_bits(p) + (f32_bits(t) << 23));
-    return x < -126.0f ? 0.0f : y;
+    return f32_from_bits(f32_bits(p) + (f32_bits(t) << 23));
 }
 
 // Natural logarithm of a positive normal number, within 1 ulp; NaN and infinity stay. logf's last bit is each library's

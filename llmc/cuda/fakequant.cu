@@ -12,7 +12,7 @@ fakequant_forward_kernel(floatX *y, uint8_t *mask, const floatX *x, int C, Quant
     float mn = INFINITY, mx = -INFINITY;
     for (int c = threadIdx.x * V; c < C; c += blockDim.x * V) {
         Vec<floatX, V> v = vec_load<floatX, V>(x + base + c);
-        for (int i = 0; i < V; i++) quant_minmax(&mn, &mx, x2f(v.v[i]));
+        for (int i = 0; i < V; i++) widen(&mn, &mx, x2f(v.v[i]), x2f(v.v[i]));
         if (KEEP) vec_store(row + c, v);
     }
     fakequant_row<V>(y + base, mask ? mask + base : nullptr, KEEP ? row : x + base, C, mn, mx, &act);

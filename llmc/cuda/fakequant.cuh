@@ -12,10 +12,10 @@ static inline QuantSpec spec_or_none(const QuantSpec *s) {
     return quant_is_on(s) ? *s : none;
 }
 
-// Widens [*mn, *mx] to hold [lo, hi], which is empty (lo > hi) for a thread that had no value.
+// quant_minmax in one instruction a side. The sign of a zero may differ, which quant_choose does not look at.
 static __device__ __forceinline__ void widen(float *mn, float *mx, float lo, float hi) {
-    *mn = lo < *mn ? lo : *mn;
-    *mx = hi > *mx ? hi : *mx;
+    *mn = fminf(*mn, lo);
+    *mx = fmaxf(*mx, hi);
 }
 static __device__ __forceinline__ void warp_minmax(float *mn, float *mx) {
     for (int bits = 16; bits; bits >>= 1)
@@ -47,28 +47,46 @@ static __device__ QParams block_qparams(float mn, float mx, const QuantSpec *act
     return params;
 }
 
-// y (C) X = fq(row), mask (C) or NULL; mn and mx are this thread's share of row's span. Without quantization y is the
-// row and the mask is 1. Each thread reads the very elements it wrote to row, so no barrier stands between; row may be
-// y.
-template <int V>
-static __device__ __forceinline__ void fakequant_row(floatX *y, uint8_t *mask, const floatX *row, int C, float mn,
-                                                     float mx, const QuantSpec *act) {
-    bool on = quant_is_on(act);                                // in all threads alike: all meet the barriers
-    QParams p = {};
-    if (on) p = block_qparams(mn, mx, act);
+// quant_fake and quant_in_range of activations, whose zero point is of the integer domain, with what does not change
+// along a row computed once.
+template <int V, bool MASK>
+static __device__ __forceinline__ void fakequant_loop(floatX *y, uint8_t *mask, const floatX *row, int C, QParams p,
+                                                      float lo, float hi) {
+    float inv = 1.0f / p.scale;
     for (int c = threadIdx.x * V; c < C; c += blockDim.x * V) {
         Vec<floatX, V> v = vec_load<floatX, V>(row + c);
         Vec<uint8_t, V> m;
         float f[V];
 #pragma unroll
         for (int i = 0; i < V; i++) {
-            float q = on ? quant_unclamped(x2f(v.v[i]), p, act, QD_X) : 0.0f;
-            m.v[i] = !on || (q >= (float)act->qmin && q <= (float)act->qmax);
-            f[i] = quant_dequant(quant_clampf(q, (float)act->qmin, (float)act->qmax), p, act, QD_F32);
+            float q = rintf(x2f(v.v[i]) * inv) + p.zp;
+            if (MASK) m.v[i] = q >= lo && q <= hi;
+            f[i] = (quant_clampf(q, lo, hi) - p.zp) * p.scale;
         }
-        if (mask) vec_store(mask + c, m);
-        if (on) v = to_x(f);                                   // dequant's rounding
-        vec_store(y + c, v);
+        if (MASK) vec_store(mask + c, m);
+        vec_store(y + c, to_x(f));
+    }
+}
+
+// y (C) X = fq(row), mask (C) or NULL; mn and mx are this thread's share of row's span. Without quantization y is the
+// row and the mask is 1. Each thread reads the very elements it wrote to row, so no barrier stands between; row may be
+// y.
+template <int V>
+static __device__ __forceinline__ void fakequant_row(floatX *y, uint8_t *mask, const floatX *row, int C, float mn,
+                                                     float mx, const QuantSpec *act) {
+    if (quant_is_on(act)) {                                    // in all threads alike: all meet the barriers
+        QParams p = block_qparams(mn, mx, act);
+        float lo = (float)act->qmin, hi = (float)act->qmax;
+        if (mask) fakequant_loop<V, true>(y, mask, row, C, p, lo, hi);
+        else fakequant_loop<V, false>(y, nullptr, row, C, p, lo, hi);
+        return;
+    }
+    for (int c = threadIdx.x * V; c < C; c += blockDim.x * V) {
+        vec_store(y + c, vec_load<floatX, V>(row + c));
+        if (!mask) continue;
+        Vec<uint8_t, V> ones;
+        for (int i = 0; i < V; i++) ones.v[i] = 1;
+        vec_store(mask + c, ones);
     }
 }
 #endif

@@ -75,7 +75,7 @@ rmsnorm_fq_forward_kernel(floatX *res, floatX *y, float *rstd, uint8_t *mask, co
 #pragma unroll
         for (int i = 0; i < V; i++) {
             f[i] = x2f(v.v[i]) * r * x2f(w.v[i]);
-            quant_minmax(&mn, &mx, f[i]);
+            widen(&mn, &mx, f[i], f[i]);
         }
         vec_store(out + c, to_x(f));
     }
@@ -227,13 +227,13 @@ rmsnorm_backward_wide_kernel(floatX *dres, float *parts, const floatX *dy, const
     }
 }
 
-// dweight (C) += sum over the pieces: 32 columns a block, each by 32 warps that take a thirty-second of the pieces in
+// dweight (C) += sum over the pieces: 32 columns a block, each by up to 32 warps that take equal shares of the pieces in
 // order; then their sums in order.
-#define GROUPS 32
-static __global__ void __launch_bounds__(32 * GROUPS)
+#define MAX_GROUPS 32
+static __global__ void __launch_bounds__(32 * MAX_GROUPS)
 dweight_kernel(float *dweight, const float *parts, int pieces, int C) {
-    __shared__ float sums[GROUPS][32];
-    int c = (int)(blockIdx.x * 32 + threadIdx.x), each = (pieces + GROUPS - 1) / GROUPS;
+    __shared__ float sums[MAX_GROUPS][32];
+    int groups = (int)blockDim.y, c = (int)(blockIdx.x * 32 + threadIdx.x), each = (pieces + groups - 1) / groups;
     int first = (int)threadIdx.y * each, last = first + each < pieces ? first + each : pieces;
     float sum = 0.0f;
     if (c < C)
@@ -242,7 +242,7 @@ dweight_kernel(float *dweight, const float *parts, int pieces, int C) {
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();                                           // sums are complete
     if (threadIdx.y != 0 || c >= C) return;
-    for (int g = 1; g < GROUPS; g++) sum += sums[g][threadIdx.x];
+    for (int g = 1; g < groups; g++) sum += sums[g][threadIdx.x];
     dweight[c] += sum;
 }
 
@@ -263,6 +263,7 @@ void cuda_rmsnorm_backward(floatX *dres, float *dweight, const floatX *dy, const
     int threads = ((vecs + each - 1) / each + 31) / 32 * 32;
     LAUNCH(kernel, (unsigned)pieces, (unsigned)(threads < BACKWARD_THREADS ? threads : BACKWARD_THREADS), 0, cuda_stream)
         (dres, parts, dy, mask, x, weight, rstd, N, C, rows);
-    LAUNCH(dweight_kernel, (unsigned)((C + 31) / 32), dim3(32, GROUPS), 0, cuda_stream)(dweight, parts, (int)pieces, C);
+    dim3 columns(32, (unsigned)(pieces < MAX_GROUPS ? pieces : MAX_GROUPS));
+    LAUNCH(dweight_kernel, (unsigned)((C + 31) / 32), columns, 0, cuda_stream)(dweight, parts, (int)pieces, C);
     CUDA_CHECK(cudaGetLastError());
 }

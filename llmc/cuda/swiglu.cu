@@ -20,7 +20,7 @@ swiglu_fq_forward_kernel(floatX *y, uint8_t *mask, const floatX *gateup, int FF,
         for (int i = 0; i < V; i++) {
             float x = x2f(g.v[i]);
             f[i] = x / (1.0f + exp_f32(-x)) * x2f(u.v[i]);
-            quant_minmax(&mn, &mx, f[i]);
+            widen(&mn, &mx, f[i], f[i]);
         }
         vec_store(row + c, to_x(f));
     }

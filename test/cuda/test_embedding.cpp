@@ -21,8 +21,7 @@ CUDA_TEST(embedding) {
             for (size_t offset = 0; offset < 2; offset++) {
                 size_t N = (size_t)shape[0], n = N * (size_t)shape[1];
                 int C = shape[1], V = shape[2];
-                // A long run is there for the rounds of the search, at one kind of row.
-                if (N > 1000 && offset) continue;
+                if (N > 1000 && (offset || kind == 1)) continue;  // many tokens: for the rounds of the search
                 std::vector<int32_t> tokens = tokens_of(N, V, kind);
                 std::vector<floatX> wte = random_x((size_t)V * C, 21, 1.0f), dout = random_x(n, 22, 1.0f), out(n);
                 std::vector<float> dwte((size_t)V * C);
