@@ -71,10 +71,10 @@ static void check_bound(const char *where, const char *what, const std::vector<f
           what, bad, want.size(), first, (double)value(got[first]), want[first], times * bound[first]);
 }
 
-// offset: values that the tensors stand off an aligned address.
-static void check_backward(BackwardShape s, size_t offset) {
+// offset: values that the tensors stand off an aligned address. size: of queries, keys and values.
+static void check_backward(BackwardShape s, size_t offset = 0, float size = 2.0f) {
     size_t N = (size_t)(s.B * s.T), ld = (size_t)(s.NH + 2 * s.NKV) * (size_t)s.HS, ldo = (size_t)(s.NH * s.HS);
-    std::vector<floatX> qkv = random_x(N * ld, 11, 2.0f), dout = random_x(N * ldo, 12, 1.0f), o(N * ldo), wing(N * ld),
+    std::vector<floatX> qkv = random_x(N * ld, 11, size), dout = random_x(N * ldo, 12, 1.0f), o(N * ldo), wing(N * ld),
                         first;
     std::vector<float> lse(N * (size_t)s.NH);
     const floatX *k = qkv.data() + s.NH * s.HS;
@@ -103,15 +103,17 @@ static void check_backward(BackwardShape s, size_t offset) {
 }
 
 CUDA_TEST(attention_backward_lengths) {
-    for (int T : {1, 5, 33, 64, 65, 130}) check_backward({1, T, 2, 1, 64}, 0);
+    for (int T : {1, 5, 33, 64, 65, 130}) check_backward({1, T, 2, 1, 64});
 }
 CUDA_TEST(attention_backward_groups) {
-    for (int G = 1; G <= 4; G++) check_backward({2, 19, 2 * G, 2, 32}, 0);
+    for (int G = 1; G <= 4; G++) check_backward({2, 19, 2 * G, 2, 32});
 }
 CUDA_TEST(attention_backward_head_sizes) {
-    for (int HS : {16, 32, 48, 80, 96, 112, 128}) check_backward({1, 67, 1, 1, HS}, 0);
-    for (int HS : {80, 128}) check_backward({1, 100, 1, 1, HS}, 0);        // tiles of 96 and 128 behind T
-    for (int HS : {2, 8, 24, 144}) check_backward({1, 18, 2, 1, HS}, 0);
-    for (int HS : {264, 1024}) check_backward({1, 9, 1, 1, HS}, 0);
+    for (int HS : {16, 32, 48, 80, 96, 112, 128}) check_backward({1, 67, 1, 1, HS});
+    for (int HS : {80, 128}) check_backward({1, 100, 1, 1, HS});        // tiles of 96 and 128 behind T
+    for (int HS : {2, 8, 24, 144}) check_backward({1, 18, 2, 1, HS});
+    for (int HS : {264, 1024}) check_backward({1, 9, 1, 1, HS});
 }
 CUDA_TEST(attention_backward_unaligned) { check_backward({2, 21, 2, 1, 64}, 1); }
+// Scores of some hundreds: weights of 0 and 1, and none that overflows before it is masked.
+CUDA_TEST(attention_backward_large) { check_backward({1, 70, 3, 1, 64}, 0, 20.0f); }
