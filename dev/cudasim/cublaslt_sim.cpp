@@ -7,7 +7,7 @@
 CublasLtSim cublaslt_sim;
 
 // ---------------------------------------------------------------------------------------------
-// Descriptors. Destroyed ones stay where they are, so that a later use is seen. (Reachable from here, they are no leak.)
+// Descriptors. Destroyed ones stay where they are, so that a later use is seen.
 #define LIVE 0x1ea5ed00u
 #define DEAD 0xdeaddeadu
 
@@ -330,7 +330,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     const uint32_t schemes[3] = {CUBLASLT_REDUCTION_SCHEME_INPLACE, CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE,
                                  CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE};
     for (uint32_t scheme : schemes) {                          // the least wanted first
-        if (!(preference->reduction & scheme) || p.k < 64) continue;
+        if (!(preference->reduction & scheme) || p.k < 32) continue;
         Algorithm split = g;
         split.splits = 4;
         split.reduction = scheme;

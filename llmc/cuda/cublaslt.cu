@@ -83,11 +83,12 @@ static bool available(void) {
     cudaDeviceProp prop = {};
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaGetDeviceProperties(&prop, device));
-    // 32 MiB are what the library asks for to do its best, on Hopper and later twice that; the twin needs less.
+    // 32 MiB are what the library asks for to do its best, on Hopper and later twice that. The twin needs little, and the
+    // simulator guards each page.
 #ifdef __CUDACC__
     workspace_bytes = (size_t)(prop.major >= 9 ? 64 : 32) << 20;
 #else
-    workspace_bytes = 1 << 20;
+    workspace_bytes = 3 << 20;
 #endif
     if (cudaMalloc(&workspace, workspace_bytes) != cudaSuccess) {
         (void)cudaGetLastError();

@@ -127,10 +127,11 @@ template <bool ALONG_K> static __device__ __forceinline__ int chunk_at(int row, 
     return 8 * (ALONG_K ? row * (SLICE / 8) + (j ^ (row >> 1 & 3)) : row * (SQUARE / 8) + (j ^ (row & 7)));
 }
 
-// One operand's slice: two chunks a thread. VEC: rows in memory are aligned to 16 bytes, so that a chunk is one copy and
-// exists as a whole or not at all; else values come one by one.
+// One operand's slice: two chunks a thread. VEC: rows in memory are aligned to 16 bytes, so that a chunk is one copy
+// and exists as a whole or not at all; else values come one by one.
 template <bool ALONG_K, bool VEC>
-static __device__ __forceinline__ void load_tile(bf16 *s, const bf16 *p, size_t row0, size_t rows, size_t k0, size_t K) {
+static __device__ __forceinline__ void load_tile(bf16 *s, const bf16 *p, size_t row0, size_t rows, size_t k0,
+                                                 size_t K) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int chunks = (ALONG_K ? SLICE : SQUARE) / 8;
@@ -169,7 +170,9 @@ static __device__ __forceinline__ void fragment_b(uint32_t (&lo)[2], uint32_t (&
 }
 
 static __device__ __forceinline__ void store_pair(float *p, float a, float b) { vec_store(p, Vec<float, 2>{{a, b}}); }
-static __device__ __forceinline__ void store_pair(bf16 *p, float a, float b) { *(uint32_t *)(void *)p = pack_bf16(a, b); }
+static __device__ __forceinline__ void store_pair(bf16 *p, float a, float b) {
+    *(uint32_t *)(void *)p = pack_bf16(a, b);
+}
 
 template <class Out, bool TA, bool TB, bool VEC>
 static __global__ void __launch_bounds__(THREADS, 2)

@@ -44,6 +44,8 @@ template <class... A> struct TestedOp {
     void (*f)(A...);
     int op;
     template <class... B> void operator()(B... b) const {
+        CHECK(f, "the wing has no such operation");
+        if (!f) return;
         size_t before = kernels_launched();
         f(b...);
         op_called(op, kernels_launched() > before);
@@ -51,6 +53,11 @@ template <class... A> struct TestedOp {
 };
 template <class... A> TestedOp<A...> tested_op(void (*f)(A...), int op) { return {f, op}; }
 #define OP(name) tested_op(ops_cuda.name, OP_##name)
+
+#ifndef __CUDACC__
+// Runs `crime` in a child, which must die and say `word` (or be stopped by AddressSanitizer, saying `asan_word`).
+void check_dies(const char *name, void (*crime)(void), const char *word, const char *asan_word);
+#endif
 
 #ifdef __CUDACC__
 static const int ORDERS = 1;

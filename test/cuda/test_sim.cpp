@@ -120,8 +120,7 @@ CUDA_TEST(planted_missing_barrier) {
 #endif
 }
 
-// Runs `crime` in a child, which must die and say `word` (or be stopped by AddressSanitizer, saying `asan_word`).
-static void check_dies(const char *name, void (*crime)(void), const char *word, const char *asan_word) {
+void check_dies(const char *name, void (*crime)(void), const char *word, const char *asan_word) {
     int pipe_fd[2];
     if (pipe(pipe_fd) != 0) exit(1);
     fflush(stdout);
