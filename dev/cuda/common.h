@@ -3,7 +3,8 @@
 //   nvcc -O3 -arch=native -fmad=false -DQLLM_FMAD_FALSE -I. -Illmc -Idev/cuda dev/cuda/NAME.cu -o NAME && ./NAME 3
 // or, to be checked without a GPU (small shapes, no times), against the simulator:
 //   g++ -std=c++17 -O2 -march=native -ffp-contract=off -I. -Illmc -Idev/cudasim -Idev/cuda -x c++ dev/cuda/NAME.cu
-//       dev/cudasim/cudasim.cpp -o NAME
+//       dev/cudasim/cudasim.cpp dev/cudasim/stream.cpp -o NAME
+// which is how make test-cudasim runs them all.
 // An argument names the variant; without one, or with 0, all run. The exit status is 1 if a check failed.
 //
 //   static void run(int variant) {

@@ -35,15 +35,28 @@ $(OUT)/sim/bench_cuda: $(OUT)/cudasim/dev/gpu/bench_cuda.o $(SIM_OBJ) $(OUT)/lib
 .PHONY: sim-programs
 sim-programs: $(PROGRAMS:%=$(OUT)/sim/%)
 
-.PHONY: test-cudasim test-cudasim-one
+.PRECIOUS: $(OUT)/cudasim/%.o
+# The kernel laboratories: checked here, timed on a GPU.
+LABS := $(patsubst dev/cuda/%.cu,$(OUT)/lab/%,$(wildcard dev/cuda/*.cu))
+$(OUT)/lab/%: $(OUT)/cudasim/dev/cuda/%.o $(OUT)/cudasim/dev/cudasim/cudasim.o $(OUT)/cudasim/dev/cudasim/stream.o
+	@mkdir -p $(@D)
+	@echo "  link $@"
+	$(Q)$(CXX) $(SIM_FLAGS) $^ -o $@
+
+.PHONY: test-cudasim test-cudasim-one test-labs-one
 CUDASIM_TESTS := $(shell command -v $(CXX))
 ifeq ($(CUDASIM_TESTS),)
 test-cudasim:
 	@echo "skip cudasim: no C++ compiler (apt-get install g++)"
 else
 test-cudasim:
-	@$(MAKE) --no-print-directory PRECISION=bf16 test-cudasim-one
-	@$(MAKE) --no-print-directory PRECISION=fp32 test-cudasim-one
+	@$(MAKE) --no-print-directory PRECISION=bf16 test-cudasim-one test-labs-one
+	@$(MAKE) --no-print-directory PRECISION=fp32 test-cudasim-one test-labs-one
 test-cudasim-one: $(OUT)/test/test_cudasim
 	@$<
+test-labs-one: $(LABS)
+	@set -e; for lab in $(LABS); do \
+	    $$lab > $$lab.log || { cat $$lab.log; echo "not ok $$lab"; exit 1; }; \
+	    echo "ok $$lab"; \
+	done
 endif

@@ -34,7 +34,7 @@ void cuda_embedding_forward(floatX *out, const int32_t *tokens, const floatX *wt
 // written once: at most 2 N C sizeof(float) + N C sizeof(floatX). A token that fills much of the batch makes a long
 // block, which starts early, since blocks start in the order of positions.
 #define EACH 4                                                 // tokens that a thread compares at a time
-#define ROUND (BLOCK * EACH)
+#define ROUND (BLOCK * EACH)                                    // 1024: a ballot for each lane of a warp
 #define IN_FLIGHT 8
 
 // dwte_row += the rows at `count` positions, in order.
@@ -65,7 +65,7 @@ template <int V>
 static __global__ void __launch_bounds__(BLOCK)
 embedding_backward_kernel(float *dwte, const floatX *dout, const int32_t *tokens, int N, int C) {
     __shared__ int32_t positions[2 * ROUND];
-    __shared__ unsigned ballots[ROUND / 32];                   // bit i of word w: position from + 32 w + i is a hit
+    __shared__ unsigned ballots[32];                           // bit i of word w: position from + 32 w + i is a hit
     int own = (int)blockIdx.x, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     int32_t token = tokens[own];
     for (int from = 0; from < own; from += ROUND) {
@@ -99,14 +99,19 @@ embedding_backward_kernel(float *dwte, const floatX *dout, const int32_t *tokens
             if (lane == 0) ballots[j * (BLOCK / 32) + warp] = b;
         }
         __syncthreads();                                       // ballots are complete
+        int hits = __popc(ballots[lane]), upto = hits;         // of word `lane`; of words 0 .. lane
+        for (int d = 1; d < 32; d *= 2) {
+            int lower = __shfl_up_sync(FULL_WARP, upto, d);
+            upto += lane >= d ? lower : 0;
+        }
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
-            if (!hit[j]) continue;
-            int word = j * (BLOCK / 32) + warp, at = count + __popc(ballots[word] & ((1u << lane) - 1u));
-            for (int w = 0; w < word; w++) at += __popc(ballots[w]);
-            positions[at] = from + j * BLOCK + (int)threadIdx.x;
+            int word = j * (BLOCK / 32) + warp, before = __shfl_sync(FULL_WARP, upto - hits, word);
+            if (hit[j])
+                positions[count + before + __popc(ballots[word] & ((1u << lane) - 1u))] =
+                    from + j * BLOCK + (int)threadIdx.x;
         }
-        for (int w = 0; w < ROUND / 32; w++) count += __popc(ballots[w]);
+        count += __shfl_sync(FULL_WARP, upto, 31);
     }
     __syncthreads();                                           // positions are complete
     add_rows<V>(dwte_row, dout, positions, count, C);
