@@ -5,10 +5,9 @@
 
 template <class Out>
 void cuda_matvec(Out *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC) {
-    static_assert(CUDA_MATVEC_TOKENS == MATVEC_TOKENS, "matmul.cuh promises what matvec.cuh does");
     auto run = rows_take_vec(C, x, w) ? matvec_any_n<PLAIN, SCALE_ROW, true, Out>
                                       : matvec_any_n<PLAIN, SCALE_ROW, false, Out>;
-    run(y, x, (const uint8_t *)w, (size_t)C * sizeof(floatX), 0, wscale, nullptr, 0, N, C, OC);
+    run(y, x, (const uint8_t *)w, C * (int)sizeof(floatX), 0, wscale, nullptr, 0, N, C, OC);
 }
 
 template void cuda_matvec(float *, const floatX *, const floatX *, const float *, size_t, int, int);

@@ -1,24 +1,26 @@
-// y (N, OC) = x (N, C) . w (OC, C)^T for up to eight tokens, the rows of w being packed codes or plain floatX: one kernel
-// for qmatvec_forward (qmatmul.cu) and cuda_matvec (matvec.cu), the inner loop of decoding.
+// y (N, OC) = x (N, C) . w (OC, C)^T for up to eight tokens, the rows of w being packed codes or plain floatX: one
+// kernel for qmatvec_forward (qmatmul.cu) and cuda_matvec (matvec.cu), the inner loop of decoding.
 //
-// What bounds it. Each byte of w is used once a token, so at one token the floor is the time to read w. An H100 reads
-// 3 TB/s, 13 bytes a cycle and multiprocessor, which starts at most 128 instructions a lane in that cycle:
-//                     bytes a weight     weights a cycle     instructions there are for each
-//   bf16              2                   6.5                19
-//   int8 by row       1                  13                   9.8
-//   int4, G = 64      0.5 + 4 / 64       23                   5.5     a scale
-//   with zero points  0.5 + 8 / 64       21                   6.2     scale and zero point
-// What a weight takes with one token (R = 8 rows share the values of x):
-//   int4: turning a field into f32 is one LOP3 (16 a cycle and quarter) and one FFMA, see below, and 2/8 to set up the
-//         word; the product 1; loads, scales and the fold 0.25; x 0.3; the sums across lanes 0.1          3.9
-//   int8: PRMT, FADD, FFMA, 1/4 to set up the word, 0.25 loads, 0.3 x, 0.2 sums                           4
-//   bf16: a shift or mask, FFMA, 0.25 loads, 0.2 x, 0.3 sums                                              2.8
-// So memory is the bound at one token; int4 has the least to spare and runs at 0.6 to 0.7 of what can be issued. More
-// tokens add one FFMA a weight each: int8 leaves the memory's bound at about 6 tokens, int4 at 3.
+// What bounds it. Each byte of w is read once for all tokens, so the floor is the time to read w. An H100 reads 3 TB/s,
+// 13 bytes a cycle and multiprocessor, which starts 128 lanes' instructions in that cycle:
+//                      bytes a weight     weights a cycle     instructions there are for each
+//   bf16               2                   6.5                19
+//   int8 by row        1                  13                   9.8
+//   int4, G = 64       0.5 + 4 / 64       23                   5.5     with a scale
+//   int4, float zero   0.5 + 8 / 64       21                   6.2     with scale and zero point
+// What one token takes, as compiled for sm_90, in the loop (R = 8 rows share the values of x) and with what comes
+// before and after it for rows of 4096:
+//   bf16   3.1   4.5   a shift or mask and a FFMA; the rest is loads, addresses, x and the sums across lanes
+//   int8   4.1   6.2   PRMT, FADD, FFMA
+//   int4   4.3   5.8   LOP3, FFMA, FFMA: unpack_step
+// So memory is the bound for bf16 and int8. int4 has instructions to start and bytes to fetch in about equal measure,
+// and they overlap only in part: 0.6 to 0.7 of the copy bandwidth is what to expect, more for longer rows. Each further
+// token adds 1.5 instructions a weight (FFMA, and x for R = 4 rows): with 8 tokens bf16 stays at the bound of
+// memory, int8 reaches half of it and int4 a third.
 //
 // What keeps memory busy: 3 TB/s times 0.7 us of latency is 16 KiB a multiprocessor on its way at any time. Each lane
-// asks for 16 bytes of each of R = 8 rows before it touches the first, 4 KiB a warp, and asks for its next 16 bytes of a
-// row as soon as it has used the last: 16 warps have up to 64 KiB under way. The 8 MiB of a 4096 x 4096 int4 tensor are
+// asks for 16 bytes of each of R = 8 rows before it touches the first, 4 KiB a warp, and asks for its next 16 bytes of
+// a row as soon as it has used the last: 16 warps have up to 64 KiB under way. The 8 MiB of a 4096 x 4096 int4 tensor are
 // all asked for at once, and x arrives meanwhile.
 //
 // Shape. A block takes R rows. Their bytes are cut into chunks of 512: a lane's slot is 16 bytes of it, V weights (32
@@ -31,17 +33,17 @@
 //   cells  8..11  lane 2: pieces 1 0 3 2     cells 12..15  lane 3: pieces 1 0 3 2     and so on
 //
 // Order of sums, the same for any number of tokens: a lane's slot is a chain of fmaf in the order of the columns, times
-// the scale of its group; the lane adds its slots in ascending order; lanes fold +16, +8, +4, +2, +1; warps are added in
-// order. How many warps there are follows from the bytes of a row.
+// the scale of its group; the lane adds its slots in ascending order; lanes fold +16, +8, +4, +2, +1; warps are added
+// in order. How many warps there are follows from the bytes of a row.
 #ifndef QLLM_MATVEC_CUH
 #define QLLM_MATVEC_CUH
-#include "cuda.cuh"
+#include "ptx.cuh"
 
 enum WeightKind { CODES_4, CODES_8, PLAIN };
 enum Scaling { SCALE_ROW, SCALE_GROUP, SCALE_ZERO };    // one scale a row; one a group; and a zero point of real units
 
-#define MATVEC_TOKENS 8
-#define MATVEC_WARPS (sizeof(floatX) == 2 ? 8 : 4)      // at most: 8 tokens of x take 16 (fp32: 32) KiB a warp
+#define MATVEC_TOKENS (sizeof(floatX) == 2 ? 8 : 4)     // at a time: what fits into registers
+#define MATVEC_WARPS 8                                  // at most: the tokens' x takes up to 16 KiB a warp
 #define CHUNK 512
 
 // Weights in 16 bytes, and how many are turned into f32 at a time.
@@ -73,12 +75,13 @@ static __device__ __forceinline__ void widen_x(float *v, uint4 u) {
 template <int KIND>
 static __device__ __forceinline__ void unpack_step(float *v, const uint32_t *slot, int s, uint32_t flip) {
     if (KIND == CODES_4) {
-        uint32_t word = slot[s] ^ flip, high = word >> 12;
+        uint32_t word = slot[s], high = word >> 12;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            int at = i < 5 ? i : i - 3;
-            float unit = 1.0f / (float)(1 << 4 * at);
-            float f = __uint_as_float(((i < 5 ? word : high) & 0xfu << 4 * at) | 0x4b000000u);
+            const int at = i < 5 ? i : i - 3;
+            const uint32_t mask = 0xfu << 4 * at;
+            const float unit = 1.0f / (float)(1 << 4 * at);
+            float f = __uint_as_float(and_xor(i < 5 ? word : high, mask, 0x4b000000u ^ (flip & mask)));
             v[i] = fmaf(f, unit, -(8388608.0f * unit + 8.0f));
         }
     } else if (KIND == CODES_8) {
@@ -92,13 +95,18 @@ static __device__ __forceinline__ void unpack_step(float *v, const uint32_t *slo
     }
 }
 
-// 16 bytes of floatX, of which `left` values are there; zeros for the others. VEC: all or none.
-template <bool VEC> static __device__ __forceinline__ uint4 load_x16(const floatX *p, int left) {
-    if (VEC) return left > 0 ? *(const uint4 *)p : make_uint4(0, 0, 0, 0);
+// 16 bytes of floatX from `at` values behind `base` on, of which `left` values are there; zeros for the others. VEC:
+// all or none are, and none means that others are read and thrown away: several such loads can be under way, while one that
+// depends on a condition is waited for.
+template <bool VEC> static __device__ __forceinline__ uint4 load_x16(const floatX *base, size_t at, int left) {
+    if (VEC) {
+        uint4 v = *(const uint4 *)(base + (left > 0 ? at : 0));
+        return left > 0 ? v : make_uint4(0, 0, 0, 0);
+    }
     uint32_t w[4] = {};
 #pragma unroll
     for (int i = 0; i < VEC_X; i++) {
-        uint32_t bits = i < left ? f32_bits(x2f(p[i])) : 0;
+        uint32_t bits = i < left ? f32_bits(x2f(base[at + i])) : 0;
         if (sizeof(floatX) == 4) w[i % 4] = bits;
         else w[i / 2] |= i % 2 ? bits & 0xffff0000u : bits >> 16;
     }
@@ -108,20 +116,16 @@ template <bool VEC> static __device__ __forceinline__ uint4 load_x16(const float
 // What a lane holds of a row: 16 bytes of weights, and the parameters of the group they lie in.
 struct Slot { uint32_t w[4]; float scale, zero; };
 
-// The slot at byte `at` of a row, in group `group` of the tensor; zeros behind the row's end. Weights are read once, so
-// they ask for no place in a cache.
+// The slot at `row`, of whose bytes `left` are still in the row, with the parameters of group `group`; zeros behind the
+// row's end. Weights are read once, so they ask for no place in a cache.
 template <int SCALING, bool VEC>
-static __device__ __forceinline__ void load_slot(Slot *s, const uint8_t *row, size_t at, size_t row_bytes,
-                                                 const float *scale, const float *zero, size_t group) {
-    uint4 u = make_uint4(0, 0, 0, 0);
-    s->scale = s->zero = 0.0f;
-    if (at < row_bytes) {
-        if (VEC) u = __ldcs((const uint4 *)(row + at));
-        else u = load_x16<false>((const floatX *)(row + at), (int)((row_bytes - at) / sizeof(floatX)));
-        if (SCALING != SCALE_ROW) s->scale = scale[group];
-        if (SCALING == SCALE_ZERO) s->zero = zero[group];
-    }
+static __device__ __forceinline__ void load_slot(Slot *s, const uint8_t *row, int left, const float *scale,
+                                                 const float *zero, size_t group) {
+    uint4 u = VEC ? load16_once_if(row, left > 0)
+                  : load_x16<false>((const floatX *)row, 0, left / (int)sizeof(floatX));
     s->w[0] = u.x, s->w[1] = u.y, s->w[2] = u.z, s->w[3] = u.w;
+    if (SCALING != SCALE_ROW) s->scale = load4_if(scale + group, left > 0);
+    if (SCALING == SCALE_ZERO) s->zero = load4_if(zero + group, left > 0);
 }
 
 static __device__ __forceinline__ void store_y(floatX *p, float v) { *p = f2x(v); }
@@ -129,49 +133,57 @@ static __device__ __forceinline__ void store_y(floatX *p, float v) { *p = f2x(v)
 static __device__ __forceinline__ void store_y(float *p, float v) { *p = v; }
 #endif
 
-// R rows against NT tokens, of which N are there. group: weights that share a scale (SCALE_GROUP, SCALE_ZERO), C being a
-// multiple of it. scale (OC) may be NULL with SCALE_ROW.
+// R rows against NT tokens, of which N are there. group: weights that share a scale (SCALE_GROUP, SCALE_ZERO), C being
+// a multiple of it. scale (OC) may be NULL with SCALE_ROW.
 template <int KIND, int SCALING, int NT, int R, bool VEC, class Out>
-static __global__ void __launch_bounds__(32 * MATVEC_WARPS, NT == 1 ? 2 : 1)
-matvec_kernel(Out *y, const floatX *x, const uint8_t *w, size_t row_bytes, uint32_t flip, const float *scale,
+static __global__ void __launch_bounds__(32 * MATVEC_WARPS, NT <= 4 && sizeof(floatX) == 2 ? 2 : 1)
+matvec_kernel(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const float *scale,
               const float *zero, unsigned group, int N, int C, int OC) {
     const int V = slot_weights<KIND>, STEP = step_weights<KIND>, P = V / VEC_X, M = R * NT;
     DYN_SHARED(uint4, shared_x);                                // (warps, NT, 32, P) where P > 1
     __shared__ float part[MATVEC_WARPS][M];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int row0 = blockIdx.x * R, rows = min(R, OC - row0), groups = SCALING == SCALE_ROW ? 0 : C / (int)group;
+    const int row0 = blockIdx.x * R, rows = min(R, OC - row0);
+    const int groups = SCALING == SCALE_ROW ? 0 : C / (int)group;
     uint4 *stage = shared_x + (P > 1 ? warp * NT * 32 * P : 0);
     const int swizzle = lane / (8 / P) % P;
-    const size_t first_group = (size_t)row0 * groups;
-    w += (size_t)row0 * row_bytes;
 
     // 1. The weights of the first chunk are on their way before anything else.
-    size_t at = (size_t)warp * CHUNK + lane * 16;
+    int at = warp * CHUNK + lane * 16;                          // of this lane's slot in a row
+    w += (size_t)row0 * row_bytes + at;
+    size_t g = (size_t)row0 * groups + (SCALING == SCALE_ROW ? 0 : (unsigned)at / 16 * V / group);
     Slot slot[R] = {};
 #pragma unroll
     for (int r = 0; r < R; r++)
-        if (r < rows)
-            load_slot<SCALING, VEC>(&slot[r], w + r * row_bytes, at, row_bytes, scale, zero,
-                                    first_group + (size_t)r * groups + (groups ? (unsigned)(at / 16 * V) / group : 0));
+        load_slot<SCALING, VEC>(&slot[r], w + (size_t)r * row_bytes, r < rows ? row_bytes - at : 0, scale, zero,
+                                g + (size_t)r * groups);
     float acc[M] = {};                                          // of row r and token n at r * NT + n
-    for (size_t chunk = (size_t)warp * CHUNK; chunk < row_bytes; chunk += (size_t)warps * CHUNK) {
+    for (int chunk = warp * CHUNK; chunk < row_bytes; chunk += warps * CHUNK) {
         // 2. x of this chunk, for each lane that of its slot.
-        const int col0 = (int)(chunk / 16 * V);                 // of the chunk; this lane's is col0 + lane * V
+        const int col0 = chunk / 16 * V;                        // of the chunk; this lane's is col0 + lane * V
         if (P > 1) {
+            const int BATCH = NT * P < 8 ? NT * P : 8;          // loads on their way at a time
             __syncwarp();                                       // all lanes have read the chunk before
+#pragma unroll 1
+            for (int k = 0; k < NT * P; k += BATCH) {
+                uint4 piece[BATCH];
 #pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int i = 0; i < P; i++) {
-                    int q = i * 32 + lane, owner = q / P, piece = q % P ^ owner / (8 / P) % P, col = col0 + q * VEC_X;
-                    stage[(n * 32 + owner) * P + piece] =
-                        load_x16<true>(x + (size_t)n * C + col, n < N ? C - col : 0);
+                for (int i = 0; i < BATCH; i++) {
+                    int n = (k + i) / P, col = col0 + ((k + i) % P * 32 + lane) * VEC_X;
+                    piece[i] = load_x16<true>(x, (size_t)n * C + col, n < N ? C - col : 0);
                 }
+#pragma unroll
+                for (int i = 0; i < BATCH; i++) {
+                    int n = (k + i) / P, q = (k + i) % P * 32 + lane, owner = q / P;
+                    stage[(n * 32 + owner) * P + (q % P ^ owner / (8 / P) % P)] = piece[i];
+                }
+            }
             __syncwarp();                                       // the chunk is there
         }
         // 3. The slot's products, and the next chunk's weights into the place of those that are done with.
-        at += (size_t)warps * CHUNK;
-        const size_t next_group = first_group + (groups ? (unsigned)(at / 16 * V) / group : 0);
+        at += warps * CHUNK;
+        w += warps * CHUNK;
+        if (SCALING != SCALE_ROW) g = (size_t)row0 * groups + (unsigned)at / 16 * V / group;
         float s[M], sum[NT] = {};
 #pragma unroll
         for (int k = 0; k < M; k++) s[k] = SCALING == SCALE_ROW ? acc[k] : 0.0f;
@@ -180,7 +192,7 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, size_t row_bytes, uint3
 #pragma unroll
             for (int j = 0; j < P; j++)
                 widen_x(xs + j * VEC_X, P > 1 ? stage[lane * P + (j ^ swizzle)]
-                                              : load_x16<VEC>(x + col0 + lane * V, C - col0 - lane * V));
+                                              : load_x16<VEC>(x, col0 + lane * V, C - col0 - lane * V));
             if (SCALING == SCALE_ZERO) {
 #pragma unroll
                 for (int j = 0; j < V; j++) sum[0] += xs[j];
@@ -196,16 +208,22 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, size_t row_bytes, uint3
                 }
                 if (SCALING == SCALE_ZERO) acc[r] = fmaf(slot[r].zero, sum[0], acc[r]);
                 acc[r] = SCALING == SCALE_ROW ? s[r] : fmaf(s[r], slot[r].scale, acc[r]);
-                if (r < rows)
-                    load_slot<SCALING, VEC>(&slot[r], w + r * row_bytes, at, row_bytes, scale, zero,
-                                            next_group + (size_t)r * groups);
+                load_slot<SCALING, VEC>(&slot[r], w + (size_t)r * row_bytes, r < rows ? row_bytes - at : 0, scale, zero,
+                                        g + (size_t)r * groups);
             }
-        } else {                                                // a step of all rows in registers, token by token
-#pragma unroll
+        } else {
+            // A step of all rows in registers, token by token. Not unrolled: the compiler would unpack all steps before
+            // the first product and run out of registers. So the words of the next step move up to this one's place.
+            const int WORDS = 4 * STEP / V;
+#pragma unroll 1
             for (int p = 0; p < V / STEP; p++) {
                 float v[R][STEP];
 #pragma unroll
-                for (int r = 0; r < R; r++) unpack_step<KIND>(v[r], slot[r].w, p, flip);
+                for (int r = 0; r < R; r++) {
+                    unpack_step<KIND>(v[r], slot[r].w, 0, flip);
+#pragma unroll
+                    for (int i = 0; i + WORDS < 4; i++) slot[r].w[i] = slot[r].w[i + WORDS];
+                }
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
                     float xs[STEP];
@@ -213,7 +231,7 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, size_t row_bytes, uint3
                     for (int j = 0; j < STEP / VEC_X; j++) {
                         int piece = p * (STEP / VEC_X) + j;
                         widen_x(xs + j * VEC_X, P > 1 ? stage[(n * 32 + lane) * P + (piece ^ swizzle)]
-                                                      : load_x16<VEC>(x + (size_t)n * C + col0 + lane * V,
+                                                      : load_x16<VEC>(x, (size_t)n * C + col0 + lane * V,
                                                                       n < N ? C - col0 - lane * V : 0));
                     }
 #pragma unroll
@@ -232,9 +250,8 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, size_t row_bytes, uint3
                     if (SCALING == SCALE_ZERO) *a = fmaf(slot[r].zero, sum[n], *a);
                     *a = SCALING == SCALE_ROW ? s[r * NT + n] : fmaf(s[r * NT + n], slot[r].scale, *a);
                 }
-                if (r < rows)
-                    load_slot<SCALING, VEC>(&slot[r], w + r * row_bytes, at, row_bytes, scale, zero,
-                                            next_group + (size_t)r * groups);
+                load_slot<SCALING, VEC>(&slot[r], w + (size_t)r * row_bytes, r < rows ? row_bytes - at : 0, scale, zero,
+                                        g + (size_t)r * groups);
             }
         }
     }
@@ -265,28 +282,30 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, size_t row_bytes, uint3
 }
 
 template <int KIND, int SCALING, int NT, int R, bool VEC, class Out>
-static void matvec_launch(Out *y, const floatX *x, const uint8_t *w, size_t row_bytes, uint32_t flip, const float *scale,
+static void matvec_launch(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const float *scale,
                           const float *zero, unsigned group, int N, int C, int OC) {
     auto kernel = matvec_kernel<KIND, SCALING, NT, R, VEC, Out>;
-    size_t chunks = (row_bytes + CHUNK - 1) / CHUNK, rounds = (chunks + MATVEC_WARPS - 1) / MATVEC_WARPS;
-    size_t warps = (chunks + rounds - 1) / rounds, slot_x = slot_weights<KIND> * sizeof(floatX);
-    size_t bytes = slot_x > 16 ? warps * NT * 32 * slot_x : 0;
+    int chunks = (row_bytes + CHUNK - 1) / CHUNK, rounds = (chunks + MATVEC_WARPS - 1) / MATVEC_WARPS;
+    int warps = (chunks + rounds - 1) / rounds, slot_x = slot_weights<KIND> * (int)sizeof(floatX);
+    size_t bytes = slot_x > 16 ? (size_t)(warps * NT * 32 * slot_x) : 0;
     if (!allow_shared(kernel, bytes)) return;
-    LAUNCH(kernel, (unsigned)((OC + R - 1) / R), (unsigned)(32 * warps), bytes, cuda_stream)
+    LAUNCH(kernel, (unsigned)((OC + R - 1) / R), 32 * warps, bytes, cuda_stream)
         (y, x, w, row_bytes, flip, scale, zero, group, N, C, OC);
     CUDA_CHECK(cudaGetLastError());
 }
 
 // VEC: rows of w and of x begin at multiples of 16 bytes, and those of w end there; only PLAIN weights go without.
 template <int KIND, int SCALING, bool VEC, class Out>
-static void matvec_any_n(Out *y, const floatX *x, const uint8_t *w, size_t row_bytes, uint32_t flip, const float *scale,
+static void matvec_any_n(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const float *scale,
                          const float *zero, unsigned group, size_t N, int C, int OC) {
     for (size_t t = 0; t < N; t += MATVEC_TOKENS) {
-        int n = N - t < MATVEC_TOKENS ? (int)(N - t) : MATVEC_TOKENS;
-        auto launch = matvec_launch<KIND, SCALING, 8, 4, VEC, Out>;
-        if (VEC && n == 1) launch = matvec_launch<KIND, SCALING, 1, VEC ? 8 : 1, VEC, Out>;
-        else if (VEC && n == 2) launch = matvec_launch<KIND, SCALING, VEC ? 2 : 8, 4, VEC, Out>;
-        else if (VEC && n <= 4) launch = matvec_launch<KIND, SCALING, VEC ? 4 : 8, 4, VEC, Out>;
+        const int n = N - t < MATVEC_TOKENS ? (int)(N - t) : MATVEC_TOKENS;
+        auto launch = matvec_launch<KIND, SCALING, MATVEC_TOKENS, 4, VEC, Out>;
+        if constexpr (VEC) {                                    // not aligned: one kernel for all, with the same bits
+            if (n == 1) launch = matvec_launch<KIND, SCALING, 1, 8, VEC, Out>;
+            else if (n == 2) launch = matvec_launch<KIND, SCALING, 2, 4, VEC, Out>;
+            else if (n <= 4) launch = matvec_launch<KIND, SCALING, 4, 4, VEC, Out>;
+        }
         launch(y + t * OC, x + t * C, w, row_bytes, flip, scale, zero, group, n, C, OC);
     }
 }

@@ -41,6 +41,13 @@ static __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// D = A . B: spares the zeros in D.
+static __device__ __forceinline__ void mma_bf16_first(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%10,%10,%10,%10};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
+}
 static __device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
                  "{%0,%1,%2,%3};"
@@ -54,6 +61,27 @@ static __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void 
 static __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+// Sixteen or four bytes, or zeros where not `there` (nothing is read then), without a branch around the load; of what
+// no kernel writes meanwhile. The sixteen bytes take no place in the first cache.
+static __device__ __forceinline__ uint4 load16_once_if(const void *p, bool there) {
+    uint4 v;
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
+                 "@p ld.global.nc.L1::no_allocate.v4.b32 {%0,%1,%2,%3}, [%4];}"
+                 : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((int)there));
+    return v;
+}
+static __device__ __forceinline__ float load4_if(const float *p, bool there) {
+    float v;
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.f32 %0, [%1];}"
+                 : "=&f"(v) : "l"(p), "r"((int)there));
+    return v;
+}
+// (a & mask) ^ c in one instruction, which the compiler does not find where mask and c are constants.
+static __device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t c) {
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(r) : "r"(a), "r"(mask), "r"(c));
+    return r;
 }
 // Two f32 to bf16, nearest even, lo in the low half: the bits of bf16_from_f32 but for the payload of a NaN.
 static __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
@@ -70,6 +98,10 @@ template <int newest> static inline void cp_async_wait() { cudasim::cp_async_wai
 static inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDASIM_HERE) {
     cudasim::mma_bf16(d, a, b, file, line);
 }
+static inline void mma_bf16_first(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDASIM_HERE) {
+    for (int i = 0; i < 4; i++) d[i] = 0.0f;
+    cudasim::mma_bf16(d, a, b, file, line);
+}
 static inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDASIM_HERE) {
     cudasim::mma_s8(d, a, b, file, line);
 }
@@ -79,6 +111,9 @@ static inline void ldmatrix_x4(uint32_t (&r)[4], const void *row, CUDASIM_HERE) 
 static inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void *row, CUDASIM_HERE) {
     cudasim::ldmatrix_x4(r, row, true, file, line);
 }
+static inline uint4 load16_once_if(const void *p, bool there) { return there ? *(const uint4 *)p : uint4{}; }
+static inline float load4_if(const float *p, bool there) { return there ? *p : 0.0f; }
+static inline uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t c) { return (a & mask) ^ c; }
 static inline uint32_t pack_bf16(float lo, float hi) {
     return (uint32_t)bf16_from_f32(lo) | (uint32_t)bf16_from_f32(hi) << 16;
 }

@@ -39,8 +39,8 @@ static __device__ __forceinline__ uint64_t load_codes8(const uint8_t *row, int u
     if (BITS == 4) return ((const uint32_t *)row)[unit];
     if (BITS == 8) return ((const uint64_t *)row)[unit];
     uint64_t v = 0;
-    size_t from = (size_t)unit * pk->bits, n = pk->row_bytes - from < (size_t)pk->bits ? pk->row_bytes - from : pk->bits;
-    for (size_t i = 0; i < n; i++) v |= (uint64_t)row[from + i] << 8 * i;
+    size_t from = (size_t)unit * pk->bits, left = pk->row_bytes - from;
+    for (size_t i = 0; i < (size_t)pk->bits && i < left; i++) v |= (uint64_t)row[from + i] << 8 * i;
     return v;
 }
 static __device__ __forceinline__ float code_at(uint64_t codes, int i, const Packed *pk) {
@@ -163,7 +163,7 @@ void cuda_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, cons
                    : pk.across == 1 ? matvec_any_n<CODES_8, SCALE_ROW, true, floatX>
                                     : matvec_any_n<CODES_8, SCALE_GROUP, true, floatX>;
         uint32_t flip = pk.sign * (pk.bits == 4 ? 0x11111111u : 0x01010101u);
-        run(y, x, codes, pk.row_bytes, flip, scale, zero, (unsigned)pk.b1, N, C, OC);
+        run(y, x, codes, (int)pk.row_bytes, flip, scale, zero, (unsigned)pk.b1, N, C, OC);
         return;
     }
     for (size_t t = 0; t < N; t += MATVEC_TOKENS) {

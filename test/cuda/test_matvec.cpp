@@ -44,8 +44,9 @@ template <class Out> static void check_matvec(const char *name) {
                     if (first.empty()) {
                         first = y;
                         for (size_t i = 0; i < y.size(); i++)
-                            CHECK(fabs((double)value(y[i]) - want[i]) <= bound[i], "%s at %zu: %.9g, exact %.9g, bound %.3g",
-                                  where, i, (double)value(y[i]), want[i], bound[i]);
+                            CHECK(fabs((double)value(y[i]) - want[i]) <= bound[i],
+                                  "%s at %zu: %.9g, exact %.9g, bound %.3g", where, i, (double)value(y[i]), want[i],
+                                  bound[i]);
                     }
                     check_same("bits of a token", where, y, std::vector<Out>(first.begin(), first.begin() + y.size()));
                     if (order > 1) break;                       // the random orders: one call
