@@ -20,8 +20,8 @@
 //
 // What keeps memory busy: 3 TB/s times 0.7 us of latency is 16 KiB a multiprocessor on its way at any time. Each lane
 // asks for 16 bytes of each of R = 8 rows before it touches the first, 4 KiB a warp, and asks for its next 16 bytes of
-// a row as soon as it has used the last: 16 warps have up to 64 KiB under way. The 8 MiB of a 4096 x 4096 int4 tensor are
-// all asked for at once, and x arrives meanwhile.
+// a row as soon as it has used the last: 16 warps have up to 64 KiB under way. The 8 MiB of a 4096 x 4096 int4 tensor
+// are all asked for at once, and x arrives meanwhile.
 //
 // Shape. A block takes R rows. Their bytes are cut into chunks of 512: a lane's slot is 16 bytes of it, V weights (32
 // codes of 4 bits, 16 of 8, 8 bf16). Chunk k belongs to warp k mod warps. So each value of x is read by one warp of a
@@ -96,8 +96,8 @@ static __device__ __forceinline__ void unpack_step(float *v, const uint32_t *slo
 }
 
 // 16 bytes of floatX from `at` values behind `base` on, of which `left` values are there; zeros for the others. VEC:
-// all or none are, and none means that others are read and thrown away: several such loads can be under way, while one that
-// depends on a condition is waited for.
+// all or none are, and none means that others are read and thrown away: several such loads can be under way, while one
+// that depends on a condition is waited for.
 template <bool VEC> static __device__ __forceinline__ uint4 load_x16(const floatX *base, size_t at, int left) {
     if (VEC) {
         uint4 v = *(const uint4 *)(base + (left > 0 ? at : 0));

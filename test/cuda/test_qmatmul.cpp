@@ -40,7 +40,8 @@ static const char *const packed_specs[] = {
     "uint4,group=32,float", "uint4,group=64,float", "int4,group=32", "int4,group=64,symmetric",
     "int4,channel", "uint4,group=32,asymmetric", "uint4,group=4,float", "int4,group=64,range=-7..7",
     "int4,group=32,range=-6..6", "int4,group=3", "int2,group=32", "int3,group=32", "uint2,group=9,float",
-    "int5,block=2x16", "int6,channel", "int7,group=5", "uint3,channel,asymmetric", "uint6,block=3x7,asymmetric", "uint7,channel,float"};
+    "int5,block=2x16", "int6,channel", "int7,group=5", "uint3,channel,asymmetric",
+    "uint6,block=3x7,asymmetric", "uint7,channel,float"};
 static const int packed_shapes[][2] = {{1, 1}, {2, 7}, {6, 45}, {9, 64}, {3, 576}, {12, 2112}};     // rows, cols
 
 CUDA_TEST(dequant_rows) {
