@@ -67,11 +67,11 @@ QHD float exp_f32(float x) {
     return p * f32_from_bits((half + 127u) << 23) * f32_from_bits((e - half + 127u) << 23);   // the first is exact
 }
 
-// 2^x for x < 128 in eleven instructions, for softmax: exactly 1 at 0; exactly 0 below -127 and so at -infinity (a masked
-// score needs no more care); less than 2^-126 between; NaN stays NaN; relative error below 2^-22.5 from -126 on. Adding
+// 2^x for x < 127.5 in twelve instructions, for softmax: exactly 1 at 0; exactly 0 below -127 and so at -infinity (so a
+// masked score needs no care); less than 2^-126 between; NaN stays NaN; relative error below 2^-22.5 from -126 on. Adding
 // 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits; 2^r on [-1/2, 1/2] is a polynomial of
-// error 2^-23.3; the integer goes straight into the exponent, where 1 less 127 makes 0. Above 128 the result is
-// meaningless.
+// error 2^-23.3; the integer makes a power of two, where -127 makes 0. It multiplies: added to the exponent's bits it
+// would make a number of the NaN that GPUs give, 0x7fffffff. From 127.5 on the result is infinite or meaningless.
 QHD float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
     asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-127.0f));    // one instruction, where the line below takes two
@@ -84,7 +84,7 @@ QHD float exp2_fast(float x) {
     p = fmaf(p, r, 0.240222469f);
     p = fmaf(p, r, 0.693147004f);
     p = fmaf(p, r, 1.0f);
-    return f32_from_bits(f32_bits(p) + (f32_bits(t) << 23));
+    return p * f32_from_bits((f32_bits(t) << 23) + 0x3f800000u);
 }
 
 // Natural logarithm of a positive normal number, within 1 ulp; NaN and infinity stay. logf's last bit is each library's

@@ -1,33 +1,36 @@
 // classifier and loss_accumulate (ops.h).
 #include "row.cuh"
-#include <float.h>
 
-// classifier: a block a row of the logits, which is read twice: once for its maximum and the sum of e^(z - maximum)
-// together, once for the gradient. A thread keeps its own largest logit and the sum that counts from it, in f32; the
-// threads' sums are brought to the row's maximum and added in double. The second sweep goes backwards: what the first
-// read last is still in the L2 cache (a row of V = 128256 is 501 KiB; one block of 1024 threads a multiprocessor makes
-// 66 MiB in flight, an H100's L2 holds 50). It moves 8 n V bytes of logits less what the cache gives, and n V
-// sizeof(floatX) of dlogits. Some fifty instructions a logit take half the time that memory does.
+// classifier: a block a row of the logits, of which each is needed twice: for the maximum and the sum of e^(z - maximum),
+// which are taken together, and for the gradient. At the least 4 n V bytes are read and n V sizeof(floatX) written. The
+// first logits of a row stay in shared memory: 56320 of them on an H100, the whole row for a vocabulary of that size.
+// The others are read again, backwards, as the L2 cache still holds what the first sweep read last: at V = 128256 the
+// rest of 132 rows is 38 MB, the cache 50. Sixty-four bytes a thread are in flight, and some 32 instructions a logit
+// take half the time that memory does.
+//
+// A thread counts in powers of two from its own largest logit m: sum of 2^(z L - shift), L = f32(log2 e), shift = f32(m
+// L). The rounding of shift is no error: it is divided by L again when the logarithm is taken. The threads' sums are
+// brought to the row's largest shift and added in double.
 #define THREADS 1024
+#define LOG2E 1.44269504f
+#define LEAST (-1e38f)                                         // in place of -infinity: differences are numbers
 
-// The largest of the warp's m, and the sum of the lanes' sums brought to it. exp_f32(-FLT_MAX - m) is 0, so lanes that
-// saw nothing add nothing.
-static __device__ __forceinline__ void warp_softmax(float *m, double *sum) {
-    float top = *m;
-    for (int bits = 16; bits; bits >>= 1) {
-        float other = __shfl_xor_sync(FULL_WARP, top, bits);
-        top = other > top ? other : top;
-    }
-    double s = *sum * (double)exp_f32(*m - top);
+// The largest of the warp's shifts, and the sum of the lanes' sums brought to it. Lanes that saw nothing add nothing.
+static __device__ __forceinline__ void warp_softmax(float *shift, double *sum) {
+    float top = *shift;
+    for (int bits = 16; bits; bits >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, bits));
+    double s = *sum * (double)exp2_fast(*shift - top);
     for (int bits = 16; bits; bits >>= 1) s += __shfl_xor_sync(FULL_WARP, s, bits);
-    *m = top;
+    *shift = top;
     *sum = s;
 }
 
-template <int W>
+// W logits a load, U loads in flight. `keep` logits, a multiple of W, stay in shared memory.
+template <int W, int U>
 static __global__ void __launch_bounds__(THREADS)
-classifier_kernel(float *losses, floatX *dlogits, const float *logits, const int32_t *targets, int V) {
-    __shared__ float part_m[32];
+classifier_kernel(float *losses, floatX *dlogits, const float *logits, const int32_t *targets, int V, int keep) {
+    DYN_SHARED(float, kept);                                   // (keep)
+    __shared__ float part_shift[32];
     __shared__ double part_sum[32];
     int target = targets[blockIdx.x], step = (int)blockDim.x * W, first = (int)threadIdx.x * W;
     const float *z = logits + (size_t)blockIdx.x * V;
@@ -40,59 +43,93 @@ classifier_kernel(float *losses, floatX *dlogits, const float *logits, const int
         return;
     }
 
-    // 1. Maximum and sum. From -FLT_MAX and not -infinity, so that no difference is infinity - infinity.
-    float m = -FLT_MAX, s = 0.0f;
-#pragma unroll(W == 1 ? 4 : 1)
-    for (int c = first; c < V; c += step) {
-        float f[W];
-        load_f32(f, z + c);
-        float top = f[0];
+    // 1. Maximum and sum.
+    float m = LEAST, shift = LEAST * LOG2E, s = 0.0f;
+    for (int from = first; from < V; from += U * step) {
+        float f[U][W], top = LEAST;
 #pragma unroll
-        for (int i = 1; i < W; i++) top = fmaxf(top, f[i]);
-        if (top > m) {
-            s *= exp_f32(m - top);
-            m = top;
+        for (int u = 0; u < U; u++) {
+            int c = from + u * step;
+            if (c < V) load_f32(f[u], z + c);
+            else for (int i = 0; i < W; i++) f[u][i] = -INFINITY;
+            if (c < keep) store_f32(kept + c, f[u]);
         }
 #pragma unroll
-        for (int i = 0; i < W; i++) s += exp_f32(f[i] - m);
+        for (int u = 0; u < U; u++)
+#pragma unroll
+            for (int i = 0; i < W; i++) top = fmaxf(top, f[u][i]);
+        if (top > m) {
+            m = top;
+            s *= exp2_fast(shift - top * LOG2E);
+            shift = top * LOG2E;
+        }
+#pragma unroll
+        for (int u = 0; u < U; u++)
+#pragma unroll
+            for (int i = 0; i < W; i++) s += exp2_fast(fmaf(f[u][i], LOG2E, -shift));
     }
     double sum = s;
     int lane = (int)threadIdx.x % 32, warps = (int)blockDim.x / 32;
-    warp_softmax(&m, &sum);
+    warp_softmax(&shift, &sum);
     if (lane == 0) {
-        part_m[threadIdx.x / 32] = m;
+        part_shift[threadIdx.x / 32] = shift;
         part_sum[threadIdx.x / 32] = sum;
     }
     __syncthreads();                                           // the parts are complete
-    m = lane < warps ? part_m[lane] : -FLT_MAX;
+    shift = lane < warps ? part_shift[lane] : LEAST * LOG2E;
     sum = lane < warps ? part_sum[lane] : 0.0;
-    warp_softmax(&m, &sum);                                    // each warp for itself: all threads need both
+    warp_softmax(&shift, &sum);                                // each warp for itself: all threads need both
     if (threadIdx.x == 0)
-        losses[blockIdx.x] = (float)((double)log_f32((float)sum) + ((double)m - (double)z[target]));
+        losses[blockIdx.x] = (float)((double)log_f32((float)sum) + ((double)shift / (double)LOG2E - (double)z[target]));
     if (!d) return;
 
-    // 2. Gradient, backwards. The target's logit is done again, by the thread that wrote it.
+    // 2. Gradient, backwards; a thread finds in shared memory what it put there itself. The target's is done again, by
+    // the thread that wrote it.
     float scale = (float)(1.0 / sum);
-    bool mine = false;
-#pragma unroll(W == 1 ? 4 : 1)
-    for (int c = first + (V - 1 - first) / step * step; c >= first && c < V; c -= step) {
-        float f[W];
-        load_f32(f, z + c);
+    int spans = (V + U * step - 1) / (U * step);
+    for (int from = first + (spans - 1) * U * step; from >= first; from -= U * step) {
+        float f[U][W];
 #pragma unroll
-        for (int i = 0; i < W; i++) f[i] = exp_f32(f[i] - m) * scale;
-        vec_store(d + c, to_x(f));
-        mine |= (unsigned)(target - c) < (unsigned)W;
+        for (int u = 0; u < U; u++) {
+            int c = from + u * step;
+            if (c < keep) load_f32(f[u], (const float *)kept + c);
+            else if (c < V) load_f32(f[u], z + c);
+        }
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            int c = from + u * step;
+            if (c >= V) continue;
+#pragma unroll
+            for (int i = 0; i < W; i++) f[u][i] = exp2_fast(fmaf(f[u][i], LOG2E, -shift)) * scale;
+            vec_store(d + c, to_x(f[u]));
+        }
     }
-    if (mine) d[target] = f2x((float)((double)exp_f32(z[target] - m) / sum - 1.0));
+    if (target / W % (int)blockDim.x == (int)threadIdx.x)
+        d[target] = f2x((float)((double)exp2_fast(fmaf(z[target], LOG2E, -shift)) / sum - 1.0));
+}
+
+// Bytes of dynamic shared memory for a row of `bytes`: all of it, or what the device has, in one of three sizes. sm_90
+// has 227 KiB for a block, sm_80 163, others 99.
+template <class Kernel> static size_t shared_for_row(Kernel *kernel, size_t bytes) {
+    static const size_t sizes[] = {(size_t)220 << 10, (size_t)160 << 10, ROW_SHARED_MAX};
+    for (size_t size : sizes) {
+        size_t want = bytes < size ? bytes : size;
+        if (want <= 48 << 10 ||
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)want) == cudaSuccess)
+            return want;
+        (void)cudaGetLastError();
+    }
+    return 0;
 }
 
 void cuda_classifier(float *losses, floatX *dlogits, const float *logits, const int32_t *targets, size_t n, int V) {
     if (n == 0) return;
-    bool vec = rows_take_vec(V, logits, dlogits) && V % 4 == 0;
-    int vecs = vec ? V / VEC_X : V, threads = ((vecs + 3) / 4 + 31) / 32 * 32;
-    auto kernel = vec ? classifier_kernel<VEC_X> : classifier_kernel<1>;
-    LAUNCH(kernel, (unsigned)n, (unsigned)(threads < THREADS ? threads : THREADS), 0, cuda_stream)
-        (losses, dlogits, logits, targets, V);
+    bool vec = V % 4 == 0 && rows_take_vec(0, logits, dlogits);
+    auto kernel = vec ? classifier_kernel<4, 4> : classifier_kernel<1, 8>;
+    int each = vec ? 16 : 8, threads = ((V + each - 1) / each + 31) / 32 * 32;
+    size_t shared = dlogits ? shared_for_row(kernel, (size_t)V * sizeof(float)) : 0;
+    LAUNCH(kernel, (unsigned)n, (unsigned)(threads < THREADS ? threads : THREADS), shared, cuda_stream)
+        (losses, dlogits, logits, targets, V, (int)(shared / sizeof(float)));
     CUDA_CHECK(cudaGetLastError());
 }
 
