@@ -95,15 +95,15 @@ static void check_case(const char *text, int64_t rows, int64_t cols, int variant
 CUDA_TEST(updates) {
     for (auto &c : cases)
         for (int variant = 0; variant < 4; variant++)
-            check_case(c.spec, c.rows, c.cols, variant, c.cols > 5000 ? 2 : ORDERS);
+            check_case(c.spec, c.rows, c.cols, variant, c.cols > 5000 || variant % 2 ? 2 : ORDERS);
 }
 
-#ifndef __SANITIZE_ADDRESS__            // tens of millions of accesses
-// More than all blocks take in one turn.
+#ifndef __SANITIZE_ADDRESS__            // millions of accesses
+// More than all blocks take in one turn (grid_for, MAX_PARTIALS): unaligned, so that a thread takes one value a turn.
 CUDA_TEST(updates_large) {
-    check_case("none", 1100, 2001, 0, 1);
-    check_case("int4,group=32", 1100, 2048, 0, 1);
-    check_case("int8,tensor", 300, 4004, 0, 1);
+    check_case("none", 751, 701, 1, 1);
+    check_case("int4,group=2", 751, 702, 1, 1);
+    check_case("int8,tensor", 301, 1001, 1, 1);
 }
 #endif
 
