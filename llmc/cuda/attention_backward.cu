@@ -17,8 +17,8 @@
 //   shared memory gives an ldmatrix_x4 in 4 clocks; its tensor cores take an m16n8k16 in 1.6 by mma.sync (H100: about
 //   62 % of the 990 TFLOP/s that wgmma has). 512 clocks of shared memory, and 45 more for what arrives in it, beside
 //   360 of tensor cores, for 0.92 MFLOP of 7 products: at most 370 TFLOP/s on 132 SMs at 1.7 GHz, 265 of the 5
-//   products that a backward is counted by. Arithmetic of p and ds, some 16 instructions for each of 2 x 512, is 260
-//   clocks of four schedulers that the mma leave idle. From L2, 2 KiB of streamed rows a tile of 128 queries or 64
+//   products that a backward is counted by. Arithmetic of p and ds, some 16 instructions for each of 2 x 512, is 130
+//   clocks of the four schedulers, mma and ldmatrix 90. From L2, 2 KiB of streamed rows a tile of 128 queries or 64
 //   keys: 192 and 128 FLOP a byte, about 2 TB/s.
 // Longest blocks first: a causal triangle's tiles differ in length by their number.
 //
