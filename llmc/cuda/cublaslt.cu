@@ -73,18 +73,26 @@ static bool lt_check(cublasStatus_t status, const char *call, int line) {
 static cublasLtHandle_t handle;
 static void *workspace;         // the library's own, beside cuda_workspace: a plan's algorithm counts on its size
 static size_t workspace_bytes;
+static char description[160];   // of the library, or why there is none; empty before it was looked for
 
 static bool available(void) {
-    static int state;           // 0: not looked for yet; 1: here; 2: not
-    if (state) return state == 1;
-    state = 2;
-    if (!load() || !LT_CHECK(cublasLtCreate, &handle)) return false;
+    if (description[0]) return handle;
+    if (!load()) {
+        snprintf(description, sizeof description, "cuBLASLt not found: set CUBLAS_HOME");
+        return false;
+    }
+    size_t v = lt.cublasLtGetVersion();                        // 130001 is 13.0.1, as 120805 is 12.8.5
+    cublasStatus_t status = lt.cublasLtCreate(&handle);
+    if (status != CUBLAS_STATUS_SUCCESS) handle = nullptr;
+    snprintf(description, sizeof description, "cuBLASLt %zu.%zu%s%s", v / 10000, v / 100 % 100,
+             handle ? "" : " does not start: ", handle ? "" : lt.cublasLtGetStatusString(status));
+    if (!handle) return false;
     int device = 0;
     cudaDeviceProp prop = {};
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaGetDeviceProperties(&prop, device));
-    // 32 MiB are what the library asks for to do its best, on Hopper and later twice that. The twin needs little, and the
-    // simulator guards each page.
+    // 32 MiB are what the library asks for to do its best, on Hopper and later twice that. The twin needs little, and
+    // the simulator guards each page.
 #ifdef __CUDACC__
     workspace_bytes = (size_t)(prop.major >= 9 ? 64 : 32) << 20;
 #else
@@ -94,18 +102,12 @@ static bool available(void) {
         (void)cudaGetLastError();
         workspace_bytes = 0;    // there are algorithms without
     }
-    state = 1;
     return true;
 }
 
 const char *cublaslt_description(bool *found) {
-    static char text[64];
     *found = available();
-    if (!*found) return "cuBLASLt not found: set CUBLAS_HOME";
-    // 130001 is 13.0.1, as 120805 is 12.8.5.
-    size_t v = lt.cublasLtGetVersion();
-    snprintf(text, sizeof text, "cuBLASLt %zu.%zu", v / 10000, v / 100 % 100);
-    return text;
+    return description;
 }
 
 // ---------------------------------------------------------------------------------------------

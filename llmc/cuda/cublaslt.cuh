@@ -11,7 +11,7 @@ typedef struct {
     int64_t M, N, K;
 } Product;
 
-// What is there: "cuBLASLt 13.0", or "cuBLASLt not found: set CUBLAS_HOME" and *found false.
+// What is there: "cuBLASLt 13.0", or why it is not, "cuBLASLt not found: set CUBLAS_HOME", and *found false.
 const char *cublaslt_description(bool *found);
 // How the library does this product: NULL where it does not, for lack of alignment, support or the library itself. With
 // `scaled`, column n is multiplied by scale[n] before c is rounded. The plan is kept, so that the same question later
@@ -21,7 +21,8 @@ const char *cublaslt_description(bool *found);
 // library's heuristic names for CUBLASLT_ROWS rows. Where it is (weight gradients), the heuristic is asked for the very
 // shape and may split K, as long as parts are reduced in a fixed order.
 #define CUBLASLT_ROWS 4096
-const struct CublasltPlan *cublaslt_plan(const Product *p, bool scaled, const void *c, const floatX *a, const floatX *b);
+const struct CublasltPlan *cublaslt_plan(const Product *p, bool scaled, const void *c, const floatX *a,
+                                         const floatX *b);
 void cublaslt_run(const struct CublasltPlan *plan, bool accumulate, void *c, const floatX *a, const floatX *b,
                   const float *scale);
 #endif

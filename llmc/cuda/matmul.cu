@@ -411,7 +411,7 @@ void cuda_linear_backward_weight(float *dw, const floatX *dy, const floatX *x, s
 }
 
 const char *cuda_matmul_description(void) {
-    static char text[128];
+    static char text[192];
 #ifdef PRECISION_FP32
     const char *ours = "own matmul";
 #else
