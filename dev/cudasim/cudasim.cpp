@@ -345,6 +345,7 @@ void try_warp_collective(Thread *t) {
                  o->line, mask);
         o->result = o->kind == cudasim::SHUFFLE ? warp[o->src].value : ballot;
     }
+    if (t->kind == cudasim::SYNCWARP) cudasim::race_syncwarp(w, lanes);
     for (int l = 0; l < 32; l++)
         if (lanes >> l & 1) make_ready(&warp[l]);
 }
@@ -364,6 +365,7 @@ void try_barrier() {
     }
     n_at_barrier = 0;
     barrier_votes = 0;
+    cudasim::race_barrier();
 }
 
 void fiber_main() __attribute__((no_sanitize_address));
@@ -422,6 +424,7 @@ void deadlock() {
 void run_block() {
     if (!ASAN && tls.size) memset(tls.p, poison_byte(), tls.size);
     if (launch->smem) fill((char *)smem, poison_byte(), launch->smem);
+    cudasim::race_block();
     n_alive = n_threads;
     n_at_barrier = barrier_votes = 0;
     for (int i = 0; i < n_threads; i++) {
@@ -612,6 +615,7 @@ static void finish_ldmatrix(Exchange *const lanes[32]) {
 }
 void ldmatrix_x4(uint32_t *r, const void *row, bool trans, const char *file, int line) {
     if ((uintptr_t)row % 16) fail("ldmatrix of a row at %p, which is not 16-byte aligned, at %s:%d", row, file, line);
+    race_access(row, 16, false, __builtin_return_address(0));
     Ldmatrix m;
     m.finish = finish_ldmatrix; m.r = r; m.row = (const uint16_t *)row; m.trans = trans;
     exchange(&m, file, line);
@@ -627,6 +631,8 @@ void cp_async(void *smem_to, const void *gmem, int bytes, const char *file, int 
         if (!t->copies) fail("no memory");
     }
     t->copies[t->n_copies++] = {(char *)smem_to, (const char *)gmem, bytes, t->group};
+    race_access(gmem, (size_t)bytes, false, __builtin_return_address(0));
+    race_access(smem_to, 16, true, __builtin_return_address(0));
     memset(smem_to, poison_byte(), 16);
 }
 void cp_async_commit() { current->group++; }
@@ -636,6 +642,7 @@ void cp_async_wait(int newest) {
     for (int i = 0; i < t->n_copies; i++) {
         Thread::Copy c = t->copies[i];
         if (c.group >= t->group - newest) { t->copies[kept++] = c; continue; }
+        race_access(c.dst, 16, true, __builtin_return_address(0));
         memcpy(c.dst, c.src, (size_t)c.bytes);
         memset(c.dst + c.bytes, 0, (size_t)(16 - c.bytes));
     }
@@ -643,6 +650,8 @@ void cp_async_wait(int newest) {
 }
 
 size_t launches() { return n_launches; }
+int thread_index() { return current ? index_of(current) : -1; }
+bool own_stack(const void *p) { return (const char *)p >= current->stack && (const char *)p < current->stack + STACK; }
 
 int barrier_vote(int predicate, const char *file, int line) {
     barrier_votes += predicate;
@@ -689,6 +698,7 @@ void run(const Launch &l) {
     make_stacks(n_threads);
     if (l.smem && allocate(&smem, l.smem) != cudaSuccess) fail("no memory for %zu bytes of shared memory", l.smem);
     shared_begin();
+    race_launch(smem, l.smem, tls.p, ASAN ? 0 : tls.size);
     access_all(true);
     // Blocks: ascending, descending, or i -> (i * odd + c) mod 2^k, which visits each once in a scattered order.
     size_t blocks = (size_t)l.grid.x * l.grid.y * l.grid.z, span = 1;

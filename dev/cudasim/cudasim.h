@@ -299,8 +299,13 @@ static inline int __all_sync(unsigned mask, int predicate, CUDASIM_HERE) {
 
 // Nothing runs between a load and its store here, so an ordinary update is atomic. The type is that of the pointer.
 namespace cudasim { template <class T> using Same = typename std::common_type<T>::type; }
+#ifdef CUDASIM_RACE                    // which is not to take them for ordinary accesses
+#define CUDASIM_NO_RACE __attribute__((noinline, no_sanitize_thread))
+#else
+#define CUDASIM_NO_RACE
+#endif
 #define CUDASIM_ATOMIC(name, updated) \
-    template <class T> T name(T *p, cudasim::Same<T> v) { \
+    template <class T> CUDASIM_NO_RACE T name(T *p, cudasim::Same<T> v) { \
         cudasim::maybe_switch(); \
         T old = *p; \
         *p = (T)(updated); \
@@ -312,7 +317,7 @@ CUDASIM_ATOMIC(atomicMin, v < old ? v : old)
 CUDASIM_ATOMIC(atomicOr, old | v)
 CUDASIM_ATOMIC(atomicAnd, old & v)
 CUDASIM_ATOMIC(atomicExch, v)
-template <class T> T atomicCAS(T *p, cudasim::Same<T> expected, cudasim::Same<T> v) {
+template <class T> CUDASIM_NO_RACE T atomicCAS(T *p, cudasim::Same<T> expected, cudasim::Same<T> v) {
     cudasim::maybe_switch();
     T old = *p;
     if (old == expected) *p = v;

@@ -1,7 +1,9 @@
 # The CUDA wing without a GPU. Included by the Makefile.
 #   make test-cudasim    the kernels on the simulator against the CPU wing, in both precisions (also with SANITIZE=1)
+#   make test-cudasim RACE=1   the same, with every access of a kernel watched for races (dev/cudasim/race.cpp)
 #   make sim-programs    the programs with the simulator for a GPU: build/bf16/sim/train_llama_qat --device cuda ...
 
+SIM := $(OUT)/cudasim$(if $(RACE),-race)
 # Each fiber that ends would free a heap of its own for use-after-return, were kernels compiled for it.
 SIM_ASAN  := $(if $(SANITIZE),--param asan-use-after-return=0)
 SIM_FLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Wno-unknown-pragmas $(if $(WERROR),-Werror) \
@@ -9,36 +11,40 @@ SIM_FLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Wno-unknown-prag
              -ffp-contract=off -fno-math-errno -fstack-clash-protection -O2 -g -I. -Illmc -Idev/cudasim -Itest $(SIM_ASAN) \
              $(filter -DPRECISION_FP32 -fsanitize=% -fno-sanitize-recover=% -fno-omit-frame-pointer,$(ALLFLAGS))
 SIM_TESTS := test/test_cudasim.cpp $(wildcard test/cuda/*.cpp)
-SIM_OBJ   := $(CUDA_SRC:%.cu=$(OUT)/cudasim/%.o) $(patsubst %.cpp,$(OUT)/cudasim/%.o,$(wildcard dev/cudasim/*.cpp))
-SIM_TEST_OBJ := $(SIM_TESTS:%.cpp=$(OUT)/cudasim/%.o)
+SIM_OBJ   := $(CUDA_SRC:%.cu=$(SIM)/%.o) $(patsubst %.cpp,$(SIM)/%.o,$(wildcard dev/cudasim/*.cpp))
+SIM_TEST_OBJ := $(SIM_TESTS:%.cpp=$(SIM)/%.o)
 
-$(OUT)/cudasim/%.o: %.cu $(OUT)/flags.txt dev/cudasim/cudasim.mk
+# -fsanitize=thread is for its calls alone: race.cpp answers them, so it is not linked with.
+SIM_RACE  := $(if $(RACE),-DCUDASIM_RACE)
+SIM_WATCH := $(if $(RACE),-fsanitize=thread)
+$(SIM)/%.o: %.cu $(OUT)/flags.txt dev/cudasim/cudasim.mk
 	@mkdir -p $(@D)
 	@echo "  c++ $<"
-	$(Q)$(CXX) -x c++ $(SIM_FLAGS) -MMD -MP -c $< -o $@
-$(OUT)/cudasim/%.o: %.cpp $(OUT)/flags.txt dev/cudasim/cudasim.mk
+	$(Q)$(CXX) -x c++ $(SIM_FLAGS) $(SIM_RACE) $(SIM_WATCH) -MMD -MP -c $< -o $@
+$(SIM)/%.o: %.cpp $(OUT)/flags.txt dev/cudasim/cudasim.mk
 	@mkdir -p $(@D)
 	@echo "  c++ $<"
-	$(Q)$(CXX) $(SIM_FLAGS) -MMD -MP -c $< -o $@
-$(OUT)/test/test_cudasim: $(SIM_TEST_OBJ) $(SIM_OBJ) $(OUT)/libqllm.a
+	$(Q)$(CXX) $(SIM_FLAGS) $(SIM_RACE) $(if $(filter dev/cudasim/%,$<),,$(SIM_WATCH)) -MMD -MP -c $< -o $@
+SIM_TEST := $(if $(RACE),$(SIM)/test_cudasim,$(OUT)/test/test_cudasim)
+$(SIM_TEST): $(SIM_TEST_OBJ) $(SIM_OBJ) $(OUT)/libqllm.a
 	@mkdir -p $(@D)
 	@echo "  link $@"
-	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(LIBS) -o $@
+	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(LIBS) $(if $(RACE),-ldl) -o $@
 $(OUT)/sim/%: $(OUT)/%.o $(SIM_OBJ) $(OUT)/libqllm.a
 	@mkdir -p $(@D)
 	@echo "  link $@"
-	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(LIBS) -o $@
-$(OUT)/sim/bench_cuda: $(OUT)/cudasim/dev/gpu/bench_cuda.o $(SIM_OBJ) $(OUT)/libqllm.a
+	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(LIBS) $(if $(RACE),-ldl) -o $@
+$(OUT)/sim/bench_cuda: $(SIM)/dev/gpu/bench_cuda.o $(SIM_OBJ) $(OUT)/libqllm.a
 	@mkdir -p $(@D)
 	@echo "  link $@"
-	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(LIBS) -o $@
+	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(LIBS) $(if $(RACE),-ldl) -o $@
 .PHONY: sim-programs
 sim-programs: $(PROGRAMS:%=$(OUT)/sim/%)
 
-.PRECIOUS: $(OUT)/cudasim/%.o
+.PRECIOUS: $(SIM)/%.o
 # The kernel laboratories: checked here, timed on a GPU.
 LABS := $(patsubst dev/cuda/%.cu,$(OUT)/lab/%,$(wildcard dev/cuda/*.cu))
-$(OUT)/lab/%: $(OUT)/cudasim/dev/cuda/%.o $(OUT)/cudasim/dev/cudasim/cudasim.o $(OUT)/cudasim/dev/cudasim/stream.o
+$(OUT)/lab/%: $(SIM)/dev/cuda/%.o $(SIM)/dev/cudasim/cudasim.o $(SIM)/dev/cudasim/stream.o
 	@mkdir -p $(@D)
 	@echo "  link $@"
 	$(Q)$(CXX) $(SIM_FLAGS) $^ -o $@
@@ -52,7 +58,7 @@ else
 test-cudasim:
 	@$(MAKE) --no-print-directory PRECISION=bf16 test-cudasim-one test-labs-one
 	@$(MAKE) --no-print-directory PRECISION=fp32 test-cudasim-one test-labs-one
-test-cudasim-one: $(OUT)/test/test_cudasim
+test-cudasim-one: $(SIM_TEST)
 	@$<
 test-labs-one: $(LABS)
 	@set -e; for lab in $(LABS); do \

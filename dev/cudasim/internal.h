@@ -15,6 +15,24 @@ bool is_device(const void *p, size_t bytes);           // inside one allocation 
 bool touches_device(const void *p);
 void open_memory(bool on);                             // lets the host touch device memory
 
+int thread_index();                                    // in its block; -1: the host runs
+bool own_stack(const void *p);                         // of the running thread
+
+// race.cpp, which is part of builds with RACE=1 only
+#ifdef CUDASIM_RACE
+void race_launch(const void *dynamic, size_t dynamic_bytes, const void *fixed, size_t fixed_bytes);   // shared memory
+void race_block();
+void race_barrier();
+void race_syncwarp(int warp, unsigned lanes);
+void race_access(const void *p, size_t bytes, bool write, const void *pc);
+#else
+static inline void race_launch(const void *, size_t, const void *, size_t) {}
+static inline void race_block() {}
+static inline void race_barrier() {}
+static inline void race_syncwarp(int, unsigned) {}
+static inline void race_access(const void *, size_t, bool, const void *) {}
+#endif
+
 // stream.cpp
 void finish_all();                                     // does whatever still waits in a stream
 cudaError_t refused_in_capture();                      // for calls that no capture allows; ends those that go on

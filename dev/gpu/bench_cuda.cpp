@@ -248,7 +248,7 @@ static void attention(void) {
 // The matmuls of one token through blocks of the 8B shape, weights larger than the L2 cache in every scheme.
 static void decode(void) {
     const int shapes[][2] = {{4096, 6144}, {4096, 4096}, {4096, 28672}, {14336, 4096}};      // C, OC
-    const int blocks = SIZE(3, 1), part = SIZE(1, 64);
+    const int blocks = SIZE(3, 1), part = SIZE(1, 32);
     const struct { const char *name, *spec; } schemes[] = {
         {"decode_bf16", nullptr}, {"decode_int8wo", "int8,channel"}, {"decode_int4wo_64", "uint4,group=64,float"},
         {"decode_8da4w_64", "int4,group=64,symmetric"}};

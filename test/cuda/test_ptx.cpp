@@ -248,7 +248,9 @@ CUDA_TEST(cp_async) {
     CHECK(wrong_copies(groups_kernel<false>, x, sums) == 0, "the correct kernel");
 #ifndef __CUDACC__
     CHECK(wrong_copies(copy_kernel<false, true>, x, reversed) == 8, "a read before the wait shows in every order");
+#ifndef CUDASIM_RACE                   // which stops there: test_race.cpp
     CHECK(wrong_copies(copy_kernel<true, false>, x, reversed) > 0, "a read of another thread's copy before the barrier");
+#endif
     CHECK(wrong_copies(groups_kernel<true>, x, sums) == 8, "a read of a group that is still under way");
 #endif
 }
