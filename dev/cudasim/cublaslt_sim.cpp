@@ -34,7 +34,7 @@ struct CublasLtPreference {
     uint32_t reduction, alignment[4];
 };
 
-template <class T> static std::vector<T *> &every() { static std::vector<T *> v; return v; }
+template <class T> static std::vector<T *> &every() { static auto *v = new std::vector<T *>; return *v; }
 template <class T> static cublasStatus_t make(T **out, const T &value) {
     *out = new T(value);
     (*out)->state = LIVE;
