@@ -147,8 +147,8 @@ static __global__ void lab_read_kernel(const uint4 *p, size_t n, unsigned *sink)
     if (any == 0x12345678u) *sink = any;                        // never (p holds zeros), but the compiler cannot know
 }
 
-// Leaves nothing of the laboratory's data in the L2 cache. By reading, not by writing: written lines would still have to
-// go to memory, at the expense of the kernel that is timed next.
+// Leaves nothing of the laboratory's data in the L2 cache. By reading, not by writing: written lines would still have
+// to go to memory, at the expense of the kernel that is timed next.
 static void lab_flush_l2(void) {
     static uint4 *p;
     static size_t n;

@@ -8,8 +8,8 @@
 //   4  the row stays in shared memory: memory is read once and written once
 //   5  the chain of the sum, the one thing that a block waits for, works on registers while the next values come from
 //      shared memory
-//   6  one warp computes the row's scale for the block: three divisions a thread were as many instructions as a thread's
-//      elements
+//   6  one warp computes the row's scale for the block: three divisions a thread were as many instructions as
+//      the elements of a thread
 //   7  the wing's: fewer instructions an element (packed conversions, constants outside the loop), and it chooses the
 //      block itself
 #include "common.h"
@@ -106,8 +106,8 @@ static __global__ void rmsnorm_2(floatX *res, floatX *y, float *rstd, const floa
     for (int c = lane; c < C; c += 32) y[base + c] = f2x(quant_fake(x2f(y[base + c]), p, &act, QD_X));
 }
 
-// Variants 3 to 6. KEEP: the row stays in shared memory. BATCH: the chain's values come in batches, one ahead. ONE_WARP:
-// that computes the scale.
+// Variants 3 to 6. KEEP: the row stays in shared memory. BATCH: the chain's values come in batches, one ahead.
+// ONE_WARP: that computes the scale.
 template <bool KEEP, bool BATCH, bool ONE_WARP>
 static __global__ void __launch_bounds__(1024)
 rmsnorm_block(floatX *res, floatX *y, float *rstd, const floatX *x, const floatX *delta, const floatX *weight, size_t,
@@ -204,7 +204,8 @@ static void launch(int variant, int block, const Data &d, int C, const QuantSpec
     }
     auto &v = variants[variant - 1];
     size_t rows = v.rows_a_block_of_32 ? (size_t)v.rows_a_block_of_32 * (size_t)(block / 32) : 1;
-    LAUNCH(v.kernel, (unsigned)((N + rows - 1) / rows), (unsigned)block, v.keep ? (size_t)C * sizeof(floatX) : 0, cuda_stream)
+    size_t shared = v.keep ? (size_t)C * sizeof(floatX) : 0;
+    LAUNCH(v.kernel, (unsigned)((N + rows - 1) / rows), (unsigned)block, shared, cuda_stream)
         (d.res, d.y, d.rstd, d.x, d.delta, d.weight, N, C, 1e-5f, *act);
 }
 
@@ -218,8 +219,8 @@ static void run(int variant) {
     act.eps = 1.1920929e-7f;
     for (int C : widths) {
         size_t n = N * (size_t)C;
-        floatX *x = lab_random_x(n, 1, 2.0f), *delta = lab_random_x(n, 2, 1.0f), *weight = lab_random_x((size_t)C, 3, 1.5f),
-               *res = lab_array<floatX>(n), *y = lab_array<floatX>(n);
+        floatX *x = lab_random_x(n, 1, 2.0f), *delta = lab_random_x(n, 2, 1.0f),
+               *weight = lab_random_x((size_t)C, 3, 1.5f), *res = lab_array<floatX>(n), *y = lab_array<floatX>(n);
         float *rstd = lab_array<float>(N);
         rmsnorm_cpu(res, y, rstd, x, delta, weight, N, C, 1e-5f, &act);
         Data d = {lab_to_device(x, n), lab_to_device(delta, n), lab_to_device(weight, (size_t)C), lab_device<floatX>(n),

@@ -23,8 +23,8 @@ void cuda_embedding_forward(floatX *out, const int32_t *tokens, const floatX *wt
     CUDA_CHECK(cudaGetLastError());
 }
 
-// The sum of a token's rows is taken by the block of the first position that holds it, in the order of the positions, so
-// no two blocks meet in an element and the bits are the CPU wing's. A block
+// The sum of a token's rows is taken by the block of the first position that holds it, in the order of the positions,
+// so no two blocks meet in an element and the bits are the CPU wing's. A block
 //   1. returns if an earlier position holds its token (it looks from the first on: frequent tokens come early);
 //   2. collects the positions of its token, from its own on, in a list in shared memory, ascending: each warp's ballots
 //      tell where in the list a hit belongs;
@@ -39,8 +39,8 @@ void cuda_embedding_forward(floatX *out, const int32_t *tokens, const floatX *wt
 
 // dwte_row += the rows at `count` positions, in order.
 template <int V>
-static __device__ __forceinline__ void add_rows(float *dwte_row, const floatX *dout, const int32_t *positions, int count,
-                                                int C) {
+static __device__ __forceinline__ void add_rows(float *dwte_row, const floatX *dout, const int32_t *positions,
+                                                int count, int C) {
     for (int c = threadIdx.x * V; c < C; c += BLOCK * V) {
         float sum[V];
         load_f32(sum, dwte_row + c);

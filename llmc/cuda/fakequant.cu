@@ -18,7 +18,8 @@ fakequant_forward_kernel(floatX *y, uint8_t *mask, const floatX *x, int C, Quant
     fakequant_row<V>(y + base, mask ? mask + base : nullptr, KEEP ? row : x + base, C, mn, mx, &act);
 }
 
-template <int V> static void fakequant(floatX *y, uint8_t *mask, const floatX *x, size_t N, int C, const QuantSpec *act) {
+template <int V>
+static void fakequant(floatX *y, uint8_t *mask, const floatX *x, size_t N, int C, const QuantSpec *act) {
     size_t bytes = (size_t)C * sizeof(floatX), shared = bytes <= ROW_SHARED_MAX ? bytes : 0;
     auto kernel = shared ? fakequant_forward_kernel<V, true> : fakequant_forward_kernel<V, false>;
     if (!allow_shared(kernel, shared)) return;

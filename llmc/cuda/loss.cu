@@ -1,12 +1,13 @@
 // classifier and loss_accumulate (ops.h).
 #include "row.cuh"
 
-// classifier: a block a row of the logits, of which each is needed twice: for the maximum and the sum of e^(z - maximum),
+// classifier: a block a row of the logits, of which each is needed twice: for the maximum and the sum of exponentials,
 // which are taken together, and for the gradient. At the least 4 n V bytes are read and n V sizeof(floatX) written. The
-// first logits of a row stay in shared memory: 56320 of them on an H100, the whole row for a vocabulary of that size.
-// The others are read again, backwards, as the L2 cache still holds what the first sweep read last: at V = 128256 the
-// rest of 132 rows is 38 MB, the cache 50. Sixty-four bytes a thread are in flight, and some 32 instructions a logit
-// take half the time that memory does.
+// first logits of a row stay in shared memory: 56320 of them on an H100, which is whole rows of a vocabulary that
+// small. The others are read again, backwards, as the L2 cache still holds what the first sweep read last: at V =
+// 128256 the rest of 132 rows (50 registers: one block of 1024 threads a multiprocessor) is 38 MB, the cache 50.
+// Sixty-four bytes a thread are in flight, and some 40 instructions a logit take two thirds of the time
+// that memory does.
 //
 // A thread counts in powers of two from its own largest logit m: sum of 2^(z L - shift), L = f32(log2 e), shift = f32(m
 // L). The rounding of shift is no error: it is divided by L again when the logarithm is taken. The threads' sums are

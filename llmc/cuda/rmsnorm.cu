@@ -1,17 +1,17 @@
 // rmsnorm_fq_forward and rmsnorm_backward (ops.h).
 #include "fakequant.cuh"
 
-// rmsnorm_fq_forward: residual add, RMSNorm and activation fake quantization in one pass over memory. A block a row. The
-// row stays in shared memory (KEEP) from the first load to the last store: each byte of x, delta and weight is read once
-// and each of res and y written once, (4 N C + C) sizeof(floatX) in all with a delta. A row too long for that is read
-// again from x or res and quantized in y.
+// rmsnorm_fq_forward: residual add, RMSNorm and activation fake quantization in one pass over memory. A block a row.
+// The row stays in shared memory (KEEP) from the first load to the last store: each byte of x, delta and weight is read
+// once and each of res and y written once, (4 N C + C) sizeof(floatX) in all with a delta. A row too long for that is
+// read again from x or res and quantized in y.
 //
 // The sum of squares keeps the order that ops.h fixes, so that CPU and GPU agree to the bit: element c belongs to
-// partial sum c mod 16. Sixteen lanes of the first warp hold the sums, and the row is a chain of C/16 dependent additions
-// of 4 cycles; the next eight values of a lane are on their way from shared memory while the chain works on the last
-// ones. At C = 4096 that is some 1200 cycles. An H100's memory gives a multiprocessor 13 bytes a cycle, so it needs 2400
-// for the 32 KiB of a row, and eight blocks of 256 threads share it: a row may take 19000 cycles from first load to last
-// store before memory waits, and takes about 5000.
+// partial sum c mod 16. Sixteen lanes of the first warp hold the sums, and the row is a chain of C/16 dependent
+// additions of 4 cycles; the next eight values of a lane are on their way from shared memory while the chain works on
+// the last ones. At C = 4096 that is some 1200 cycles. An H100's memory gives a multiprocessor 13 bytes a cycle, so it
+// needs 2400 for the 32 KiB of a row, and eight blocks of 256 threads share it: a row may take 19000 cycles from first
+// load to last store before memory waits, and takes about 5000.
 #define STEPS 8                                                // of the chain for which values are held in registers
 
 template <int V, bool KEEP>
@@ -105,17 +105,17 @@ void cuda_rmsnorm_fq_forward(floatX *res, floatX *y, float *rstd, uint8_t *mask,
 //   dx = rstd (g - xhat mean(g xhat)),   dw += dy xhat.
 // A block takes a piece of the rows, one after another: a thread holds its columns' dy and x in registers between the
 // row's sum and dres, and its columns' part of dweight from row to row. So dy, x and dres are read once and dres is
-// written once, 4 N C sizeof(floatX), and the parts, pieces C sizeof(float), cost 6% more at N = 16384. Pieces depend on
-// N alone, so the bits do not depend on the device. At N = 16384, C = 4096 there are 1024 pieces of 16 rows, and two to
-// three blocks of 512 threads share a multiprocessor: 24 KiB of loads each, one row in some 1300 cycles (a load from
-// memory, a reduction, stores), where the memory of an H100 delivers 24 KiB in 2400.
+// written once, 4 N C sizeof(floatX), and the parts, pieces C sizeof(float), cost 6% more at N = 16384. Pieces depend
+// on N alone, so the bits do not depend on the device. At N = 16384, C = 4096 there are 1024 pieces of 16 rows, and two
+// blocks of 512 threads share a multiprocessor. Each takes a row, 24 KiB of loads, in some 1300 cycles (a load from
+// memory, a reduction, stores); for what both bring in that time the memory of an H100 takes 4800.
 #define MAX_PIECES 1024
 #define MIN_PIECE_ROWS 16
 #define BACKWARD_THREADS 512
 #define MAX_VECS (16 / VEC_X)                                  // vectors a thread that registers hold: C <= 8192
 
-// Sum over the block, to all threads. `part` (32) is written: a caller that calls again in a loop alternates between two,
-// so that one barrier a call is enough.
+// Sum over the block, to all threads. `part` (32) is written: a caller that calls again in a loop alternates between
+// two, so that one barrier a call is enough.
 static __device__ __forceinline__ float block_sum(float v, float *part) {
     int warps = (int)blockDim.x / 32, lane = (int)threadIdx.x % 32;
     for (int bits = 16; bits; bits >>= 1) v += __shfl_xor_sync(FULL_WARP, v, bits);
@@ -227,8 +227,8 @@ rmsnorm_backward_wide_kernel(floatX *dres, float *parts, const floatX *dy, const
     }
 }
 
-// dweight (C) += sum over the pieces: 32 columns a block, each by up to 32 warps that take equal shares of the pieces in
-// order; then their sums in order.
+// dweight (C) += sum over the pieces: 32 columns a block, each by up to 32 warps that take equal shares of the pieces
+// in order; then their sums in order.
 #define MAX_GROUPS 32
 static __global__ void __launch_bounds__(32 * MAX_GROUPS)
 dweight_kernel(float *dweight, const float *parts, int pieces, int C) {
@@ -261,7 +261,8 @@ void cuda_rmsnorm_backward(floatX *dres, float *dweight, const floatX *dy, const
                   : each == 1 ? rmsnorm_backward_kernel<VEC_X, 1>
                   : each <= MAX_VECS ? rmsnorm_backward_kernel<VEC_X, MAX_VECS> : rmsnorm_backward_wide_kernel<VEC_X>;
     int threads = ((vecs + each - 1) / each + 31) / 32 * 32;
-    LAUNCH(kernel, (unsigned)pieces, (unsigned)(threads < BACKWARD_THREADS ? threads : BACKWARD_THREADS), 0, cuda_stream)
+    if (threads > BACKWARD_THREADS) threads = BACKWARD_THREADS;
+    LAUNCH(kernel, (unsigned)pieces, (unsigned)threads, 0, cuda_stream)
         (dres, parts, dy, mask, x, weight, rstd, N, C, rows);
     dim3 columns(32, (unsigned)(pieces < MAX_GROUPS ? pieces : MAX_GROUPS));
     LAUNCH(dweight_kernel, (unsigned)((C + 31) / 32), columns, 0, cuda_stream)(dweight, parts, (int)pieces, C);

@@ -31,8 +31,8 @@ rope_kernel(floatX *x, const float *cos_t, const float *sin_t, int T, int pos0, 
     }
 }
 
-void cuda_rope(floatX *x, const float *cos_t, const float *sin_t, size_t N, int T, int pos0, int ldx, int NH_rot, int HS,
-               bool inverse) {
+void cuda_rope(floatX *x, const float *cos_t, const float *sin_t, size_t N, int T, int pos0, int ldx, int NH_rot,
+               int HS, bool inverse) {
     int half = HS / 2;
     if (N == 0 || NH_rot == 0 || half == 0) return;
     bool vec = rows_take_vec(half, x, cos_t, sin_t) && ldx % VEC_X == 0;

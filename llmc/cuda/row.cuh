@@ -1,4 +1,4 @@
-// What kernels that give a block to a row share: how many threads, where the row is kept, sums over the block.
+// What kernels that give a block to a row share: how many threads, where the row is kept, conversions.
 #ifndef QLLM_ROW_CUH
 #define QLLM_ROW_CUH
 #include "ptx.cuh"
@@ -8,9 +8,9 @@
 #define ROW_SHARED_MAX ((size_t)96 << 10)
 #define ROW_THREADS_MAX 1024
 
-// Threads for a row of C values in vectors of V: two vectors a thread, but at most 256 threads, so that many rows are in
-// flight on a multiprocessor, each in another phase, which keeps memory busy while some of them reduce. More where the
-// row's shared memory would leave the 2048 threads of a multiprocessor unused, or where so few rows come (a token a
+// Threads for a row of C values in vectors of V: two vectors a thread, but at most 256 threads, so that many rows are
+// in flight on a multiprocessor, each in another phase, which keeps memory busy while some of them reduce. More where
+// the row's shared memory would leave the 2048 threads of a multiprocessor unused, or where so few rows come (a token a
 // sequence, in decoding) that what counts is how soon one is done.
 static inline unsigned row_threads(size_t N, int C, int V, size_t shared) {
     int vecs = (C + V - 1) / V, warps = N < 512 ? (vecs + 31) / 32 : (vecs + 63) / 64;

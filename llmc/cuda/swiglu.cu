@@ -1,7 +1,8 @@
-// swiglu_fq_forward and swiglu_backward (ops.h): a block a row, 16-byte loads and stores, nothing read or written twice:
-// 3 N FF sizeof(floatX) forward, 5 backward. Some fifty instructions an element (exp_f32 20, a division 10, the
-// quantization 15) keep an H100's pipes about as busy as its memory at three bytes an instruction slot, so the arithmetic
-// is kept lean: conversions by the packed instruction, the row's scale computed by one warp.
+// swiglu_fq_forward and swiglu_backward (ops.h): a block a row, 16-byte loads and stores, nothing read or written
+// twice:
+// 3 N FF sizeof(floatX) forward, 5 backward. Forward, sm_90 issues 57 instructions an element (exp_f32 20, the division
+// 14, the quantization 12), which is 0.45 ms of an H100 for 16384 rows of 14336, where its memory takes 0.47: so the
+// arithmetic is kept lean, and 40 warps a multiprocessor let the two overlap.
 #include "fakequant.cuh"
 
 // The row stays in shared memory (KEEP) between its computation and its quantization, or in y where it is too long.
@@ -42,8 +43,8 @@ void cuda_swiglu_fq_forward(floatX *y, uint8_t *mask, const floatX *gateup, size
     else swiglu_fq<1>(y, mask, gateup, N, FF, act);
 }
 
-// y = g s u with s = sigmoid(g):  du = dy g s,  dg = dy u s (1 + g (1 - s)). A thread reads its elements before it writes
-// them, so dgateup may be gateup.
+// y = g s u with s = sigmoid(g):  du = dy g s,  dg = dy u s (1 + g (1 - s)). A thread reads its elements before it
+// writes them, so dgateup may be gateup.
 template <int V>
 static __global__ void __launch_bounds__(ROW_THREADS_MAX)
 swiglu_backward_kernel(floatX *dgateup, const floatX *dy, const uint8_t *mask, const floatX *gateup, int FF) {

@@ -56,7 +56,7 @@ CUDA_TEST(fakequant_long_rows) {
 
 CUDA_TEST(mask_backward) {
     for (auto &shape : row_shapes)
-        for (int variant = 0; variant < 4; variant++) {          // half masked; unaligned; nothing masked; all, with NaN
+        for (int variant = 0; variant < 4; variant++) {          // half masked; unaligned; nothing; all, with NaN
             size_t N = (size_t)shape[0], n = N * (size_t)shape[1], offset = variant == 1 ? 1 : 0;
             int C = shape[1];
             std::vector<floatX> dx = random_x(n, 40, 1.0f);

@@ -5,10 +5,10 @@ static const int loss_shapes[][2] = {                           // rows, V
     {1, 1}, {3, 2}, {2, 7}, {4, 31}, {5, 256}, {3, 1000}, {2, 8192 + 8}, {1, 49152}, {1, 50257}};
 
 // In units u = 2^-24. A thread's sum has at most K = max(64, V/1024 + 16) terms and so many changes of its maximum. An
-// exponent z L - shift is rounded once, as are differences of shifts, and L is log2 e within 0.3u, so on the way from z to
-// the maximum a term gains at most 1.3 |z - max| u of error; exp2_fast is within 2.9u, every operation within u: a term
-// carries at most (1.3 |z - max| + K + 3.9K + 3.9) u, and bringing threads together adds 6u. So the sum's relative error
-// is below
+// exponent z L - shift is rounded once, as are differences of shifts, and L is log2 e within 0.3u, so on the way from z
+// to the maximum a term gains at most 1.3 |z - max| u of error; exp2_fast is within 2.9u, every operation within u: a
+// term carries at most (1.3 |z - max| + K + 3.9K + 3.9) u, and bringing threads together adds 6u. So the sum's relative
+// error is below
 //   r = (1.3 E + 5K + 12) u,   E = sum |z - max| p,
 // the loss's error below r + u (the sum to f32) + 2u |log sum| + u |loss|, and that of a probability p below
 //   p (1.3 |z - max| + 2.9 + 2) u + p r, rounded to X with a relative error of 2^-8 (bf16) or u;
@@ -17,8 +17,8 @@ CUDA_TEST(classifier) {
     const double u = 1.0 / (1 << 24), rounding = sizeof(floatX) == 2 ? 1.0 / 256 : u;
     for (auto &shape : loss_shapes)
         for (int variant = 0; variant < 5; variant++) {
-            // Variants: 0 plain; 1 unaligned; 2 losses only; 3 far apart and ascending, so that the maximum keeps moving,
-            // some -infinity; 4 no target counts.
+            // Variants: 0 plain; 1 unaligned; 2 losses only; 3 far apart and ascending, so that the maximum keeps
+            // moving, some -infinity; 4 no target counts.
             size_t N = (size_t)shape[0], V = (size_t)shape[1], offset = variant == 1 ? 1 : 0;
             std::vector<float> z(N * V);
             std::vector<int32_t> targets(N);
@@ -65,13 +65,13 @@ CUDA_TEST(classifier) {
                     double r = 1.01 * (1.3 * E + 5.0 * K + 12.0) * u, want = log(sum) + m - (double)zn[targets[n]];
                     double bound = r + u + 2.0 * u * fabs(log(sum)) + 1.01 * u * fabs(want);
                     if (!(fabs((double)losses[n] - want) <= bound) && bad++ == 0)
-                        CHECK(false, "%s: loss %zu is %.9g, expected %.9g, bound %.3g", where, n, (double)losses[n], want,
-                              bound);
+                        CHECK(false, "%s: loss %zu is %.9g, expected %.9g, bound %.3g", where, n, (double)losses[n],
+                              want, bound);
                     for (size_t c = 0; c < V && variant != 2; c++) {
                         double p = exp((double)zn[c] - m) / sum, far = p > 0.0 ? m - (double)zn[c] : 0.0;
                         double exact = p - (c == (size_t)targets[n] ? 1.0 : 0.0), got = (double)x2f(d[n * V + c]);
-                        double most = p * ((1.3 * far + 6.0) * u + r), limit = most + 1.01 * rounding * (fabs(exact) + most);
-                        limit += 1e-37;                          // below the smallest normal number
+                        double most = p * ((1.3 * far + 6.0) * u + r);
+                        double limit = most + 1.01 * rounding * (fabs(exact) + most) + 1e-37;    // a subnormal
                         if (!(fabs(got - exact) <= limit) && bad++ == 0)
                             CHECK(false, "%s: dlogits %zu, %zu is %.9g, expected %.9g, bound %.3g", where, n, c, got,
                                   exact, limit);
@@ -119,8 +119,8 @@ CUDA_TEST(loss_accumulate) {
             OP(loss_accumulate)(ds.p, dl.p, dt.p, N);
             StepState got = ds.host()[0];
             CHECK(got.loss_sum == state.loss_sum && got.tokens == state.tokens && got.t == 3,
-                  "N=%zu order=%d: %.17g of %lld, expected %.17g of %lld", N, order, got.loss_sum, (long long)got.tokens,
-                  state.loss_sum, (long long)state.tokens);
+                  "N=%zu order=%d: %.17g of %lld, expected %.17g of %lld", N, order, got.loss_sum,
+                  (long long)got.tokens, state.loss_sum, (long long)state.tokens);
         }
     }
 }

@@ -84,8 +84,8 @@ CUDA_TEST(rmsnorm_backward) {
             size_t N = (size_t)shape[0], n = N * (size_t)shape[1], offset = variant == 2 ? 1 : 0;
             int C = shape[1];
             if (n > 100000 && variant) continue;
-            std::vector<floatX> x = random_x(n, 32, 2.0f), dy = random_x(n, 33, 1.0f), w = random_x((size_t)C, 34, 1.5f),
-                                dres = random_x(n, 35, 1.0f);
+            std::vector<floatX> x = random_x(n, 32, 2.0f), dy = random_x(n, 33, 1.0f),
+                                w = random_x((size_t)C, 34, 1.5f), dres = random_x(n, 35, 1.0f);
             std::vector<float> rstd(N), dw((size_t)C);
             std::vector<uint8_t> mask(n, 1);
             for (size_t i = 0; i < N; i++) rstd[i] = 0.8f + 0.3f * uniform(36, i);
@@ -97,7 +97,8 @@ CUDA_TEST(rmsnorm_backward) {
                 double mean = 0.0, size = 0.0, s = (double)rstd[r];
                 for (size_t c = 0; c < (size_t)C; c++) {
                     size_t i = r * (size_t)C + c;
-                    double gx = (mask[i] ? (double)x2f(dy[i]) : 0.0) * (double)x2f(x[i]) * s, gxw = gx * (double)x2f(w[c]);
+                    double gx = (mask[i] ? (double)x2f(dy[i]) : 0.0) * (double)x2f(x[i]) * s;
+                    double gxw = gx * (double)x2f(w[c]);
                     dw_exact[c] += gx;
                     dw_size[c] += fabs(gx);
                     mean += gxw / C;

@@ -21,8 +21,8 @@ CUDA_TEST(rope) {
             ops_cpu.rope(want.data(), c.data(), s.data(), N, T, pos0, ldx, NH, HS, variant % 2 == 1);
             for (int order = 0; order < ORDERS; order++) {
                 char where[96];
-                snprintf(where, sizeof where, "N=%zu T=%d pos0=%d NH=%d HS=%d ldx=%d variant=%d order=%d", N, T, pos0, NH,
-                         HS, ldx, variant, order);
+                snprintf(where, sizeof where, "N=%zu T=%d pos0=%d NH=%d HS=%d ldx=%d variant=%d order=%d", N, T, pos0,
+                         NH, HS, ldx, variant, order);
                 set_order(order);
                 Device<floatX> dx(x, offset);
                 Device<float> dc(c, offset), ds(s, offset);

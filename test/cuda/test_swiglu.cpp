@@ -14,7 +14,8 @@ CUDA_TEST(swiglu_fq) {
                 ops_cpu.swiglu_fq_forward(y.data(), mask.data(), gateup.data(), N, FF, s.bits ? &s : nullptr);
                 for (int order = 0; order < ORDERS; order++) {
                     char where[96];
-                    snprintf(where, sizeof where, "N=%zu FF=%d act=%s variant=%d order=%d", N, FF, text, variant, order);
+                    snprintf(where, sizeof where, "N=%zu FF=%d act=%s variant=%d order=%d", N, FF, text, variant,
+                             order);
                     set_order(order);
                     Device<floatX> dx(gateup, offset), dy(n, offset);
                     Device<uint8_t> dm(n, offset);
