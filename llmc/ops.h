@@ -63,7 +63,8 @@ typedef struct Ops {
     // --- linear --------------------------------------------------------------------------------------------------
     // linear_forward: y (N, OC) X = X( (x (N, C) X) . (w (OC, C) X)^T * wscale ), f32 accumulation.
     // wscale (OC) f32 or NULL: per-row scale of a weight that works as its integer codes.
-    // Bits of a row do not depend on N or on the number of threads.
+    // Bits of a row do not depend on N or on the number of threads (on a GPU: among calls of at most 8 rows, and among
+    // larger ones).
     void (*linear_forward)(floatX *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC);
     // The same with f32 output, for logits.
     void (*linear_forward_f32)(float *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC);
@@ -84,7 +85,8 @@ typedef struct Ops {
     //   o (B, T, NH*HS) X, row stride ldo;  lse (B, NH, T) f32 log-sum-exp of the scaled scores, or NULL
     //   q (B, T, NH*HS) X, row stride ldq;  k, v (B, Tk, NKV*HS) X, row stride ldkv, batch stride skv elements
     // Query t stands at position Tk - T + t and sees keys 0..that. Online softmax over key tiles that start at
-    // multiples of a fixed size, so the bits of a row depend neither on T nor on B. Never [T, T] in memory.
+    // multiples of a fixed size, so the bits of a row depend neither on T nor on B (on a GPU: among calls of at most 16
+    // rows a key head, T * NH / NKV, and among larger ones). Never [T, T] in memory.
     void (*attention_forward)(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, int B, int T, int Tk,
                               int NH, int NKV, int HS, int ldo, int ldq, int ldkv, size_t skv);
     // attention_backward: dqkv (B*T, (NH+2*NKV)*HS) X from do, for a packed qkv of the same shape (q heads, k heads, v
