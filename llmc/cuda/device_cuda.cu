@@ -149,7 +149,8 @@ void *cuda_workspace(size_t bytes) {
     static void *p;
     static size_t size;
     if (bytes <= size) return p;
-    wait();                            // what still runs may use the old one
+    wait();                            // what still runs may use the old one,
+    recorded.runs = 0;                 // and so would a recorded step: it begins anew
     CUDA_CHECK(cudaFree(p));
     p = nullptr;
     size = 0;
