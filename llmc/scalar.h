@@ -67,23 +67,31 @@ QHD float exp_f32(float x) {
     return p * f32_from_bits((half + 127u) << 23) * f32_from_bits((e - half + 127u) << 23);   // the first is exact
 }
 
-// 2^x for x < 127.5 in twelve instructions, for softmax: exactly 1 at 0; exactly 0 below -127 and so at -infinity (so a
-// masked score needs no care); less than 2^-126 between; NaN stays NaN; relative error below 2^-22.5 from -126 on. Adding
-// 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits; 2^r on [-1/2, 1/2] is a polynomial of
-// error 2^-23.3; the integer makes a power of two, where -127 makes 0. It multiplies: added to the exponent's bits it
-// would make a number of the NaN that GPUs give, 0x7fffffff. From 127.5 on the result is infinite or meaningless.
-QHD float exp2_fast(float x) {
+// The larger one, or NaN if either is: one instruction on a GPU.
+QHD float max_nan_f32(float a, float b) {
 #ifdef __CUDA_ARCH__
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-127.0f));    // one instruction, where the line below takes two
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+    return a;
 #else
-    x = x < -127.0f ? -127.0f : x;
+    return a > b || a != a ? a : b;
 #endif
-    float t = x + 12582912.0f, r = x - (t - 12582912.0f);
+}
+// 2^r for r in [-1/2, 1/2], exactly 1 at 0, of relative error 2^-23.3 (and roundings).
+QHD float exp2_part(float r) {
     float p = fmaf(0.00132692803f, r, 0.00967129972f);
     p = fmaf(p, r, 0.055507116f);
     p = fmaf(p, r, 0.240222469f);
     p = fmaf(p, r, 0.693147004f);
-    p = fmaf(p, r, 1.0f);
+    return fmaf(p, r, 1.0f);
+}
+// 2^x for x < 127.5 in twelve instructions, for softmax: exactly 1 at 0; exactly 0 below -127 and so at -infinity (a
+// masked score needs no care); less than 2^-126 between; NaN stays NaN; relative error below 2^-22.5 from -126 on.
+// Adding 1.5 * 2^23 rounds to the nearest integer, which then stands in the low bits and makes a power of two, where
+// -127 makes 0. It multiplies: added to the exponent's bits it would make a number of the NaN that GPUs give,
+// 0x7fffffff. From 127.5 on the result is infinite or meaningless.
+QHD float exp2_fast(float x) {
+    x = max_nan_f32(x, -127.0f);
+    float t = x + 12582912.0f, p = exp2_part(x - (t - 12582912.0f));
     return p * f32_from_bits((f32_bits(t) << 23) + 0x3f800000u);
 }
 

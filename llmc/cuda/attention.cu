@@ -43,6 +43,15 @@ static __device__ __forceinline__ float row_lse(float max, float sum) { return m
 // ---------------------------------------------------------------------------------------------
 // 1. Training and prompts.
 
+// exp2_fast an instruction shorter, the integer going straight into the exponent: the same bits from -126 on, exactly 0
+// below -127, but of NaN it makes a number. So the largest score carries NaN (max_nan_f32); a row's end looks there.
+// (Here max_nan_f32 only keeps the compiler from spilling where fmaxf would do.)
+static __device__ __forceinline__ float exp2_number(float x) {
+    x = max_nan_f32(x, -127.0f);
+    float t = x + 12582912.0f, p = exp2_part(x - (t - 12582912.0f));
+    return f32_from_bits(f32_bits(p) + (f32_bits(t) << 23));
+}
+
 #define WARPS 4
 #define KT 64                       // keys of a tile
 
@@ -56,16 +65,16 @@ static __device__ __forceinline__ void softmax_step(float (&s)[N][4], float (&ma
     for (int z = 0; z < 2; z++) {
         float top = max[z];
 #pragma unroll
-        for (int n = 0; n < N; n++) top = fmaxf(top, fmaxf(s[n][2 * z], s[n][2 * z + 1]));
-        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
+        for (int n = 0; n < N; n++) top = max_nan_f32(top, max_nan_f32(s[n][2 * z], s[n][2 * z + 1]));
+        top = max_nan_f32(top, __shfl_xor_sync(FULL_WARP, top, 1));
+        top = max_nan_f32(top, __shfl_xor_sync(FULL_WARP, top, 2));
         float m = top * scale, part = 0.0f;
-        decay[z] = exp2_fast(max[z] * scale - m);
+        decay[z] = exp2_number(max[z] * scale - m);
         max[z] = top;
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            s[n][2 * z] = exp2_fast(fmaf(s[n][2 * z], scale, -m));
-            s[n][2 * z + 1] = exp2_fast(fmaf(s[n][2 * z + 1], scale, -m));
+            s[n][2 * z] = exp2_number(fmaf(s[n][2 * z], scale, -m));
+            s[n][2 * z + 1] = exp2_number(fmaf(s[n][2 * z + 1], scale, -m));
             part += s[n][2 * z] + s[n][2 * z + 1];
         }
         sum[z] = fmaf(sum[z], decay[z], part);
@@ -75,6 +84,7 @@ static __device__ __forceinline__ void softmax_step(float (&s)[N][4], float (&ma
 template <int HS, int MT>
 static __global__ void __launch_bounds__(WARPS * 32, 2) attention_forward_mma(Args a) {
     const int LD = TILE_LD(HS), QT = WARPS * 16 * MT, stage = 2 * KT * LD;
+    __shared__ int place[3];                                    // registers are short: for the end of the kernel
     DYN_SHARED(bf16, qs);                                       // (QT) queries; two stages of (KT) keys, (KT) values
     bf16 *kvs = qs + QT * LD;
     int b = blockIdx.x / a.NH, h = blockIdx.x % a.NH, warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4,
@@ -82,6 +92,7 @@ static __global__ void __launch_bounds__(WARPS * 32, 2) attention_forward_mma(Ar
     int t0 = (int)(gridDim.y - 1 - blockIdx.y) * QT, pos0 = a.Tk - a.T + t0;
     const bf16 *k = a.k + b * a.skv + (size_t)(h / a.G) * HS, *v = a.v + b * a.skv + (size_t)(h / a.G) * HS;
     int keys = min(pos0 + QT, a.Tk), tiles = (keys + KT - 1) / KT;
+    if (threadIdx.x == 0) place[0] = b, place[1] = h, place[2] = t0;
 
     copy_tile<QT, HS, WARPS * 32>(qs, a.q + (size_t)b * a.T * a.ldq + (size_t)h * HS, a.ldq, t0, a.T);
     copy_tile<KT, HS, WARPS * 32>(kvs, k, a.ldkv, 0, a.Tk);
@@ -105,7 +116,7 @@ static __global__ void __launch_bounds__(WARPS * 32, 2) attention_forward_mma(Ar
         }
         if (j * KT > pos + 16 * MT - 1) continue;               // the warp's rows see nothing of it
 
-        float s[MT][KT / 8][4] = {};
+        float s[MT][KT / 8][4];
 #pragma unroll
         for (int c = 0; c < HS; c += 16) {
             uint32_t af[MT][4], bf[4];
@@ -115,7 +126,9 @@ static __global__ void __launch_bounds__(WARPS * 32, 2) attention_forward_mma(Ar
             for (int n = 0; n < KT / 8; n += 2) {
                 frag_b(bf, ks, LD, n * 8, c);
 #pragma unroll
-                for (int i = 0; i < MT; i++) mma_pair(s[i][n], s[i][n + 1], af[i], bf);
+                for (int i = 0; i < MT; i++)
+                    if (c == 0) mma_pair_first(s[i][n], s[i][n + 1], af[i], bf);
+                    else mma_pair(s[i][n], s[i][n + 1], af[i], bf);
             }
         }
         if (j * KT + KT - 1 > pos) {                            // the diagonal
@@ -141,22 +154,26 @@ static __global__ void __launch_bounds__(WARPS * 32, 2) attention_forward_mma(Ar
 #pragma unroll
                     for (int z = 0; z < 4; z++) o[i][n][z] *= decay[i][z / 2];
         }
+        uint32_t p[MT][KT / 16][4];
 #pragma unroll
-        for (int kk = 0; kk < KT; kk += 16) {
-            uint32_t af[MT][4], bf[4];
+        for (int i = 0; i < MT; i++)
 #pragma unroll
-            for (int i = 0; i < MT; i++) frag_from_sums(af[i], s[i][kk / 8], s[i][kk / 8 + 1]);
+            for (int kk = 0; kk < KT / 16; kk++) frag_from_sums(p[i][kk], s[i][2 * kk], s[i][2 * kk + 1]);
+#pragma unroll
+        for (int kk = 0; kk < KT / 16; kk++) {
+            uint32_t bf[4];
 #pragma unroll
             for (int n = 0; n < HS / 8; n += 2) {
-                frag_b_t(bf, vs, LD, kk, n * 8);
+                frag_b_t(bf, vs, LD, kk * 16, n * 8);
 #pragma unroll
-                for (int i = 0; i < MT; i++) mma_pair(o[i][n], o[i][n + 1], af[i], bf);
+                for (int i = 0; i < MT; i++) mma_pair(o[i][n], o[i][n + 1], p[i][kk], bf);
             }
         }
     }
 
     // The warp's own queries in shared memory make way for its output, so that it leaves 16 bytes at a time.
-    __syncwarp();                                               // all lanes have read them
+    b = place[0], h = place[1], t0 = place[2];                  // there since the first tile's barrier
+    __syncwarp();                                               // all lanes have read the queries
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
@@ -165,7 +182,7 @@ static __global__ void __launch_bounds__(WARPS * 32, 2) attention_forward_mma(Ar
             float total = sum[i][z];
             total += __shfl_xor_sync(FULL_WARP, total, 1);
             total += __shfl_xor_sync(FULL_WARP, total, 2);
-            float inverse = 1.0f / total;
+            float inverse = max[i][z] != max[i][z] ? max[i][z] : 1.0f / total;
 #pragma unroll
             for (int n = 0; n < HS / 8; n++)
                 *(uint32_t *)(qs + r * LD + n * 8 + 2 * t) =

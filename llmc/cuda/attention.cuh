@@ -14,6 +14,7 @@
 //     frag_a(a, qs, TILE_LD(HS), row, c);         // A = rows row.. of a tile, summed over the columns: q in q k^T
 //     frag_b(b, ks, TILE_LD(HS), key, c);         // B = rows key.. as columns, summed over the columns: k in q k^T
 //     mma_pair(s[j], s[j + 1], a, b);             // s[j] (16, 8): keys key .. key + 7; s[j + 1]: the next 8
+//     mma_pair_first(s[j], s[j + 1], a, b);       // in the first slice, instead of zeros in s
 // What is summed over rows instead comes from the same tiles, transposed on the way:
 //     frag_b_t(b, vs, TILE_LD(HS), key, c);       // B = columns c.. of rows key..: v in p v, k in ds k
 //     frag_a_t(a, ps, ld, row, key);              // A = columns key.. as rows, summed over rows row..: p in p^T do
@@ -49,7 +50,7 @@ static __device__ __forceinline__ void copy_tile(bf16 *tile, const bf16 *m, size
 #pragma unroll
         for (int n = 0; n < pieces; n += side)
             if (pieces % side == 0 || c + n * 8 < HS)
-                cp_async16(dst + r * TILE_LD(HS) + n * 8, valid ? src + (size_t)r * ld + n * 8 : m, valid);
+                cp_async16(dst + r * TILE_LD(HS) + n * 8, src + (size_t)r * ld + n * 8, valid);
     }
 }
 
@@ -79,6 +80,13 @@ static __device__ __forceinline__ void mma_pair(float (&left)[4], float (&right)
     uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
     mma_bf16(left, a, b0);
     mma_bf16(right, a, b1);
+}
+// (left, right) = A . B.
+static __device__ __forceinline__ void mma_pair_first(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
+                                                      const uint32_t (&b)[4]) {
+    uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+    mma_bf16_first(left, a, b0);
+    mma_bf16_first(right, a, b1);
 }
 // A (16, 16) = (left, right) rounded to bf16.
 static __device__ __forceinline__ void frag_from_sums(uint32_t (&a)[4], const float (&left)[4],

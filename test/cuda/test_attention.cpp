@@ -211,3 +211,21 @@ CUDA_TEST(attention_forward_extreme) {
         CHECK(fabs(lse - x * x * sqrt(HS)) < 0.01, "HS %d: lse %.9g", HS, (double)lse);
     }
 }
+
+// A NaN in a key reaches the rows that see it, whole, and no other.
+CUDA_TEST(attention_forward_nan) {
+    static const ForwardShape shapes[] = {
+        {1, 80, 80, 1, 1, 16, 0, 0}, {1, 2, 140, 4, 1, 16, 0, 0}, {1, 40, 40, 1, 1, 6, 0, 0}};
+    for (const ForwardShape &s : shapes) {
+        ForwardCase a = make_attention(s, 1.0f);
+        int bad = s.Tk - s.T + s.T / 2 + s.T / 4;
+        a.kv[(size_t)(bad * a.ldkv)] = f2x(f32_from_bits(0x7fffffffu));
+        run_attention(&a);
+        for (int t = 0; t < s.T; t++)
+            for (int h = 0; h < s.NH; h++)
+                for (int i = 0; i < s.HS; i++) {
+                    float x = x2f(a.o[(size_t)(t * a.ldo + h * s.HS + i)]);
+                    CHECK((x != x) == (s.Tk - s.T + t >= bad), "%s: row %d head %d: %g", a.where, t, h, (double)x);
+                }
+    }
+}
