@@ -1,0 +1,84 @@
+// The GPU as device.h sees it: memory, copies, errors, and steps that are recorded.
+#include "cuda_test.h"
+
+extern "C" {
+extern const DeviceWing device_wing_cuda;
+}
+
+static __global__ void add_kernel(float *y, const float *x, float *scratch, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    if (scratch) scratch[i] = x[i];
+    y[i] += scratch ? scratch[i] : x[i];
+}
+// y += x by way of `work` bytes of working memory, and count how often the host came by.
+struct Step { float *y, *x; size_t work; int calls; };
+static void step(void *ctx) {
+    Step *s = (Step *)ctx;
+    s->calls++;
+    LAUNCH(add_kernel, 1, 64, 0, cuda_stream)(s->y, s->x, (float *)cuda_workspace(s->work), 64);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+CUDA_TEST(device) {
+    const DeviceWing *wing = &device_wing_cuda;
+    char text[256];
+    Err err = {};
+    cudaStream_t before = cuda_stream;
+    cuda_stream = 0;
+    CHECK(wing->available(text, sizeof text), "%s", text);
+    CHECK(wing->init(text, sizeof text, &err) == 0, "%s", err.text);
+    CHECK(cuda_stream && strstr(text, ops_cuda.name) == text, "%s", text);
+    double available = 0, total = 0;
+    wing->memory(&available, &total);
+    CHECK(available > 0 && available <= total, "%g of %g", available, total);
+
+    float one[64], out[64];
+    for (int i = 0; i < 64; i++) one[i] = (float)(i + 1), out[i] = -1.0f;
+    Step s = {nullptr, nullptr, 1024, 0};
+    CHECK(wing->alloc((void **)&s.y, sizeof one, "y", &err) == 0, "%s", err.text);
+    CHECK(wing->alloc((void **)&s.x, sizeof one, "x", &err) == 0, "%s", err.text);
+    wing->copy_out(out, s.y, sizeof out);
+    for (int i = 0; i < 64; i++) CHECK(out[i] == 0.0f, "memory begins zeroed: %g", (double)out[i]);
+    wing->copy_in(s.x, one, sizeof one);
+    memset(one, 0, sizeof one);                     // the copy is the device's own by now
+
+    // Eager (and once more, since working memory has grown), recorded, replayed: the host comes by three times. What the
+    // device then finds in x is what counts.
+    for (int i = 0; i < 4; i++) wing->step(7, step, &s);
+    CHECK(s.calls == 3, "%d calls for four steps", s.calls);
+    wing->copy_out(out, s.y, sizeof out);
+    for (int i = 0; i < 64; i++) CHECK(out[i] == 4.0f * (float)(i + 1), "%d: %g", i, (double)out[i]);
+    wing->zero(s.x, sizeof one);
+    wing->step(7, step, &s);
+    CHECK(s.calls == 3, "%d calls", s.calls);
+    // Another key is another step; and so is one whose working memory has moved since.
+    for (int i = 0; i < 3; i++) wing->step(8, step, &s);
+    CHECK(s.calls == 5, "%d calls", s.calls);
+    CHECK(cuda_workspace((size_t)1 << 22) != nullptr, "working memory");
+    for (int i = 0; i < 3; i++) wing->step(8, step, &s);
+    CHECK(s.calls == 7, "%d calls", s.calls);
+    setenv("QLLM_NO_GRAPH", "1", 1);
+    for (int i = 0; i < 3; i++) wing->step(8, step, &s);
+    unsetenv("QLLM_NO_GRAPH");
+    CHECK(s.calls == 10, "%d calls", s.calls);
+    wing->copy_out(out, s.y, sizeof out);
+    for (int i = 0; i < 64; i++) CHECK(out[i] == 4.0f * (float)(i + 1), "%d: %g", i, (double)out[i]);
+
+    // More than there is: the message names what for, how much and the way out.
+    void *p = nullptr;
+    CHECK(wing->alloc(&p, (size_t)1 << 50, "a whale", &err) == E_NOMEM, "%d", err.code);
+    CHECK(strstr(err.text, "a whale") && strstr(err.text, "batch"), "%s", err.text);
+    wing->free(s.x);
+    wing->free(s.y);
+    wing->wait();
+    CHECK(device_sync(&err) == 0, "%s", err.text);
+
+    // A failed call is kept with its file, line, text and the library's words.
+    CUDA_CHECK(cudaMemcpy(out, (void *)(uintptr_t)16, sizeof out, cudaMemcpyDeviceToHost));
+    CHECK(device_sync(&err) == E_FAIL, "%d", err.code);
+    CHECK(strstr(err.text, "test_device.cpp:") && strstr(err.text, "cudaMemcpy(") && strstr(err.text, "invalid argument"),
+          "%s", err.text);
+    (void)cudaGetLastError();
+    cuda_stream = before;
+}
