@@ -12,8 +12,8 @@
 //      multiprocessor starts an eighth as many
 //   6  the warps of a block share out the columns instead of the rows, so each keeps its x in registers; blocks stay
 //      and walk through the rows, and ask for the next rows as soon as the registers of the last are free
-//   7  the wing's: as 6, but a block for each group of rows, left to the scheduler, and x through shared memory, so
-//      that any number of columns and up to eight tokens have room; it chooses the block itself
+//   7  the wing's: as 6, but x passes through shared memory, so that any number of columns and up to eight tokens have
+//      room; it chooses the block itself
 #include "common.h"
 #include "cuda/matvec.cuh"
 

@@ -8,33 +8,36 @@
 //   int8 by row        1                  13                   9.8
 //   int4, G = 64       0.5 + 4 / 64       23                   5.5     with a scale
 //   int4, float zero   0.5 + 8 / 64       21                   6.2     with scale and zero point
-// What one token takes, as compiled for sm_90, in the loop (R = 8 rows share the values of x) and with what comes
-// before and after it for rows of 4096:
-//   bf16   3.1   4.5   a shift or mask and a FFMA; the rest is loads, addresses, x and the sums across lanes
-//   int8   4.1   6.2   PRMT, FADD, FFMA
-//   int4   4.3   5.8   LOP3, FFMA, FFMA: unpack_step
-// So memory is the bound for bf16 and int8. int4 has instructions to start and bytes to fetch in about equal measure,
-// and they overlap only in part: 0.6 to 0.7 of the copy bandwidth is what to expect, more for longer rows. Each further
-// token adds 1.5 instructions a weight (FFMA, and x for R = 4 rows): with 8 tokens bf16 stays at the bound of
-// memory, int8 reaches half of it and int4 a third.
+// What one token takes, as compiled for sm_90, for rows of 4096 (R = 8 rows share the values of x):
+//   bf16   4.0   a shift or mask and a FFMA; the rest is loads, addresses, x and the sums across lanes
+//   int8   4.8   PRMT, FADD, FFMA
+//   int4   4.5   LOP3, FFMA, FFMA: unpack_step; the first rows of a block, which wait for x, take 5.8
+// So memory is the bound for bf16 and int8. int4 starts three quarters of the instructions that there is time for,
+// which overlaps with the loads only in part: not measured, 0.65 to 0.75 of the copy bandwidth is to be expected of
+// tensors of which a block sees several groups of rows, 0.6 of 4096 x 4096, of which it sees one. Each further token
+// adds 1.5 instructions a weight (FFMA, and x for R = 4 rows): with 8 tokens bf16 stays at the bound of memory, int8
+// reaches half of it and int4 a third.
 //
 // What keeps memory busy: 3 TB/s times 0.7 us of latency is 16 KiB a multiprocessor on its way at any time. Each lane
 // asks for 16 bytes of each of R = 8 rows before it touches the first, 4 KiB a warp, and asks for its next 16 bytes of
 // a row as soon as it has used the last: 16 warps have up to 64 KiB under way. The 8 MiB of a 4096 x 4096 int4 tensor
 // are all asked for at once, and x arrives meanwhile.
 //
-// Shape. A block takes R rows. Their bytes are cut into chunks of 512: a lane's slot is 16 bytes of it, V weights (32
-// codes of 4 bits, 16 of 8, 8 bf16). Chunk k belongs to warp k mod warps. So each value of x is read by one warp of a
-// block, once for R rows. x comes by 16-byte loads, neighbours by neighbouring lanes, while a lane needs the V values
-// of its slot, P pieces of 16 bytes: they pass through shared memory, private to the warp. Piece j of lane l lies at
+// Shape. There are as many blocks as run at a time. A block takes R rows, then those a whole grid further, whose
+// weights it asks for while it works on the last; what is known of x then, and of the addresses, stays. The bytes of
+// the rows are cut into chunks of 512: a lane's slot is 16 bytes of it, V weights (32 codes of 4 bits, 16 of 8, 8
+// bf16). Chunk k belongs to warp k mod warps. So each value of x is read by one warp of a block, once for R rows. x
+// comes by 16-byte loads, neighbours by neighbouring lanes, while a lane needs the V values of its slot, P pieces of 16
+// bytes: they pass through shared memory, private to the warp. Piece j of lane l lies at
 //   16-byte cell l * P + (j ^ (l / (8 / P)) % P)
 // so that eight lanes which write, or read, at once touch all 32 banks. Example, P = 4 (int4 with bf16 x):
 //   cells  0..3   lane 0: pieces 0 1 2 3     cells  4..7   lane 1: pieces 0 1 2 3
 //   cells  8..11  lane 2: pieces 1 0 3 2     cells 12..15  lane 3: pieces 1 0 3 2     and so on
 //
 // Order of sums, the same for any number of tokens: a lane's slot is a chain of fmaf in the order of the columns, times
-// the scale of its group; the lane adds its slots in ascending order; lanes fold +16, +8, +4, +2, +1; warps are added
-// in order. How many warps there are follows from the bytes of a row.
+// the scale of its group, and the lane adds its slots in ascending order (with a scale a row, all its slots are one
+// chain); lanes fold +16, +8, +4, +2, +1; warps are added in order. How many warps there are follows from the bytes of
+// a row.
 #ifndef QLLM_MATVEC_CUH
 #define QLLM_MATVEC_CUH
 #include "ptx.cuh"
@@ -141,144 +144,163 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t
               const float *zero, unsigned group, int N, int C, int OC) {
     const int V = slot_weights<KIND>, STEP = step_weights<KIND>, P = V / VEC_X, M = R * NT;
     DYN_SHARED(uint4, shared_x);                                // (warps, NT, 32, P) where P > 1
-    __shared__ float part[MATVEC_WARPS][M];
+    __shared__ float part[2][MATVEC_WARPS][M];                  // of these rows and of the last
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int row0 = blockIdx.x * R, rows = min(R, OC - row0);
-    const int groups = SCALING == SCALE_ROW ? 0 : C / (int)group;
+    const int first = warp * CHUNK, stride = warps * CHUNK, groups = SCALING == SCALE_ROW ? 0 : C / (int)group;
     uint4 *stage = shared_x + (P > 1 ? warp * NT * 32 * P : 0);
     const int swizzle = lane / (8 / P) % P;
 
     // 1. The weights of the first chunk are on their way before anything else.
-    int at = warp * CHUNK + lane * 16;                          // of this lane's slot in a row
-    w += (size_t)row0 * row_bytes + at;
+    int row0 = blockIdx.x * R, at = first + lane * 16;          // what is loaded next: rows, and this lane's byte
+    const uint8_t *from = w + (size_t)row0 * row_bytes + at;
     size_t g = (size_t)row0 * groups + (SCALING == SCALE_ROW ? 0 : (unsigned)at / 16 * V / group);
     Slot slot[R] = {};
 #pragma unroll
     for (int r = 0; r < R; r++)
-        load_slot<SCALING, VEC>(&slot[r], w + (size_t)r * row_bytes, r < rows ? row_bytes - at : 0, scale, zero,
+        load_slot<SCALING, VEC>(&slot[r], from + (size_t)r * row_bytes, r < OC - row0 ? row_bytes - at : 0, scale, zero,
                                 g + (size_t)r * groups);
-    float acc[M] = {};                                          // of row r and token n at r * NT + n
-    for (int chunk = warp * CHUNK; chunk < row_bytes; chunk += warps * CHUNK) {
-        // 2. x of this chunk, for each lane that of its slot.
-        const int col0 = chunk / 16 * V;                        // of the chunk; this lane's is col0 + lane * V
-        if (P > 1) {
-            const int BATCH = NT * P < 8 ? NT * P : 8;          // loads on their way at a time
-            __syncwarp();                                       // all lanes have read the chunk before
+    bool x_is_there = false;                                    // of a warp's only chunk, from the rows before
+    for (int half = 0; row0 < OC; row0 += gridDim.x * R, half ^= 1) {
+        float acc[M] = {};                                          // of row r and token n at r * NT + n
+        for (int chunk = first; chunk < row_bytes; chunk += stride) {
+            // 2. x of this chunk, for each lane that of its slot.
+            const int col0 = chunk / 16 * V;                        // of the chunk; this lane's is col0 + lane * V
+            if (P > 1 && !x_is_there) {
+                x_is_there = stride >= row_bytes;
+                const int BATCH = NT * P < 8 ? NT * P : 8;          // loads on their way at a time
+                __syncwarp();                                       // all lanes have read the chunk before
 #pragma unroll 1
-            for (int k = 0; k < NT * P; k += BATCH) {
-                uint4 piece[BATCH];
+                for (int k = 0; k < NT * P; k += BATCH) {
+                    uint4 piece[BATCH];
 #pragma unroll
-                for (int i = 0; i < BATCH; i++) {
-                    int n = (k + i) / P, col = col0 + ((k + i) % P * 32 + lane) * VEC_X;
-                    piece[i] = load_x16<true>(x, (size_t)n * C + col, n < N ? C - col : 0);
+                    for (int i = 0; i < BATCH; i++) {
+                        int n = (k + i) / P, col = col0 + ((k + i) % P * 32 + lane) * VEC_X;
+                        piece[i] = load_x16<true>(x, (size_t)n * C + col, n < N ? C - col : 0);
+                    }
+#pragma unroll
+                    for (int i = 0; i < BATCH; i++) {
+                        int n = (k + i) / P, q = (k + i) % P * 32 + lane, owner = q / P;
+                        stage[(n * 32 + owner) * P + (q % P ^ owner / (8 / P) % P)] = piece[i];
+                    }
                 }
+                __syncwarp();                                       // the chunk is there
+            }
+            // 3. The slot's products, and the next chunk's weights into the place of those that are done with.
+            const bool more = chunk + stride < row_bytes;           // of these rows
+            const int next = more ? row0 : row0 + (int)gridDim.x * R;
+            at = (more ? chunk + stride : first) + lane * 16;
+            from = w + (size_t)next * row_bytes + at;
+            if (SCALING != SCALE_ROW) g = (size_t)next * groups + (unsigned)at / 16 * V / group;
+            float s[M], sum[NT] = {};
 #pragma unroll
-                for (int i = 0; i < BATCH; i++) {
-                    int n = (k + i) / P, q = (k + i) % P * 32 + lane, owner = q / P;
-                    stage[(n * 32 + owner) * P + (q % P ^ owner / (8 / P) % P)] = piece[i];
+            for (int k = 0; k < M; k++) s[k] = SCALING == SCALE_ROW ? acc[k] : 0.0f;
+            if (NT == 1) {                                      // x in registers, one row behind the other as they come
+                float xs[V];
+#pragma unroll
+                for (int j = 0; j < P; j++)
+                    widen_x(xs + j * VEC_X, P > 1 ? stage[lane * P + (j ^ swizzle)]
+                                                  : load_x16<VEC>(x, col0 + lane * V, C - col0 - lane * V));
+                if (SCALING == SCALE_ZERO) {
+#pragma unroll
+                    for (int j = 0; j < V; j++) sum[0] += xs[j];
                 }
-            }
-            __syncwarp();                                       // the chunk is there
-        }
-        // 3. The slot's products, and the next chunk's weights into the place of those that are done with.
-        at += warps * CHUNK;
-        w += warps * CHUNK;
-        if (SCALING != SCALE_ROW) g = (size_t)row0 * groups + (unsigned)at / 16 * V / group;
-        float s[M], sum[NT] = {};
-#pragma unroll
-        for (int k = 0; k < M; k++) s[k] = SCALING == SCALE_ROW ? acc[k] : 0.0f;
-        if (NT == 1) {                                          // x in registers, one row behind the other as they come
-            float xs[V];
-#pragma unroll
-            for (int j = 0; j < P; j++)
-                widen_x(xs + j * VEC_X, P > 1 ? stage[lane * P + (j ^ swizzle)]
-                                              : load_x16<VEC>(x, col0 + lane * V, C - col0 - lane * V));
-            if (SCALING == SCALE_ZERO) {
-#pragma unroll
-                for (int j = 0; j < V; j++) sum[0] += xs[j];
-            }
-#pragma unroll
-            for (int r = 0; r < R; r++) {
-#pragma unroll
-                for (int p = 0; p < V / STEP; p++) {
-                    float v[STEP];
-                    unpack_step<KIND>(v, slot[r].w, p, flip);
-#pragma unroll
-                    for (int j = 0; j < STEP; j++) s[r] = fmaf(v[j], xs[p * STEP + j], s[r]);
-                }
-                if (SCALING == SCALE_ZERO) acc[r] = fmaf(slot[r].zero, sum[0], acc[r]);
-                acc[r] = SCALING == SCALE_ROW ? s[r] : fmaf(s[r], slot[r].scale, acc[r]);
-                load_slot<SCALING, VEC>(&slot[r], w + (size_t)r * row_bytes, r < rows ? row_bytes - at : 0, scale, zero,
-                                        g + (size_t)r * groups);
-            }
-        } else {
-            // A step of all rows in registers, token by token. Not unrolled: the compiler would unpack all steps before
-            // the first product and run out of registers. So the words of the next step move up to this one's place.
-            const int WORDS = 4 * STEP / V;
-#pragma unroll 1
-            for (int p = 0; p < V / STEP; p++) {
-                float v[R][STEP];
 #pragma unroll
                 for (int r = 0; r < R; r++) {
-                    unpack_step<KIND>(v[r], slot[r].w, 0, flip);
 #pragma unroll
-                    for (int i = 0; i + WORDS < 4; i++) slot[r].w[i] = slot[r].w[i + WORDS];
+                    for (int p = 0; p < V / STEP; p++) {
+                        float v[STEP];
+                        unpack_step<KIND>(v, slot[r].w, p, flip);
+#pragma unroll
+                        for (int j = 0; j < STEP; j++) s[r] = fmaf(v[j], xs[p * STEP + j], s[r]);
+                    }
+                    if (SCALING == SCALE_ZERO) acc[r] = fmaf(slot[r].zero, sum[0], acc[r]);
+                    acc[r] = SCALING == SCALE_ROW ? s[r] : fmaf(s[r], slot[r].scale, acc[r]);
+                    load_slot<SCALING, VEC>(&slot[r], from + (size_t)r * row_bytes, r < OC - next ? row_bytes - at : 0,
+                                            scale, zero, g + (size_t)r * groups);
                 }
+            } else {
+                // A step of all rows in registers, token by token. Not unrolled: the compiler would unpack all steps
+                // before the first product and run out of registers. So the words of the next step move up to this
+                // one's place.
+                const int WORDS = 4 * STEP / V;
+#pragma unroll 1
+                for (int p = 0; p < V / STEP; p++) {
+                    float v[R][STEP];
 #pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    float xs[STEP];
+                    for (int r = 0; r < R; r++) {
+                        unpack_step<KIND>(v[r], slot[r].w, 0, flip);
 #pragma unroll
-                    for (int j = 0; j < STEP / VEC_X; j++) {
-                        int piece = p * (STEP / VEC_X) + j;
-                        widen_x(xs + j * VEC_X, P > 1 ? stage[(n * 32 + lane) * P + (piece ^ swizzle)]
-                                                      : load_x16<VEC>(x, (size_t)n * C + col0 + lane * V,
-                                                                      n < N ? C - col0 - lane * V : 0));
+                        for (int i = 0; i + WORDS < 4; i++) slot[r].w[i] = slot[r].w[i + WORDS];
                     }
 #pragma unroll
-                    for (int j = 0; j < STEP; j++) {
-                        if (SCALING == SCALE_ZERO) sum[n] += xs[j];
+                    for (int n = 0; n < NT; n++) {
+                        float xs[STEP];
 #pragma unroll
-                        for (int r = 0; r < R; r++) s[r * NT + n] = fmaf(v[r][j], xs[j], s[r * NT + n]);
+                        for (int j = 0; j < STEP / VEC_X; j++) {
+                            int piece = p * (STEP / VEC_X) + j;
+                            widen_x(xs + j * VEC_X, P > 1 ? stage[(n * 32 + lane) * P + (piece ^ swizzle)]
+                                                          : load_x16<VEC>(x, (size_t)n * C + col0 + lane * V,
+                                                                          n < N ? C - col0 - lane * V : 0));
+                        }
+#pragma unroll
+                        for (int j = 0; j < STEP; j++) {
+                            if (SCALING == SCALE_ZERO) sum[n] += xs[j];
+#pragma unroll
+                            for (int r = 0; r < R; r++) s[r * NT + n] = fmaf(v[r][j], xs[j], s[r * NT + n]);
+                        }
                     }
                 }
-            }
 #pragma unroll
-            for (int r = 0; r < R; r++) {
+                for (int r = 0; r < R; r++) {
 #pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    float *a = &acc[r * NT + n];
-                    if (SCALING == SCALE_ZERO) *a = fmaf(slot[r].zero, sum[n], *a);
-                    *a = SCALING == SCALE_ROW ? s[r * NT + n] : fmaf(s[r * NT + n], slot[r].scale, *a);
+                    for (int n = 0; n < NT; n++) {
+                        float *a = &acc[r * NT + n];
+                        if (SCALING == SCALE_ZERO) *a = fmaf(slot[r].zero, sum[n], *a);
+                        *a = SCALING == SCALE_ROW ? s[r * NT + n] : fmaf(s[r * NT + n], slot[r].scale, *a);
+                    }
+                    load_slot<SCALING, VEC>(&slot[r], from + (size_t)r * row_bytes, r < OC - next ? row_bytes - at : 0,
+                                            scale, zero, g + (size_t)r * groups);
                 }
-                load_slot<SCALING, VEC>(&slot[r], w + (size_t)r * row_bytes, r < rows ? row_bytes - at : 0, scale, zero,
-                                        g + (size_t)r * groups);
             }
         }
-    }
 
-    // 4. Lanes: as long as a lane has several sums it gives half of them away and adds to the other half, the bits of
-    // the lane's number saying which; M - 1 shuffles instead of 5 M. Sum i ends in lanes i * (32 / M) and following.
+        // 4. Lanes: as long as a lane has several sums it gives half of them away and adds to the other half, the bits
+        // of the lane's number saying which; M - 1 shuffles instead of 5 M. Sum i ends in lanes i * (32 / M) and
+        // following.
 #pragma unroll
-    for (int b = 0; b < 5; b++) {
-        const int bit = 16 >> b, half = M >> (b + 1);
-        if (half == 0) acc[0] += __shfl_xor_sync(FULL_WARP, acc[0], bit);
+        for (int b = 0; b < 5; b++) {
+            const int bit = 16 >> b, half = M >> (b + 1);
+            if (half == 0) acc[0] += __shfl_xor_sync(FULL_WARP, acc[0], bit);
 #pragma unroll
-        for (int i = 0; i < half; i++) {
-            float keep = lane & bit ? acc[i + half] : acc[i], give = lane & bit ? acc[i] : acc[i + half];
-            acc[i] = keep + __shfl_xor_sync(FULL_WARP, give, bit);
+            for (int i = 0; i < half; i++) {
+                float keep = lane & bit ? acc[i + half] : acc[i], give = lane & bit ? acc[i] : acc[i + half];
+                acc[i] = keep + __shfl_xor_sync(FULL_WARP, give, bit);
+            }
+        }
+        if (lane % (32 / M) == 0) part[half][warp][lane / (32 / M)] = acc[0];
+        __syncthreads();                                            // all warps' sums of these rows are there
+
+        // 5. Warps.
+        const int r = threadIdx.x / NT, n = threadIdx.x % NT;
+        if (r < R && r < OC - row0 && n < N) {
+            float total = part[half][0][threadIdx.x];
+            for (int i = 1; i < warps; i++) total += part[half][i][threadIdx.x];
+            if (SCALING == SCALE_ROW && scale) total *= scale[row0 + r];
+            store_y(&y[(size_t)n * OC + row0 + r], total);
         }
     }
-    if (lane % (32 / M) == 0) part[warp][lane / (32 / M)] = acc[0];
-    __syncthreads();                                            // all warps' sums are there
+}
 
-    // 5. Warps.
-    const int r = threadIdx.x / NT, n = threadIdx.x % NT;
-    if (r < rows && n < N) {
-        float total = part[0][threadIdx.x];
-        for (int i = 1; i < warps; i++) total += part[i][threadIdx.x];
-        if (SCALING == SCALE_ROW && scale) total *= scale[row0 + r];
-        store_y(&y[(size_t)n * OC + row0 + r], total);
+// Blocks that the device runs at a time: 16 warps a multiprocessor.
+static inline int matvec_blocks(int warps) {
+    static int multiprocessors;
+    if (!multiprocessors) {
+        int device = 0;
+        CUDA_CHECK(cudaGetDevice(&device));
+        CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+        if (multiprocessors < 1) multiprocessors = 1;
     }
+    return multiprocessors * 16 / warps;
 }
 
 template <int KIND, int SCALING, int NT, int R, bool VEC, class Out>
@@ -289,7 +311,7 @@ static void matvec_launch(Out *y, const floatX *x, const uint8_t *w, int row_byt
     int warps = (chunks + rounds - 1) / rounds, slot_x = slot_weights<KIND> * (int)sizeof(floatX);
     size_t bytes = slot_x > 16 ? (size_t)(warps * NT * 32 * slot_x) : 0;
     if (!allow_shared(kernel, bytes)) return;
-    LAUNCH(kernel, (unsigned)((OC + R - 1) / R), 32 * warps, bytes, cuda_stream)
+    LAUNCH(kernel, (unsigned)min((OC + R - 1) / R, matvec_blocks(warps)), 32 * warps, bytes, cuda_stream)
         (y, x, w, row_bytes, flip, scale, zero, group, N, C, OC);
     CUDA_CHECK(cudaGetLastError());
 }
@@ -302,7 +324,8 @@ static void matvec_any_n(Out *y, const floatX *x, const uint8_t *w, int row_byte
         const int n = N - t < MATVEC_TOKENS ? (int)(N - t) : MATVEC_TOKENS;
         auto launch = matvec_launch<KIND, SCALING, MATVEC_TOKENS, 4, VEC, Out>;
         if constexpr (VEC) {                                    // not aligned: one kernel for all, with the same bits
-            if (n == 1) launch = matvec_launch<KIND, SCALING, 1, 8, VEC, Out>;
+            constexpr int ROWS_1 = KIND == PLAIN || sizeof(floatX) == 2 ? 8 : 4;    // what fits into registers
+            if (n == 1) launch = matvec_launch<KIND, SCALING, 1, ROWS_1, VEC, Out>;
             else if (n == 2) launch = matvec_launch<KIND, SCALING, 2, 4, VEC, Out>;
             else if (n <= 4) launch = matvec_launch<KIND, SCALING, 4, 4, VEC, Out>;
         }

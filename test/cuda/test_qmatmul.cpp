@@ -131,4 +131,8 @@ CUDA_TEST(qmatvec_wide) {
     check_qmatvec("uint4,group=64,float", 10304, 9, 0);
     check_qmatvec("int4,group=32", 9248, 3, 0);
     check_qmatvec("int8,channel", 5136, 11, 0);
+    // More rows than the blocks that run at a time take in one go, with a chunk a warp and with several.
+    check_qmatvec("uint4,group=32,float", 64, 523, 0);
+    check_qmatvec("int4,group=64", 1152, 301, 0);
+    check_qmatvec("int8,channel", 5136, 91, 0);
 }
