@@ -58,7 +58,8 @@ ifeq ($(BUILDS_NOTHING),)
   HAVE_REQUIRED := $(call probe,$(H)include <cjson/cJSON.h>\n$(H)define PCRE2_CODE_UNIT_WIDTH 8\n$(H)include <pcre2.h>\
 \nint main(void){return cJSON_Version()==0;}\n,$(DEPS_FLAGS) $(DEPS_LIBS) -lcjson -lpcre2-8)
   # Kernels and their tests need neither.
-  ifneq ($(or $(filter y,$(HAVE_REQUIRED)),$(if $(MAKECMDGOALS),$(if $(filter-out ptx-report gpu-%,$(MAKECMDGOALS)),,y))),y)
+  KERNEL_GOALS := ptx-report gpu-% sim-kernels test-cudasim% test-labs-one
+  ifneq ($(or $(filter y,$(HAVE_REQUIRED)),$(if $(MAKECMDGOALS),$(if $(filter-out $(KERNEL_GOALS),$(MAKECMDGOALS)),,y))),y)
     $(error cJSON and PCRE2 are required: run scripts/install_deps.sh, or apt-get install libcjson-dev libpcre2-dev, or \
 set DEPS_HOME)
   endif
@@ -67,7 +68,8 @@ set DEPS_HOME)
   endif
   ifndef NO_DNNL
     DNNL_FLAGS := $(if $(DNNL_HOME),-I$(DNNL_HOME)/include) $(DEPS_FLAGS)
-    DNNL_LIBS  := $(if $(DNNL_HOME),-L$(DNNL_HOME)/lib -Wl$(comma)-rpath$(comma)$(DNNL_HOME)/lib) $(DEPS_LIBS) -ldnnl
+    DNNL_LIBS  := $(if $(DNNL_HOME),-L$(DNNL_HOME)/lib -Wl$(comma)-rpath$(comma)$(abspath $(DNNL_HOME))/lib) \
+                  $(DEPS_LIBS) -ldnnl
     HAVE_DNNL := $(call probe,$(H)include <dnnl.h>\nint main(void){return dnnl_version()==0;}\n,\
 $(DNNL_FLAGS) $(DNNL_LIBS))
   endif
@@ -124,6 +126,16 @@ endif
 
 $(FLAGS_FILE):
 	@mkdir -p $(@D) && printf '%s\n' '$(FLAGS_TEXT)' > $@
+# What programs are linked with beside the library: with CUDA found or lost, they are linked anew.
+LINK_FILE := $(OUT)/link.txt
+LINK_TEXT := $(PROGRAM_OBJ) $(PROGRAM_LIBS)
+ifeq ($(BUILDS_NOTHING),)
+  ifneq ($(strip $(LINK_TEXT)),$(strip $(shell cat $(LINK_FILE) 2>/dev/null)))
+    $(shell mkdir -p $(OUT) && printf '%s\n' '$(LINK_TEXT)' > $(LINK_FILE))
+  endif
+endif
+$(LINK_FILE):
+	@mkdir -p $(@D) && printf '%s\n' '$(LINK_TEXT)' > $@
 
 $(OUT)/%.o: %.c $(FLAGS_FILE)
 	@mkdir -p $(@D)
@@ -134,7 +146,7 @@ $(OUT)/libqllm.a: $(LIB_OBJ)
 	@rm -f $@
 	@ar rcs $@ $^
 
-$(OUT)/bin/%: $(OUT)/%.o $(PROGRAM_OBJ) $(OUT)/libqllm.a
+$(OUT)/bin/%: $(OUT)/%.o $(PROGRAM_OBJ) $(OUT)/libqllm.a $(LINK_FILE)
 	@mkdir -p $(@D)
 	@echo "  link $@"
 	$(Q)$(CC) $(ALLFLAGS) $< $(PROGRAM_OBJ) $(OUT)/libqllm.a $(LIBS) $(PROGRAM_LIBS) -o $@
@@ -172,7 +184,7 @@ endif
 
 # Fuzzing: a libFuzzer program a parser, FUZZ_SECONDS each. The library alone is needed, without OpenMP and oneDNN.
 FUZZ_FLAGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -O1 -g -ffp-contract=off -Wno-unknown-pragmas -I. -Illmc \
-              -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
+              $(DEPS_FLAGS) -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
 FUZZ_OBJ   := $(patsubst %.c,$(BUILD)/fuzz/%.o,$(wildcard llmc/*.c))
 $(BUILD)/fuzz/%.o: %.c
 	@mkdir -p $(@D)
@@ -182,7 +194,7 @@ $(BUILD)/fuzz/libqllm.a: $(FUZZ_OBJ)
 	@rm -f $@
 	@ar rcs $@ $^
 $(BUILD)/fuzz/fuzz_%: $(BUILD)/fuzz/dev/fuzz/fuzz_%.o $(BUILD)/fuzz/libqllm.a
-	$(Q)clang $(FUZZ_FLAGS) -fsanitize=fuzzer $^ -lcjson -lpcre2-8 -lm -o $@
+	$(Q)clang $(FUZZ_FLAGS) -fsanitize=fuzzer $^ $(DEPS_LIBS) -lcjson -lpcre2-8 -lm -o $@
 ifeq ($(HAVE_CLANG),y)
 fuzz: $(FUZZ)
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) scripts/run_fuzz.sh $(BUILD)/fuzz $(FUZZ)

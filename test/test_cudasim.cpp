@@ -1,5 +1,6 @@
 // Runs the tests of the CUDA wing (test/cuda/) on the simulator, or on a GPU where nvcc compiled them, and counts which
-// operations of ops.h they covered. An argument selects tests by part of their name.
+// operations of ops.h they covered. An argument selects tests by part of their name; QLLM_TEST_SMALL=1 a few that run
+// each kind of kernel on small shapes, for tools that slow kernels down a hundredfold (compute-sanitizer).
 #include "cuda/cuda_test.h"
 
 static struct { const char *name; CudaTest run; } tests[128];
@@ -58,10 +59,30 @@ static bool print_coverage(void) {
     return tested == OP_COUNT;
 }
 
+static const char *const small_tests[] = {
+    "attention_backward_lengths", "attention_backward_unaligned", "attention_forward", "attention_forward_cached",
+    "attention_forward_plain", "classifier_not_finite", "cp_async", "dequant_rows", "embedding", "fakequant",
+    "fakequant_long_rows", "global_norm", "lanes", "ldmatrix_and_mma", "linear_backward_weight", "linear_rows",
+    "loss_accumulate", "mask_backward", "matvec", "qmatvec_wide", "rmsnorm_backward", "rmsnorm_fq",
+    "rmsnorm_fq_long_rows", "rope", "swiglu_backward", "swiglu_fq", "updates"};
+
+bool small_run(void) {
+    const char *small = getenv("QLLM_TEST_SMALL");
+    return small && *small && strcmp(small, "0") != 0;
+}
+
+static bool chosen(const char *name, const char *part) {
+    if (part) return strstr(name, part);
+    if (!small_run()) return true;
+    for (const char *s : small_tests)
+        if (!strcmp(s, name)) return true;
+    return false;
+}
+
 int main(int argc, char **argv) {
     int failed = 0, run = 0;
     for (int i = 0; i < n_tests; i++) {
-        if (argc > 1 && !strstr(tests[i].name, argv[1])) continue;
+        if (!chosen(tests[i].name, argc > 1 ? argv[1] : nullptr)) continue;
         failures = 0;
         memset(called_now, 0, sizeof called_now);
         double start = now_seconds();
@@ -76,7 +97,7 @@ int main(int argc, char **argv) {
         failed += failures != 0;
         run++;
     }
-    bool whole = argc > 1 || print_coverage();
+    bool whole = argc > 1 || small_run() || print_coverage();
     if (!whole) printf("not ok %s %s every operation is tested\n", ops_cuda.name, FLOATX_NAME);
     printf("%d of %d tests passed\n", run - failed, run);
     return failed != 0 || run == 0 || !whole;

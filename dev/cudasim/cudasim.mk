@@ -1,6 +1,7 @@
 # The CUDA wing without a GPU. Included by the Makefile.
 #   make test-cudasim    the kernels on the simulator against the CPU wing, in both precisions (also with SANITIZE=1)
 #   make test-cudasim RACE=1   the same, with every access of a kernel watched for races (dev/cudasim/race.cpp)
+#   make sim-kernels     its tests and benchmark, not run
 #   make sim-programs    the programs with the simulator for a GPU: build/bf16/sim/train_llama_qat --device cuda ...
 
 SIM := $(OUT)/cudasim$(if $(RACE),-race)
@@ -26,20 +27,21 @@ $(SIM)/%.o: %.cpp $(OUT)/flags.txt dev/cudasim/cudasim.mk
 	@echo "  c++ $<"
 	$(Q)$(CXX) $(SIM_FLAGS) $(SIM_RACE) $(if $(filter dev/cudasim/%,$<),,$(SIM_WATCH)) -MMD -MP -c $< -o $@
 SIM_TEST := $(if $(RACE),$(SIM)/test_cudasim,$(OUT)/test/test_cudasim)
-$(SIM_TEST): $(SIM_TEST_OBJ) $(SIM_OBJ) $(OUT)/libqllm.a
+$(SIM_TEST): $(SIM_TEST_OBJ) $(SIM_OBJ) $(KERNEL_OBJ)
 	@mkdir -p $(@D)
 	@echo "  link $@"
-	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(LIBS) $(if $(RACE),-ldl) -o $@
+	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(KERNEL_LIBS) $(if $(RACE),-ldl) -o $@
 $(OUT)/sim/%: $(OUT)/%.o $(SIM_OBJ) $(OUT)/libqllm.a
 	@mkdir -p $(@D)
 	@echo "  link $@"
 	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(LIBS) $(if $(RACE),-ldl) -o $@
-$(OUT)/sim/bench_cuda: $(SIM)/dev/gpu/bench_cuda.o $(SIM_OBJ) $(OUT)/libqllm.a
+$(OUT)/sim/bench_cuda: $(SIM)/dev/gpu/bench_cuda.o $(SIM_OBJ) $(KERNEL_OBJ)
 	@mkdir -p $(@D)
 	@echo "  link $@"
-	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(LIBS) $(if $(RACE),-ldl) -o $@
-.PHONY: sim-programs
+	$(Q)$(CXX) $(filter -fopenmp,$(ALLFLAGS)) $(SIM_FLAGS) $^ $(KERNEL_LIBS) $(if $(RACE),-ldl) -o $@
+.PHONY: sim-programs sim-kernels
 sim-programs: $(PROGRAMS:%=$(OUT)/sim/%)
+sim-kernels: $(SIM_TEST) $(OUT)/sim/bench_cuda
 
 .PRECIOUS: $(SIM)/%.o
 # The kernel laboratories: checked here, timed on a GPU.
@@ -50,7 +52,7 @@ $(OUT)/lab/%: $(SIM)/dev/cuda/%.o $(SIM)/dev/cudasim/cudasim.o $(SIM)/dev/cudasi
 	$(Q)$(CXX) $(SIM_FLAGS) $^ -o $@
 
 .PHONY: test-cudasim test-cudasim-one test-labs-one
-CUDASIM_TESTS := $(shell command -v $(CXX))
+CUDASIM_TESTS := $(shell command -v $(CXX) 2>/dev/null)
 ifeq ($(CUDASIM_TESTS),)
 test-cudasim:
 	@echo "skip cudasim: no C++ compiler (apt-get install g++)"

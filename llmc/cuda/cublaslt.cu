@@ -36,11 +36,11 @@ static struct {
 // The library, one way or the other.
 static bool load(void) {
 #ifdef __CUDACC__
-    static const char *const names[] = {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"};
+    static const char *const names[] = {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so.11", "libcublasLt.so"};
     static const struct { const char *variable, *below; } folders[] = {
-        {nullptr, ""},          // wherever the loader looks
-        {"CUBLAS_HOME", "/lib/"}, {"CUBLAS_HOME", "/lib64/"}, {"CUDA_HOME", "/lib64/"}, {"CUDA_HOME", "/lib/"},
-        {nullptr, "/usr/local/cuda/lib64/"}};
+        {"CUBLAS_HOME", "/lib/"}, {"CUBLAS_HOME", "/lib64/"},
+        {nullptr, ""},          // where it lay when the program was linked, and wherever else the loader looks
+        {"CUDA_HOME", "/lib64/"}, {"CUDA_HOME", "/lib/"}, {nullptr, "/usr/local/cuda/lib64/"}};
     void *library = nullptr;
     for (size_t f = 0; f < sizeof folders / sizeof *folders && !library; f++)
         for (size_t n = 0; n < sizeof names / sizeof *names && !library; n++) {

@@ -110,7 +110,7 @@ static bool record(void (*step)(void *ctx), void *ctx) {
     CUDA_CHECK(cudaStreamBeginCapture(cuda_stream, cudaStreamCaptureModeThreadLocal));
     step(ctx);
     cudaError_t e = cudaStreamEndCapture(cuda_stream, &graph);
-    if (e == cudaSuccess) e = cudaGraphInstantiate(&recorded.exec, graph, 0);
+    if (e == cudaSuccess) e = cudaGraphInstantiateWithFlags(&recorded.exec, graph, 0);
     if (graph) CUDA_CHECK(cudaGraphDestroy(graph));
     if (e == cudaSuccess) return true;
     ops_set_error(E_FAIL, "recording a step as a graph: %s; QLLM_NO_GRAPH=1 runs without", cudaGetErrorString(e));

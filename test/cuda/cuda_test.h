@@ -40,6 +40,7 @@ enum OpIndex {
 };
 size_t kernels_launched(void);          // so far; 1 more each time on a GPU, where nobody counts
 void op_called(int op, bool launched);
+bool small_run(void);                   // QLLM_TEST_SMALL=1: small shapes, own kernels only
 template <class... A> struct TestedOp {
     void (*f)(A...);
     int op;

@@ -264,7 +264,7 @@ CUDA_TEST(cublaslt_steady) {
             cuda_stream = before;
             CHECK(graph, "the step can be recorded");
             if (!graph) return;
-            CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
+            CUDA_CHECK(cudaGraphInstantiateWithFlags(&exec, graph, 0));
             CUDA_CHECK(cudaGraphLaunch(exec, own));
             CUDA_CHECK(cudaStreamSynchronize(own));
             CHECK(cublaslt_sim.matmuls == matmuls + 5, "all by the library: %zu", cublaslt_sim.matmuls - matmuls);

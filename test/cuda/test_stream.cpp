@@ -102,7 +102,7 @@ CUDA_TEST(graph_replay) {
         IS(cudaStreamEndCapture(main.s, &graph), cudaSuccess);
         IS(cudaStreamIsCapturing(main.s, &status), cudaSuccess);
         CHECK(status == cudaStreamCaptureStatusNone, "the capture is over");
-        IS(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+        IS(cudaGraphInstantiateWithFlags(&exec, graph, 0), cudaSuccess);
         IS(cudaGraphDestroy(graph), cudaSuccess);
         CHECK(y.host()[1] == 0.0f, "what is captured is not done");
         for (int step = 0; step < 3; step++) {
