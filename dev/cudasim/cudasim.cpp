@@ -33,7 +33,18 @@ using cudasim::set_error;
 const size_t PAGE = 4096;
 const size_t STACK = ASAN ? 256 << 10 : 64 << 10;             // of a simulated thread
 const int MAX_THREADS = 1024;                                 // in a block, as on every GPU
-const size_t DEFAULT_SMEM = 48 << 10, MAX_SMEM = 163 << 10;   // sm_80: with and without cudaFuncSetAttribute
+const size_t DEFAULT_SMEM = 48 << 10;                          // without cudaFuncSetAttribute
+// CUDASIM_CAPABILITY=75 plays a device of compute capability 7.5.
+int capability() {
+    const char *s = getenv("CUDASIM_CAPABILITY");
+    return s ? atoi(s) : 80;
+}
+// What a block may have with cudaFuncSetAttribute: "CUDA C++ Programming Guide", Compute Capabilities.
+size_t max_smem() {
+    int c = capability();
+    size_t kib = c < 80 ? 64 : c == 80 || c == 87 ? 163 : c < 90 || c >= 120 ? 99 : 227;
+    return kib << 10;
+}
 
 using cudasim::fail;
 
@@ -667,7 +678,7 @@ void check_pointer(const Launch &l, int arg, const void *p) {
 }
 
 cudaError_t set_max_dynamic_shared(const void *kernel, int bytes) {
-    if (bytes < 0 || (size_t)bytes > MAX_SMEM) return set_error(cudaErrorInvalidValue);
+    if (bytes < 0 || (size_t)bytes > max_smem()) return set_error(cudaErrorInvalidValue);
     for (int i = 0; i < n_smem_limits; i++)
         if (smem_limits[i].kernel == kernel) { smem_limits[i].bytes = (size_t)bytes; return cudaSuccess; }
     if (n_smem_limits == 256) fail("more than 256 kernels with an own limit of shared memory");
@@ -825,10 +836,8 @@ cudaError_t cudaSetDevice(int device) { return check_device(device); }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     *p = {};
     snprintf(p->name, sizeof p->name, "cudasim");
-    const char *capability = getenv("CUDASIM_CAPABILITY");      // 75 for 7.5
-    int tenfold = capability ? atoi(capability) : 80;
-    p->major = tenfold / 10;
-    p->minor = tenfold % 10;
+    p->major = capability() / 10;
+    p->minor = capability() % 10;
     p->multiProcessorCount = 4;
     p->l2CacheSize = 1 << 20;
     p->warpSize = 32;
@@ -838,8 +847,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     p->memoryBusWidth = 64;
     p->totalGlobalMem = total_memory();
     p->sharedMemPerBlock = DEFAULT_SMEM;
-    p->sharedMemPerBlockOptin = MAX_SMEM;
-    p->sharedMemPerMultiprocessor = MAX_SMEM + 1024;
+    p->sharedMemPerBlockOptin = max_smem();
+    p->sharedMemPerMultiprocessor = max_smem() + 1024;
     return check_device(device);
 }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {

@@ -136,6 +136,21 @@ static __device__ __forceinline__ void store_y(floatX *p, float v) { *p = f2x(v)
 static __device__ __forceinline__ void store_y(float *p, float v) { *p = v; }
 #endif
 
+// Sums over the lanes: as long as a lane has several it gives half of them away and adds to the other half, the bits of
+// the lane's number saying which; M - 1 shuffles instead of 5 M. A template and no loop, whose bounds would change from
+// round to round: the compiler gives up on those before it knows the indices, and keeps the sums in memory.
+template <int HALF, int BIT, int M> static __device__ __forceinline__ void fold_lanes(float (&acc)[M], int lane) {
+    if constexpr (BIT > 0) {
+        if (HALF == 0) acc[0] += __shfl_xor_sync(FULL_WARP, acc[0], BIT);
+#pragma unroll
+        for (int i = 0; i < HALF; i++) {
+            float keep = lane & BIT ? acc[i + HALF] : acc[i], give = lane & BIT ? acc[i] : acc[i + HALF];
+            acc[i] = keep + __shfl_xor_sync(FULL_WARP, give, BIT);
+        }
+        fold_lanes<HALF / 2, BIT / 2>(acc, lane);
+    }
+}
+
 // R rows against NT tokens, of which N are there. group: weights that share a scale (SCALE_GROUP, SCALE_ZERO), C being
 // a multiple of it. scale (OC) may be NULL with SCALE_ROW.
 template <int KIND, int SCALING, int NT, int R, bool VEC, class Out>
@@ -264,19 +279,8 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t
             }
         }
 
-        // 4. Lanes: as long as a lane has several sums it gives half of them away and adds to the other half, the bits
-        // of the lane's number saying which; M - 1 shuffles instead of 5 M. Sum i ends in lanes i * (32 / M) and
-        // following.
-#pragma unroll
-        for (int b = 0; b < 5; b++) {
-            const int bit = 16 >> b, half = M >> (b + 1);
-            if (half == 0) acc[0] += __shfl_xor_sync(FULL_WARP, acc[0], bit);
-#pragma unroll
-            for (int i = 0; i < half; i++) {
-                float keep = lane & bit ? acc[i + half] : acc[i], give = lane & bit ? acc[i] : acc[i + half];
-                acc[i] = keep + __shfl_xor_sync(FULL_WARP, give, bit);
-            }
-        }
+        // 4. Lanes. Sum i ends in lanes i * (32 / M) and following.
+        fold_lanes<M / 2, 16>(acc, lane);
         if (lane % (32 / M) == 0) part[half][warp][lane / (32 / M)] = acc[0];
         __syncthreads();                                            // all warps' sums of these rows are there
 
@@ -291,27 +295,35 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t
     }
 }
 
-// Blocks that the device runs at a time: 16 warps a multiprocessor.
-static inline int matvec_blocks(int warps) {
-    static int multiprocessors;
-    if (!multiprocessors) {
-        int device = 0;
-        CUDA_CHECK(cudaGetDevice(&device));
-        CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-        if (multiprocessors < 1) multiprocessors = 1;
-    }
-    return multiprocessors * 16 / warps;
+// What the device has: multiprocessors, and shared memory that a block may ask for.
+typedef struct { int multiprocessors, shared; } MatvecDevice;
+static inline MatvecDevice matvec_device(void) {
+    MatvecDevice d = {1, 48 << 10};
+    int device = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&d.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    return d;
+}
+
+static inline int matvec_warps(int row_bytes) {
+    int chunks = (row_bytes + CHUNK - 1) / CHUNK, rounds = (chunks + MATVEC_WARPS - 1) / MATVEC_WARPS;
+    return (chunks + rounds - 1) / rounds;
+}
+// Bytes of shared memory for x.
+template <int KIND> static inline size_t matvec_shared(int warps, int tokens) {
+    int slot_x = slot_weights<KIND> * (int)sizeof(floatX);
+    return slot_x > 16 ? (size_t)(warps * tokens * 32 * slot_x) : 0;
 }
 
 template <int KIND, int SCALING, int NT, int R, bool VEC, class Out>
 static void matvec_launch(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const float *scale,
                           const float *zero, unsigned group, int N, int C, int OC) {
     auto kernel = matvec_kernel<KIND, SCALING, NT, R, VEC, Out>;
-    int chunks = (row_bytes + CHUNK - 1) / CHUNK, rounds = (chunks + MATVEC_WARPS - 1) / MATVEC_WARPS;
-    int warps = (chunks + rounds - 1) / rounds, slot_x = slot_weights<KIND> * (int)sizeof(floatX);
-    size_t bytes = slot_x > 16 ? (size_t)(warps * NT * 32 * slot_x) : 0;
+    int warps = matvec_warps(row_bytes), blocks = matvec_device().multiprocessors * 16 / warps;    // as many as run
+    size_t bytes = matvec_shared<KIND>(warps, NT);
     if (!allow_shared(kernel, bytes)) return;
-    LAUNCH(kernel, (unsigned)min((OC + R - 1) / R, matvec_blocks(warps)), 32 * warps, bytes, cuda_stream)
+    LAUNCH(kernel, (unsigned)min((OC + R - 1) / R, blocks), 32 * warps, bytes, cuda_stream)
         (y, x, w, row_bytes, flip, scale, zero, group, N, C, OC);
     CUDA_CHECK(cudaGetLastError());
 }
@@ -320,8 +332,11 @@ static void matvec_launch(Out *y, const floatX *x, const uint8_t *w, int row_byt
 template <int KIND, int SCALING, bool VEC, class Out>
 static void matvec_any_n(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const float *scale,
                          const float *zero, unsigned group, size_t N, int C, int OC) {
-    for (size_t t = 0; t < N; t += MATVEC_TOKENS) {
-        const int n = N - t < MATVEC_TOKENS ? (int)(N - t) : MATVEC_TOKENS;
+    // The x of eight tokens, as int4 needs it, takes 128 KiB, and consumer cards have 99: half as many at a time then.
+    const size_t most = matvec_shared<KIND>(matvec_warps(row_bytes), MATVEC_TOKENS) + 2048 <=
+                        (size_t)matvec_device().shared ? MATVEC_TOKENS : MATVEC_TOKENS / 2;
+    for (size_t t = 0; t < N; t += most) {
+        const int n = (int)(N - t < most ? N - t : most);
         auto launch = matvec_launch<KIND, SCALING, MATVEC_TOKENS, 4, VEC, Out>;
         if constexpr (VEC) {                                    // not aligned: one kernel for all, with the same bits
             constexpr int ROWS_1 = KIND == PLAIN || sizeof(floatX) == 2 ? 8 : 4;    // what fits into registers

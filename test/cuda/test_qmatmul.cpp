@@ -135,4 +135,9 @@ CUDA_TEST(qmatvec_wide) {
     check_qmatvec("uint4,group=32,float", 64, 523, 0);
     check_qmatvec("int4,group=64", 1152, 301, 0);
     check_qmatvec("int8,channel", 5136, 91, 0);
+    // Eight warps, and the most shared memory: more than a consumer card has, which takes fewer tokens at a time.
+    check_qmatvec("int4,group=64", 8192, 3, 0);
+    setenv("CUDASIM_CAPABILITY", "86", 1);
+    check_qmatvec("int4,group=64", 8192, 3, 0);
+    unsetenv("CUDASIM_CAPABILITY");
 }
