@@ -67,13 +67,37 @@ QHD float exp_f32(float x) {
     return p * f32_from_bits((half + 127u) << 23) * f32_from_bits((e - half + 127u) << 23);   // the first is exact
 }
 
-// The larger one, or NaN if either is: one instruction on a GPU.
+// 1 + e^x for a logistic function: the bits of 1.0f + exp_f32(x) for every x (compared over all of them) but NaN, of
+// which it makes 1. e^-86 no longer adds to 1, so one power of two is enough: half of it, times a polynomial of twice
+// the coefficients, so that 2^128 does not need a number of its own.
+QHD float one_plus_exp_f32(float x) {
+    x = fminf(fmaxf(x, -86.0f), 89.0f);
+    float t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;
+    float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, x));
+    float p = fmaf(2.0f * 0.00138145965f, r, 2.0f * 0.00836871751f);
+    p = fmaf(p, r, 2.0f * 0.041668389f);
+    p = fmaf(p, r, 2.0f * 0.166665211f);
+    p = fmaf(p, r, 2.0f * 0.49999994f);
+    p = fmaf(p, r, 2.0f);
+    p = fmaf(p, r, 2.0f);
+    return 1.0f + p * f32_from_bits((f32_bits(t) << 23) + 0x3f000000u);      // 2^(n - 1)
+}
+
+// The larger or smaller one, or NaN if either is: one instruction on a GPU.
 QHD float max_nan_f32(float a, float b) {
 #ifdef __CUDA_ARCH__
     asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
     return a;
 #else
     return a > b || a != a ? a : b;
+#endif
+}
+QHD float min_nan_f32(float a, float b) {
+#ifdef __CUDA_ARCH__
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+    return a;
+#else
+    return a < b || a != a ? a : b;
 #endif
 }
 // 2^r for r in [-1/2, 1/2], exactly 1 at 0, of relative error 2^-23.3 (and roundings).

@@ -45,6 +45,7 @@ static void test_exp(void **state) {
             v16 e = v16_exp(x);
             for (size_t i = 0; i < 16; i++) {
                 expect_same_f32(e[i], exp_f32(x[i]), "exp", i);
+                expect_same_f32(one_plus_exp_f32(x[i]), 1.0f + exp_f32(x[i]), "1 + exp", i);
                 double want = exp((double)x[i]);
                 if (want < (double)FLT_MIN || want > (double)FLT_MAX) continue;
                 int exponent;
@@ -57,7 +58,11 @@ static void test_exp(void **state) {
     if (worst > 1.0) fail_msg("exp is off by %.3f ulp", worst);
     v16 special = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 200.0f, -200.0f, 88.8f, -104.1f, -103.5f, 88.5f};
     v16 e = v16_exp(special);
-    for (size_t i = 0; i < 16; i++) expect_same_f32(e[i], exp_f32(special[i]), "exp of a special value", i);
+    for (size_t i = 0; i < 16; i++) {
+        expect_same_f32(e[i], exp_f32(special[i]), "exp of a special value", i);
+        if (special[i] == special[i])
+            expect_same_f32(one_plus_exp_f32(special[i]), 1.0f + exp_f32(special[i]), "1 + exp of a special value", i);
+    }
     assert_true(e[0] == 1.0f && e[1] == 1.0f && e[2] == INFINITY && e[3] == 0.0f && e[4] != e[4] && e[5] == INFINITY);
     assert_true(e[6] == 0.0f && e[7] == INFINITY && e[8] == 0.0f && e[9] > 0.0f && e[10] < INFINITY);
 }

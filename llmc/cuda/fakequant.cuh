@@ -48,20 +48,20 @@ static __device__ QParams block_qparams(float mn, float mx, const QuantSpec *act
 }
 
 // quant_fake and quant_in_range of activations, whose zero point is of the integer domain, with what does not change
-// along a row computed once.
+// along a row computed once. Codes are counted from the zero point: lo and hi are qmin - zp and qmax - zp.
 template <int V, bool MASK>
-static __device__ __forceinline__ void fakequant_loop(floatX *y, uint8_t *mask, const floatX *row, int C, QParams p,
+static __device__ __forceinline__ void fakequant_loop(floatX *y, uint8_t *mask, const floatX *row, int C, float scale,
                                                       float lo, float hi) {
-    float inv = 1.0f / p.scale;
+    float inv = 1.0f / scale;
     for (int c = threadIdx.x * V; c < C; c += blockDim.x * V) {
         Vec<floatX, V> v = vec_load<floatX, V>(row + c);
         Vec<uint8_t, V> m;
         float f[V];
 #pragma unroll
         for (int i = 0; i < V; i++) {
-            float q = rintf(x2f(v.v[i]) * inv) + p.zp;
+            float q = rintf(x2f(v.v[i]) * inv);
             if (MASK) m.v[i] = q >= lo && q <= hi;
-            f[i] = (quant_clampf(q, lo, hi) - p.zp) * p.scale;
+            f[i] = fmaf(min_nan_f32(max_nan_f32(q, lo), hi), scale, 0.0f);       // adding 0 turns -0 into 0
         }
         if (MASK) vec_store(mask + c, m);
         vec_store(y + c, to_x(f));
@@ -76,9 +76,9 @@ static __device__ __forceinline__ void fakequant_row(floatX *y, uint8_t *mask, c
                                                      float mx, const QuantSpec *act) {
     if (quant_is_on(act)) {                                    // in all threads alike: all meet the barriers
         QParams p = block_qparams(mn, mx, act);
-        float lo = (float)act->qmin, hi = (float)act->qmax;
-        if (mask) fakequant_loop<V, true>(y, mask, row, C, p, lo, hi);
-        else fakequant_loop<V, false>(y, nullptr, row, C, p, lo, hi);
+        float lo = (float)act->qmin - p.zp, hi = (float)act->qmax - p.zp;
+        if (mask) fakequant_loop<V, true>(y, mask, row, C, p.scale, lo, hi);
+        else fakequant_loop<V, false>(y, nullptr, row, C, p.scale, lo, hi);
         return;
     }
     for (int c = threadIdx.x * V; c < C; c += blockDim.x * V) {
