@@ -290,7 +290,7 @@ static void decode(void) {
 int main(void) {
     Err err;
     if (device_init("cuda", 0, &err) < 0) fail("device", err.text);
-    printf("%s\n", device_description());
+    printf("device %s\n", device_description());
     measure_copy();
     elementwise();
     update();

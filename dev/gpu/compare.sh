@@ -29,10 +29,12 @@ for scheme in none 8da4w-32 int4wo-32; do
     losses "$work/$scheme-cpu" >"$work/a"
     losses "$work/$scheme-cuda" >"$work/b"
     paste "$work/a" "$work/b" | awk -v steps="$steps" -v tol=$tolerance -v name="$precision $scheme" '
-        { d = ($2 - $1) / $1; if (d < 0) d = -d; if (!(d <= worst)) { worst = d; at = NR }; n += NF == 2; first = NR == 1 ? $1 : first; last = $2 }
+        { d = ($2 - $1) / $1; if (d < 0) d = -d
+          if (!(d <= worst)) { worst = d; at = NR }
+          n += NF == 2; first = NR == 1 ? $1 : first; last = $2 }
         END { ok = n == steps && worst <= tol
-              printf "%s losses %s: %d steps, %.4f to %.4f, largest relative difference %.1e at step %d (allowed %.0e)\n",
-                     ok ? "ok" : "not ok", name, n, first, last, worst, at, tol
+              printf "%s losses %s: %d steps, %.4f to %.4f, ", ok ? "ok" : "not ok", name, n, first, last
+              printf "largest relative difference %.1e at step %d (allowed %.0e)\n", worst, at, tol
               exit !ok }' || failed=1
 done
 exit $failed
