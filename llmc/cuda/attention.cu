@@ -423,12 +423,12 @@ static bool takes_tensor(const Args &a, int HS) {
 #define PLAIN_THREADS 256
 
 template <int ROWS, int KEYS, int ACC>
-static __global__ void __launch_bounds__(PLAIN_THREADS) attention_forward_plain(Args a, int HS) {
+static __global__ void __launch_bounds__(PLAIN_THREADS) attention_forward_plain(Args a, int HS, unsigned heads) {
     const int SIDE = PLAIN_THREADS / ROWS, EACH = KEYS / SIDE;
     DYN_SHARED(float, qs);                                      // (ROWS, HS); then (KEYS, HS | 1), (ROWS, KEYS + 1)
     float *kvs = qs + ROWS * HS, *ps = kvs + KEYS * (HS | 1);
-    int NKV = a.NH / a.G, b = blockIdx.x / NKV, kh = blockIdx.x % NKV, ld = HS | 1;
-    int first = (int)(gridDim.y - 1 - blockIdx.y) * ROWS, rows = min(ROWS, a.T * a.G - first);
+    int NKV = a.NH / a.G, b = (int)(blockIdx.x % heads) / NKV, kh = (int)(blockIdx.x % heads) % NKV, ld = HS | 1;
+    int first = (int)(gridDim.x / heads - 1 - blockIdx.x / heads) * ROWS, rows = min(ROWS, a.T * a.G - first);
     const floatX *q = a.q + (size_t)b * a.T * a.ldq + (size_t)kh * a.G * HS;
     const floatX *k = a.k + b * a.skv + (size_t)kh * HS, *v = a.v + b * a.skv + (size_t)kh * HS;
 
@@ -495,8 +495,8 @@ static __global__ void __launch_bounds__(PLAIN_THREADS) attention_forward_plain(
 template <int ROWS, int KEYS, int ACC> static void launch_plain(const Args &a, int B, int HS) {
     size_t smem = ((size_t)ROWS * HS + (size_t)KEYS * (HS | 1) + (size_t)ROWS * (KEYS + 1)) * sizeof(float);
     if (!allow_shared(attention_forward_plain<ROWS, KEYS, ACC>, smem)) return;
-    dim3 grid((unsigned)B * (unsigned)(a.NH / a.G), (unsigned)((a.T * a.G + ROWS - 1) / ROWS));
-    LAUNCH((attention_forward_plain<ROWS, KEYS, ACC>), grid, PLAIN_THREADS, smem, cuda_stream)(a, HS);
+    unsigned heads = (unsigned)B * (unsigned)(a.NH / a.G), tiles = (unsigned)((a.T * a.G + ROWS - 1) / ROWS);
+    LAUNCH((attention_forward_plain<ROWS, KEYS, ACC>), heads * tiles, PLAIN_THREADS, smem, cuda_stream)(a, HS, heads);
 }
 
 void cuda_attention_forward(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, int B, int T,
