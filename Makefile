@@ -30,7 +30,9 @@ ALLFLAGS  = -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Wno-psabi $(if $(WE
             -fno-math-errno $(CFLAGS) -I. -Illmc
 # A folder of libraries where nothing can be installed: DEPS_HOME/include, DEPS_HOME/lib (scripts/pack_deps.sh makes one).
 DEPS_FLAGS := $(if $(DEPS_HOME),-I$(DEPS_HOME)/include)
-DEPS_LIBS  := $(if $(DEPS_HOME),-L$(DEPS_HOME)/lib -Wl$(comma)-rpath$(comma)$(abspath $(DEPS_HOME))/lib)
+# Its libraries find each other there too: an old-style rpath.
+DEPS_LIBS  := $(if $(DEPS_HOME),-L$(DEPS_HOME)/lib \
+              -Wl$(comma)--disable-new-dtags$(comma)-rpath$(comma)$(abspath $(DEPS_HOME))/lib)
 ALLFLAGS  += $(DEPS_FLAGS)
 KERNEL_LIBS = $(DEPS_LIBS) -lm
 LIBS      = $(DEPS_LIBS) -lcjson -lpcre2-8 -lm
@@ -56,7 +58,7 @@ ifeq ($(BUILDS_NOTHING),)
     $(error no working C compiler ("$(CC)"): run scripts/install_deps.sh, or apt-get install gcc libc6-dev)
   endif
   HAVE_REQUIRED := $(call probe,$(H)include <cjson/cJSON.h>\n$(H)define PCRE2_CODE_UNIT_WIDTH 8\n$(H)include <pcre2.h>\
-\nint main(void){return cJSON_Version()==0;}\n,$(DEPS_FLAGS) $(DEPS_LIBS) -lcjson -lpcre2-8)
+\nint main(void){return cJSON_Version()==0;}\n,$(DEPS_FLAGS) $(DEPS_LIBS) -lcjson -lpcre2-8 -lm)
   # Kernels and their tests need neither.
   KERNEL_GOALS := ptx-report gpu-% sim-kernels test-cudasim% test-labs-one
   ifneq ($(or $(filter y,$(HAVE_REQUIRED)),$(if $(MAKECMDGOALS),$(if $(filter-out $(KERNEL_GOALS),$(MAKECMDGOALS)),,y))),y)

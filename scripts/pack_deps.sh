@@ -7,7 +7,10 @@ set -eu
 dir=$1
 mkdir -p "$dir/include" "$dir/lib"
 # header: as the compiler finds it
-find_header() { printf '#include <%s>\n' "$1" | "${CC:-cc}" -E -x c - 2> /dev/null | sed -n 's/^# 1 "\([^"]*\)".*/\1/p' | grep "/$1\$" | head -n 1; }
+find_header() {
+    printf '#include <%s>\n' "$1" | "${CC:-cc}" -E -x c - 2> /dev/null | sed -n 's/^# 1 "\([^"]*\)".*/\1/p' |
+        grep "/$1\$" | head -n 1
+}
 find_library() { "${CC:-cc}" -print-file-name="lib$1.so"; }
 missing=
 for item in cjson:cjson/cJSON.h pcre2-8:pcre2.h dnnl:dnnl.h; do
@@ -31,6 +34,13 @@ for item in cjson:cjson/cJSON.h pcre2-8:pcre2.h dnnl:dnnl.h; do
     soname=$(LC_ALL=C readelf -d "$real" | sed -n 's/.*SONAME.*\[\(.*\)\].*/\1/p')
     cp -L "$real" "$dir/lib/$soname"
     ln -sf "$soname" "$dir/lib/lib$name.so"
+    # And what it needs in turn, but for what comes with a compiler.
+    ldd "$real" | sed -n 's/^[[:space:]]*\([^ ]*\) => \(\/[^ ]*\) .*/\1 \2/p' | while read -r needed at; do
+        case $needed in
+        libc.* | libm.* | libdl.* | librt.* | libpthread.* | libstdc++.* | libgcc_s.* | libgomp.*) ;;
+        *) cp -L "$at" "$dir/lib/$needed" ;;
+        esac
+    done
     echo "pack_deps: $name, $(du -h "$dir/lib/$soname" | cut -f1)"
 done
 [ -z "$missing" ] || { echo "pack_deps: required and missing:$missing" >&2; exit 1; }

@@ -87,7 +87,8 @@ jobs=$(nproc 2>/dev/null || echo 2)
 # have HEADER [LIBRARY]
 have() {
     printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <%s>\nint main(void) { return 0; }\n' "$1" |
-        "${CC:-cc}" -x c - -o /dev/null ${DEPS_HOME:+"-I$DEPS_HOME/include" "-L$DEPS_HOME/lib"} \
+        "${CC:-cc}" -x c - -o /dev/null \
+            ${DEPS_HOME:+"-I$DEPS_HOME/include" "-L$DEPS_HOME/lib" "-Wl,-rpath,$DEPS_HOME/lib"} \
             ${DNNL_HOME:+"-I$DNNL_HOME/include" "-L$DNNL_HOME/lib"} ${2:+"-l$2"} -lm >/dev/null 2>&1
 }
 programs=1
