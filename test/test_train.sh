@@ -104,7 +104,7 @@ bad_input() {
     expect 2 "nosuch" --init tiny --train-data "$tmp/nosuch.txt" &&
     expect 1 "zeros.bin" --init tiny --train-data "$tmp/zeros.bin" &&
     expect 1 "zeros.bin" --model "$tmp/zeros.bin" --train-data "$tmp/train.txt" &&
-    expect 2 "cuda" --init tiny --train-data "$tmp/train.txt" --device cuda
+    expect 2 "tpu" --init tiny --train-data "$tmp/train.txt" --device tpu
 }
 expect() {
     status=$1 word=$2; shift 2
