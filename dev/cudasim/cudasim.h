@@ -111,7 +111,8 @@ cudaError_t cudaDriverGetVersion(int *version);
 // Streams. Order 0 (below) does everything at once, order 1 as late as it may: when the host waits for it, or when
 // other work does. Random orders do some of what waits, of any stream, at each call. So what relies on an order that no
 // stream and no event gives shows. Streams without cudaStreamNonBlocking and stream 0 wait for each other. Asynchronous
-// copies are late only where the host's side is from cudaMallocHost.
+// copies read the host's memory late, page-locked or not: NVIDIA's documentation ("API synchronization behavior") only
+// says that a driver might read the latter before the call returns. They write late what is from cudaMallocHost.
 enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
 enum { cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2 };
 cudaError_t cudaStreamCreate(cudaStream_t *s);

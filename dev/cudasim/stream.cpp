@@ -25,7 +25,6 @@ struct Work {
     Launch launch;
     Copy copy;                         // SET: dst and width
     int byte;
-    std::shared_ptr<char> staged;      // a copy of src where the host may change it before its turn comes
     std::shared_ptr<Record> record;    // RECORD, WAIT
     std::shared_ptr<std::vector<Work>> nodes;
     std::vector<size_t> after;         // in a graph: the nodes that come first
@@ -103,11 +102,11 @@ bool copy_is_right(const Copy &c) {
            range_is_right(c.src, c.src_pitch, c.width, c.rows, c.kind & cudaMemcpyDeviceToHost);
 }
 
-void do_copy(const Copy &c, const char *staged) {
+void do_copy(const Copy &c) {
     if (!copy_is_right(c)) fail("a copy whose memory was freed before its turn came");
     open_memory(true);
     for (size_t r = 0; r < c.rows; r++)
-        memmove(c.dst + r * c.dst_pitch, staged ? staged + r * c.width : c.src + r * c.src_pitch, c.width);
+        memmove(c.dst + r * c.dst_pitch, c.src + r * c.src_pitch, c.width);
     open_memory(false);
 }
 
@@ -149,7 +148,7 @@ void execute(const Work &w) {
         w.launch.check(w.launch);
         run(w.launch);
         break;
-    case Work::COPY: do_copy(w.copy, w.staged.get()); break;
+    case Work::COPY: do_copy(w.copy); break;
     case Work::SET:
         if (!is_device(w.copy.dst, w.copy.width)) fail("cudaMemsetAsync of memory that was freed before its turn came");
         open_memory(true);
@@ -215,11 +214,6 @@ cudaError_t enqueue_copy(Copy c, cudaStream_t s) {
     Work w = {};
     w.what = Work::COPY;
     w.copy = c;
-    if (from_pageable && !s->capture) {                // read before the call returns, as the driver does
-        w.staged.reset((char *)malloc(c.width * c.rows), free);
-        if (!w.staged) return set_error(cudaErrorMemoryAllocation);
-        for (size_t r = 0; r < c.rows; r++) memcpy(w.staged.get() + r * c.width, c.src + r * c.src_pitch, c.width);
-    }
     cudaError_t e = enqueue(s, std::move(w));
     if (e == cudaSuccess && to_pageable) finish(s);    // there when the call returns
     return e;

@@ -1,7 +1,8 @@
 // The GPU as device.h wants it: memory, copies, errors, and steps that become graphs.
 //
 // Everything runs on one stream, cuda_stream, in the order in which it was asked for, so operations need no events
-// among themselves, and the host waits in two places only: device_copy_out and device_sync.
+// among themselves, and the host waits in device_copy_out and device_sync only, and in device_copy_in for what is
+// large.
 #include "cuda.cuh"
 #include "device.h"
 #include "matmul.cuh"
@@ -85,11 +86,33 @@ static void release(void *p) { CUDA_CHECK(cudaFree(p)); }
 static void zero(void *p, size_t bytes) {
     if (bytes) CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, cuda_stream));
 }
-// From memory that is not pinned the driver returns when it has taken its own copy of the bytes.
-static void copy_in(void *dev, const void *host, size_t bytes) {
-    if (bytes) CUDA_CHECK(cudaMemcpyAsync(dev, host, bytes, cudaMemcpyHostToDevice, cuda_stream));
-}
 static void wait(void) { CUDA_CHECK(cudaStreamSynchronize(cuda_stream)); }
+// The host's bytes may change as soon as this returns, but a driver does not promise to have read memory by then that is
+// not page-locked. So small copies go by way of page-locked memory, round and round, and the host waits once a round;
+// large ones, which are weights being loaded, are waited for.
+static void copy_in(void *dev, const void *host, size_t bytes) {
+    static char *stage;
+    static size_t used;
+    const size_t size = (size_t)1 << 20;
+    if (!bytes) return;
+    if (!stage && cudaMallocHost((void **)&stage, size) != cudaSuccess) {
+        (void)cudaGetLastError();
+        stage = nullptr;
+    }
+    if (!stage || bytes > size / 2) {
+        CUDA_CHECK(cudaMemcpyAsync(dev, host, bytes, cudaMemcpyHostToDevice, cuda_stream));
+        wait();
+        return;
+    }
+    if (bytes > size - used) {
+        wait();                        // what was staged has arrived
+        used = 0;
+    }
+    memcpy(stage + used, host, bytes);
+    CUDA_CHECK(cudaMemcpyAsync(dev, stage + used, bytes, cudaMemcpyHostToDevice, cuda_stream));
+    used += (bytes + 255) / 256 * 256;
+    if (used > size) used = size;
+}
 static void copy_out(void *host, const void *dev, size_t bytes) {
     if (!bytes) return;
     CUDA_CHECK(cudaMemcpyAsync(host, dev, bytes, cudaMemcpyDeviceToHost, cuda_stream));

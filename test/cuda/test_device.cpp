@@ -82,3 +82,36 @@ CUDA_TEST(device) {
     (void)cudaGetLastError();
     cuda_stream = before;
 }
+
+// Copies from memory that changes and goes as soon as the call returns: more than are staged at a time, and large ones.
+CUDA_TEST(device_copy_in) {
+    const DeviceWing *wing = &device_wing_cuda;
+    char text[256];
+    Err err = {};
+    cudaStream_t before = cuda_stream;
+    cuda_stream = 0;
+    CHECK(wing->init(text, sizeof text, &err) == 0, "%s", err.text);
+    const size_t sizes[] = {1, 100000, 300000, 4, 250000, 70001, 1000000};
+    const size_t total = 1 + 100000 + 300000 + 4 + 250000 + 70001 + 1000000;
+    for (int order = 0; order < ORDERS; order++) {
+        set_order(order);
+        void *p = nullptr;
+        CHECK(wing->alloc(&p, total, "p", &err) == 0, "%s", err.text);
+        size_t at = 0;
+        for (size_t n : sizes) {
+            std::vector<uint8_t> host(n);
+            for (size_t i = 0; i < n; i++) host[i] = (uint8_t)((at + i) % 251);
+            wing->copy_in((char *)p + at, host.data(), n);
+            memset(host.data(), 0xee, n);
+            at += n;
+        }
+        std::vector<uint8_t> got(total);
+        wing->copy_out(got.data(), p, total);
+        size_t bad = 0;
+        for (size_t i = 0; i < total; i++) bad += got[i] != (uint8_t)(i % 251);
+        CHECK(bad == 0, "order %d: %zu of %zu bytes are not those of the time of the call", order, bad, total);
+        wing->free(p);
+    }
+    CHECK(device_sync(&err) == 0, "%s", err.text);
+    cuda_stream = before;
+}
