@@ -556,6 +556,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     size_t alpha_bytes = 4 * (vector_alpha(p) ? (size_t)p.m : 1);
     if (device_alpha != cudasim::is_device(alpha, alpha_bytes))
         cudasim::fail("cuBLASLt: alpha at %p is not where the pointer mode says", alpha);
+    if (vector_alpha(p) && (uintptr_t)alpha % 16) cudasim::fail("cuBLASLt: the alphas at %p are not aligned", alpha);
     if (!beta_zero && device_beta != cudasim::is_device(beta, 4))
         cudasim::fail("cuBLASLt: beta at %p is not where the pointer mode says", beta);
     if (vector_alpha(p)) call.alphas = (const float *)alpha;

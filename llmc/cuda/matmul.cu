@@ -175,7 +175,7 @@ static __device__ __forceinline__ void store_pair(bf16 *p, float a, float b) {
 }
 
 template <class Out, bool TA, bool TB, bool VEC>
-static __global__ void __launch_bounds__(THREADS, 2)
+static __global__ void __launch_bounds__(THREADS, VEC ? 2 : 1)  // loading values one by one takes registers
 tiles_kernel(Out *c, const bf16 *a, const bf16 *b, const float *scale, size_t M, size_t N, size_t K, bool accumulate,
              bool pairs) {
     DYN_SHARED(bf16, ring);                                    // STAGES of a slice of a and one of b
@@ -351,7 +351,8 @@ static void product(Product *p, Out *c, const floatX *a, const floatX *b, const 
     p->out_f32 = std::is_same<Out, float>::value;
     if (p->M == 0) return;
     if (allowed(MATMUL_LIBRARY)) {
-        const struct CublasltPlan *plan = cublaslt_plan(p, scale != nullptr, c, a, b);
+        // The library reads a vector of alphas in loads of a width that is not documented.
+        const struct CublasltPlan *plan = (uintptr_t)scale % 16 ? nullptr : cublaslt_plan(p, scale != nullptr, c, a, b);
         if (plan) {
             cublaslt_run(plan, p->accumulate, c, a, b, scale);
             return;

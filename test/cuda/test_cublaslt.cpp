@@ -296,20 +296,23 @@ CUDA_TEST(cublaslt_refuses) {
     struct { const char *name; bool CublasLtSim::*refuse; size_t matmuls; } cases[] = {
         {"it finds nothing", &CublasLtSim::nothing_fits, 0},
         {"it takes no other algorithm", &CublasLtSim::refuse_checks, 1},
-        {"it takes a vector of alphas", &CublasLtSim::alpha_vectors, 1}};
+        {"it takes a vector of alphas", &CublasLtSim::alpha_vectors, 1},
+        {"and the vector is not aligned", &CublasLtSim::alpha_vectors, 1}};
     int N = 17;
     for (auto &c : cases) {
         int C = 32, OC = 16 + 8 * ++N;
         Device<floatX> x(random_x((size_t)(N * C), 61, 1.0f)), w(random_x((size_t)(OC * C), 62, 1.0f));
         Device<floatX> y(std::vector<floatX>((size_t)(N * OC))), z((size_t)(N * OC));
-        Device<float> wscale(std::vector<float>((size_t)OC, 0.125f));                // exact: any rounding is the same
+        bool unaligned = &c == cases + 3;
+        Device<float> wscale(std::vector<float>((size_t)OC, 0.125f), unaligned);     // exact: any rounding is the same
         cublaslt_sim.*c.refuse = true;
         size_t before = cublaslt_sim.matmuls, kernels = cudasim::launches();
         ops_cuda.linear_forward(y.p, x.p, w.p, wscale.p, (size_t)N, C, OC);
         size_t by_library = cublaslt_sim.matmuls - before, launched = cudasim::launches() - kernels;
         cublaslt_sim.*c.refuse = false;
         CHECK(by_library == c.matmuls, "%s: %zu of its matmuls", c.name, by_library);
-        if (c.refuse == &CublasLtSim::alpha_vectors) CHECK(launched == 1, "%s: %zu kernels", c.name, launched);
+        if (c.refuse == &CublasLtSim::alpha_vectors)
+            CHECK(launched == (unaligned ? 2u : 1u), "%s: %zu kernels", c.name, launched);
         cuda_matmul_allow(0);
         ops_cuda.linear_forward(z.p, x.p, w.p, wscale.p, (size_t)N, C, OC);
         cuda_matmul_allow(MATMUL_ALL);
