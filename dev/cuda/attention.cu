@@ -1,5 +1,5 @@
 // Laboratory of attention forward: causal, grouped-query, bf16. What counts is the rate of the two products; FLOPs are
-// those of the keys that a query sees. How to compile: common.h (bf16 build only).
+// those of the keys that a query sees. How to compile: common.h (in the fp32 build the first two alone).
 //
 //   1  a thread a query, online softmax in its own memory: every thread reads every key for itself
 //   2  tiles of keys in shared memory, f32 without tensor cores: the wing's kernel for odd shapes
@@ -10,7 +10,11 @@
 #include "common.h"
 #include "cuda/attention.cu"
 
+#ifdef PRECISION_FP32
+#define VARIANTS 2                  // tensor cores take bf16
+#else
 #define VARIANTS 5
+#endif
 #define HEAD 128
 
 // ---------------------------------------------------------------------------------------------
@@ -62,6 +66,7 @@ static __global__ void attention_1(Args a, size_t rows) {
     for (int c = 0; c < HEAD; c++) a.o[i / a.NH * a.ldo + (size_t)h * HEAD + c] = f2x(o[c] / sum);
 }
 
+#ifndef PRECISION_FP32
 // Rows [row0, row0 + 64) into a tile by plain loads and stores of 16 bytes.
 static __device__ void load_tile(bf16 *tile, const bf16 *m, size_t ld, int row0, int rows) {
     for (int i = threadIdx.x; i < 64 * HEAD / 8; i += WARPS * 32) {
@@ -128,21 +133,24 @@ static __global__ void __launch_bounds__(WARPS * 32) attention_3(Args a) {
                 pack_bf16(o[n][2 * z] / sum[z], o[n][2 * z + 1] / sum[z]);
     }
 }
+#endif
 
 static void launch(int variant, int block, const Args &a, int B) {
-    size_t rows = (size_t)B * a.T * a.NH, smem = tile_bytes(3 * 64, HEAD);
+    size_t rows = (size_t)B * a.T * a.NH;
     switch (variant) {
     case 1:
         LAUNCH(attention_1, (unsigned)((rows + block - 1) / block), (unsigned)block, 0, cuda_stream)(a, rows);
         break;
     case 2: launch_plain<32, 32, 16>(a, B, HEAD); break;
+#ifndef PRECISION_FP32
     case 3:
-        if (allow_shared(attention_3, smem))
-            LAUNCH(attention_3, dim3((unsigned)(B * a.NH), (unsigned)((a.T + 63) / 64)), WARPS * 32, smem, cuda_stream)
-                (a);
+        if (allow_shared(attention_3, tile_bytes(3 * 64, HEAD)))
+            LAUNCH(attention_3, dim3((unsigned)(B * a.NH), (unsigned)((a.T + 63) / 64)), WARPS * 32,
+                   tile_bytes(3 * 64, HEAD), cuda_stream)(a);
         break;
     case 4: launch_mma_tile<HEAD, 1>(a, B); break;
-    default: launch_mma_tile<HEAD, 2>(a, B);
+    case 5: launch_mma_tile<HEAD, 2>(a, B); break;
+#endif
     }
 }
 

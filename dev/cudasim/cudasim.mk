@@ -5,11 +5,12 @@
 #   make sim-programs    the programs with the simulator for a GPU: build/bf16/sim/train_llama_qat --device cuda ...
 
 SIM := $(OUT)/cudasim$(if $(RACE),-race)
+# -fno-ipa-icf: functions that g++ merges get each other's array bounds in its warnings.
 # Each fiber that ends would free a heap of its own for use-after-return, were kernels compiled for it.
 SIM_ASAN  := $(if $(SANITIZE),--param asan-use-after-return=0)
 SIM_FLAGS := -std=c++17 -D_GNU_SOURCE -Wall -Wextra -Wpedantic -Wno-unknown-pragmas $(if $(WERROR),-Werror) \
              -march=$(ARCH) \
-             -ffp-contract=off -fno-math-errno -fstack-clash-protection -O2 -g -I. -Illmc -Idev/cudasim -Itest $(SIM_ASAN) \
+             -ffp-contract=off -fno-math-errno -fstack-clash-protection -fno-ipa-icf -O2 -g -I. -Illmc -Idev/cudasim -Itest $(SIM_ASAN) \
              $(filter -DPRECISION_FP32 -fsanitize=% -fno-sanitize-recover=% -fno-omit-frame-pointer,$(ALLFLAGS))
 SIM_TESTS := test/test_cudasim.cpp $(wildcard test/cuda/*.cpp)
 SIM_OBJ   := $(CUDA_SRC:%.cu=$(SIM)/%.o) $(patsubst %.cpp,$(SIM)/%.o,$(wildcard dev/cudasim/*.cpp))
