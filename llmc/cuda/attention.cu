@@ -423,7 +423,8 @@ static bool takes_tensor(const Args &a, int HS) {
 #define PLAIN_THREADS 256
 
 template <int ROWS, int KEYS, int ACC>
-static __global__ void __launch_bounds__(PLAIN_THREADS) attention_forward_plain(Args a, int HS, unsigned heads) {
+static __global__ void __launch_bounds__(PLAIN_THREADS, ACC > 32 ? 1 : 3)   // left alone, sm_80 spills to fit four
+attention_forward_plain(Args a, int HS, unsigned heads) {
     const int SIDE = PLAIN_THREADS / ROWS, EACH = KEYS / SIDE;
     DYN_SHARED(float, qs);                                      // (ROWS, HS); then (KEYS, HS | 1), (ROWS, KEYS + 1)
     float *kvs = qs + ROWS * HS, *ps = kvs + KEYS * (HS | 1);
