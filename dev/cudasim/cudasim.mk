@@ -46,8 +46,10 @@ sim-kernels: $(SIM_TEST) $(OUT)/sim/bench_cuda
 
 .PRECIOUS: $(SIM)/%.o
 # The kernel laboratories: checked here, timed on a GPU.
-LABS := $(patsubst dev/cuda/%.cu,$(OUT)/lab/%,$(wildcard dev/cuda/*.cu))
-$(OUT)/lab/%: $(SIM)/dev/cuda/%.o $(SIM)/dev/cudasim/cudasim.o $(SIM)/dev/cudasim/stream.o
+LAB  := $(OUT)/lab$(if $(RACE),-race)
+LABS := $(patsubst dev/cuda/%.cu,$(LAB)/%,$(wildcard dev/cuda/*.cu))
+$(LAB)/%: $(SIM)/dev/cuda/%.o $(SIM)/dev/cudasim/cudasim.o $(SIM)/dev/cudasim/stream.o \
+           $(SIM)/dev/cudasim/race.o
 	@mkdir -p $(@D)
 	@echo "  link $@"
 	$(Q)$(CXX) $(SIM_FLAGS) $^ -o $@
