@@ -133,8 +133,8 @@ cudaError_t cudaEventSynchronize(cudaEvent_t e);
 cudaError_t cudaEventQuery(cudaEvent_t e);
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end);
 
-// Graphs. What is put on a capturing stream, or on one that waited for an event of it, is recorded and not done. As with
-// the driver, whatever waits or allocates meanwhile is refused and ends the capture as invalid; a copy from or to
+// Graphs. What is put on a capturing stream, or on one that waited for an event of it, is recorded and not done. As
+// with the driver, whatever waits or allocates meanwhile is refused and ends the capture as invalid; a copy from or to
 // memory that is not cudaMallocHost's is refused too, whose driver would record an address that the host may have left.
 // Nodes of a graph run in any order that their streams and events allow (the scheduler's order picks one).
 enum cudaStreamCaptureMode {

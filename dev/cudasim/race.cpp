@@ -79,7 +79,8 @@ void print_source(const char *what, const void *pc) {
     snprintf(command, sizeof command, "addr2line -Cfpie '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
     FILE *f = popen(command, "r");
     if (!f) return;
-    for (int i = 0; i < 6 && fgets(line, sizeof line, f); i++) fprintf(stderr, "cudasim:   %s %s", i ? "   " : what, line);
+    for (int i = 0; i < 6 && fgets(line, sizeof line, f); i++)
+        fprintf(stderr, "cudasim:   %s %s", i ? "   " : what, line);
     pclose(f);
 }
 

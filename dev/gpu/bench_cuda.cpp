@@ -1,5 +1,5 @@
-// Times the operations of the CUDA wing on a GPU, each as a share of a ceiling that the same run measures first: bytes a
-// second of a copy (read and written counted each) for what memory bounds, the best bf16 matmul for the rest. Lines
+// Times the operations of the CUDA wing on a GPU, each as a share of a ceiling that the same run measures first: bytes
+// a second of a copy (read and written counted each) for what memory bounds, the best bf16 matmul for the rest. Lines
 // `result NAME VALUE UNIT`; dev/gpu/check.sh runs it. Compiled against dev/cudasim it runs the same calls on small
 // shapes, so that the benchmark itself is tested where there is no GPU; it then prints no figures.
 #include <stdio.h>
@@ -133,7 +133,8 @@ static void elementwise(void) {
     const int C = SIZE(4096, 64), FF = SIZE(14336, 96), HS = SIZE(128, 16), NH = C / HS, V = SIZE(128256, 300);
     QuantSpec act = spec("int8,token,asymmetric", true);
     double NC = (double)N * C, NF = (double)N * FF;
-    floatX *x = random_x(N * C, 2.0f), *d = random_x(N * C, 1.0f), *res = array<floatX>(N * C), *y = array<floatX>(N * C);
+    floatX *x = random_x(N * C, 2.0f), *d = random_x(N * C, 1.0f);
+    floatX *res = array<floatX>(N * C), *y = array<floatX>(N * C);
     floatX *w = random_x((size_t)C, 1.0f), *wte = random_x((size_t)V * C, 1.0f);
     float *rstd = random_f32(N, 1.0f), *dw = array<float>((size_t)C);
     int32_t *tokens = random_tokens(N, V);
