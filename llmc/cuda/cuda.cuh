@@ -4,8 +4,8 @@
 // same kernels on the CPU for the tests. So kernels are launched by LAUNCH and dynamic shared memory is declared by
 // DYN_SHARED.
 // The form of an operation: kernels and device functions, static, then cuda_NAME, which picks a kernel (a template
-// where rows are read in vectors), launches it on cuda_stream and keeps a launch's error; an entry in ops_cuda.cu; a
-// test in test/test_cudasim.cpp.
+// where rows are read in vectors), launches it on cuda_stream and keeps a launch's error, and which
+// ops_cuda.cu's table takes by its name; a test in test/cuda/.
 //
 // Arithmetic. The whole wing is compiled with -fmad=false, as the CPU wing is with -ffp-contract=off: a multiplication
 // and an addition in the source are two roundings everywhere, and where one is meant, fmaf stands. Together with nvcc's
@@ -34,7 +34,7 @@ extern "C" {
 #define CUDA_OP(name) std::remove_pointer<decltype(Ops::name)>::type cuda_##name;
 QLLM_OPS(CUDA_OP)
 #undef CUDA_OP
-extern const Ops ops_cuda;            // ops_cuda.cu; entries without a kernel are NULL
+extern const Ops ops_cuda;            // ops_cuda.cu
 extern cudaStream_t cuda_stream;      // where operations are launched
 // Working memory of one operation, 256-byte aligned, kept from call to call and grown when a larger one comes: what a
 // step needs is there after the first. Operations run one after another on one stream, so they share it. NULL when

@@ -135,6 +135,20 @@ static inline QuantSpec spec(const char *text, bool activation = true) {
 }
 
 
+// In how many of 8 orders a block of 64 threads of kernel(y, x) does not give `want`.
+static inline int wrong_orders(void (*kernel)(float *, const float *), const std::vector<float> &x,
+                               const std::vector<float> &want) {
+    int wrong = 0;
+    for (int order = 0; order < 8; order++) {
+        set_order(order);
+        Device<float> dx(x), dy(want.size());
+        LAUNCH(kernel, 1, 64, 0, cuda_stream)(dy.p, dx.p);
+        std::vector<float> y = dy.host();
+        wrong += memcmp(y.data(), want.data(), y.size() * sizeof(float)) != 0;
+    }
+    return wrong;
+}
+
 static const int row_shapes[][2] = {                            // rows, C: one value, odd, one vector, many vectors
     {1, 1}, {3, 7}, {2, 16}, {1, 33}, {5, 64}, {3, 100}, {4, 576}, {2, 2048}, {2, 2056}, {1, 30000}};
 static const char *const act_specs[] = {

@@ -4,10 +4,6 @@
 // The simulator alone also shows asynchronous copies that nobody waited for.
 #include "cuda_test.h"
 #include "cuda/ptx.cuh"
-#ifndef __CUDACC__
-#include <sys/wait.h>
-#include <unistd.h>
-#endif
 
 // Row and column of element i of a lane's fragment, elements numbered from the low end of the first register.
 struct At { int row, col; };
@@ -225,61 +221,26 @@ template <bool EARLY> static __global__ void groups_kernel(float *y, const float
     cp_async_wait<0>();
     y[t] = sum + 1000000.0f * s[2][t * 4 + 3];
 }
-// In how many of 8 orders the result is wrong.
-static int wrong_copies(void (*kernel)(float *, const float *), const std::vector<float> &x,
-                        const std::vector<float> &want) {
-    int wrong = 0;
-    for (int order = 0; order < 8; order++) {
-        set_order(order);
-        Device<float> dx(x), dy(want.size());
-        LAUNCH(kernel, 1, 64, 0, cuda_stream)(dy.p, dx.p);
-        std::vector<float> y = dy.host();
-        wrong += memcmp(y.data(), want.data(), y.size() * sizeof(float)) != 0;
-    }
-    return wrong;
-}
 CUDA_TEST(cp_async) {
     std::vector<float> x(256), reversed(256), sums(64);
     for (int i = 0; i < 256; i++) x[i] = (float)(i % 61);
     for (int i = 0; i < 256; i++) reversed[i] = x[(63 - i / 4) * 4 + i % 4];
     for (int t = 0; t < 64; t++)
         sums[t] = x[t * 4] + 1000.0f * x[(t ^ 1) * 4] + (t % 2 ? 0.0f : 1000000.0f * x[t * 4 + 3]);
-    CHECK(wrong_copies(copy_kernel<true, true>, x, reversed) == 0, "the correct kernel");
-    CHECK(wrong_copies(groups_kernel<false>, x, sums) == 0, "the correct kernel");
+    CHECK(wrong_orders(copy_kernel<true, true>, x, reversed) == 0, "the correct kernel");
+    CHECK(wrong_orders(groups_kernel<false>, x, sums) == 0, "the correct kernel");
 #ifndef __CUDACC__
-    CHECK(wrong_copies(copy_kernel<false, true>, x, reversed) == 8, "a read before the wait shows in every order");
+    CHECK(wrong_orders(copy_kernel<false, true>, x, reversed) == 8, "a read before the wait shows in every order");
 #ifndef CUDASIM_RACE                   // which stops there: test_race.cpp
-    CHECK(wrong_copies(copy_kernel<true, false>, x, reversed) > 0, "a read of another thread's copy before the barrier");
+    CHECK(wrong_orders(copy_kernel<true, false>, x, reversed) > 0, "a read of another thread's copy before the barrier");
 #endif
-    CHECK(wrong_copies(groups_kernel<true>, x, sums) == 8, "a read of a group that is still under way");
+    CHECK(wrong_orders(groups_kernel<true>, x, sums) == 8, "a read of a group that is still under way");
 #endif
 }
 
 #ifndef __CUDACC__
 // ---------------------------------------------------------------------------------------------
 // Planted mistakes that end the program.
-
-static bool dies(void (*crime)(void), const char *word) {
-    int pipe_fd[2];
-    if (pipe(pipe_fd) != 0) exit(1);
-    fflush(stdout);
-    pid_t pid = fork();
-    if (pid == 0) {
-        dup2(pipe_fd[1], 2);
-        crime();
-        _exit(0);
-    }
-    close(pipe_fd[1]);
-    char text[4096];
-    size_t n = 0;
-    for (ssize_t got; n + 1 < sizeof text && (got = read(pipe_fd[0], text + n, sizeof text - 1 - n)) > 0;)
-        n += (size_t)got;
-    text[n] = 0;
-    close(pipe_fd[0]);
-    int status;
-    waitpid(pid, &status, 0);
-    return !(WIFEXITED(status) && WEXITSTATUS(status) == 0) && strstr(text, word);
-}
 
 static __global__ void half_warp_kernel(float *y) {
     if (threadIdx.x % 32 >= 16) return;
@@ -314,8 +275,8 @@ static void crooked_row(void) {
     LAUNCH(crooked_row_kernel, 1, 32, 0, cuda_stream)(y.p);
 }
 CUDA_TEST(planted_for_tensor_cores) {
-    CHECK(dies(half_warp, "not all lanes of the warp"), "mma by half a warp");
-    CHECK(dies(crooked, "not both 16-byte aligned"), "cp.async from an address that is not aligned");
-    CHECK(dies(crooked_row, "not 16-byte aligned"), "ldmatrix of a row that is not aligned");
+    check_dies("mma by half a warp", half_warp, "not all lanes of the warp", nullptr);
+    check_dies("cp.async from an address that is not aligned", crooked, "not both 16-byte aligned", nullptr);
+    check_dies("ldmatrix of a row that is not aligned", crooked_row, "not 16-byte aligned", nullptr);
 }
 #endif

@@ -92,20 +92,6 @@ template <bool BARRIER> static __global__ void warp_sum_kernel(float *y, const f
     y[threadIdx.x] = sum;
 }
 
-// In how many of 8 orders the result is not the expected one.
-static int wrong_orders(void (*kernel)(float *, const float *), const std::vector<float> &x,
-                        const std::vector<float> &want) {
-    int wrong = 0;
-    for (int order = 0; order < 8; order++) {
-        set_order(order);
-        Device<float> dx(x), dy(x.size());
-        LAUNCH(kernel, 1, 64, 0, cuda_stream)(dy.p, dx.p);
-        std::vector<float> y = dy.host();
-        wrong += memcmp(y.data(), want.data(), y.size() * sizeof(float)) != 0;
-    }
-    return wrong;
-}
-
 CUDA_TEST(planted_missing_barrier) {
     std::vector<float> x(64), reversed(64), rotated(64), sums(64);
     for (int i = 0; i < 64; i++) x[i] = (float)i;
