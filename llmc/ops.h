@@ -16,6 +16,7 @@
 #define QLLM_OPS_H
 #include "common.h"
 #include "quant.h"
+#include "split.h"
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -31,6 +32,8 @@ typedef struct {
     int32_t skip;           // 1: loss or norm is not finite, updates leave everything as it is; written by global_norm
     double loss_sum;        // sum of token losses since state_begin; written by loss_accumulate
     int64_t tokens;         // tokens that count in loss_sum
+    double grad_squares;    // sum of squared gradients; added to by sum_squares
+    int32_t stop;           // a rank asks all to stop after this step: bits that the caller sets, joined by state_sum
     uint64_t seed;          // for stochastic rounding
 } StepState;
 
@@ -113,18 +116,24 @@ typedef struct Ops {
     void (*loss_accumulate)(StepState *state, const float *losses, const int32_t *targets, size_t N);
 
     // --- update --------------------------------------------------------------------------------------------------
-    // state->norm = sqrt(sum grad^2) / tokens, grad_scale = min(1, max_norm / norm) / tokens (max_norm <= 0: no
-    // clipping), skip = loss or norm not finite, or no token counts (tokens 0); grad_scale is 0 then. grad (n) f32.
-    // Blocks of 2^16 are summed in double, each in 16 lanes folded +8, +4, +2, +1; the blocks' sums are added in order.
-    void (*global_norm)(StepState *state, const float *grad, size_t n, float max_norm);
+    // state->grad_squares += sum grad^2, grad (n) f32. Blocks of 2^16 are summed in double, each in 16 lanes folded +8,
+    // +4, +2, +1; the blocks' sums are added in order, then to the state.
+    void (*sum_squares)(StepState *state, const float *grad, size_t n);
+    // Of what every rank found: loss_sum, tokens and grad_squares of state = sums over all[0], ..., all[R - 1] in this
+    // order, stop = their bits together. all (R) in device memory, not state itself. The rest of state stays.
+    void (*state_sum)(StepState *state, const StepState *all, int R);
+    // state->norm = sqrt(grad_squares) / tokens, grad_scale = min(1, max_norm / norm) / tokens (max_norm <= 0: no
+    // clipping), skip = loss or norm not finite, or no token counts (tokens 0); grad_scale is 0 then.
+    void (*global_norm)(StepState *state, float max_norm);
     // adamw_fq: AdamW on a (rows, cols) tensor and its requantized working copy in the same pass.
     //   g = grad * grad_scale; f32 throughout, each operation rounded, in this order (torchao's low-bit optimizers):
     //   p -= (lr*wd)*p; m += (1-b1)*(g-m); v += (1-b2)*(g*g-v); p -= (lr*(m/bc1)) / (sqrt(v)/sqrt(bc2) + eps)
     //   with bc = 1 - pow_int_f32(b, t); then work, wscale as weight_fq below. Nothing changes when state->skip.
     // A scale of rows or blocks is made while they are in cache; one of the whole tensor takes a second pass.
+    // work NULL: the update alone (wscale and wq are not read); others get the weights from weight_pack. rows may be 0.
     void (*adamw_fq)(float *master, float *m, float *v, floatX *work, float *wscale, const float *grad,
                      const StepState *state, const AdamWParams *h, const QuantSpec *wq, int64_t rows, int64_t cols);
-    // sgd_fq: buf = momentum*buf + (g + wd*p) (torch.optim.SGD, no dampening); p -= lr*buf.
+    // sgd_fq: buf = momentum*buf + (g + wd*p) (torch.optim.SGD, no dampening); p -= lr*buf. work NULL as in adamw_fq.
     void (*sgd_fq)(float *master, float *buf, floatX *work, float *wscale, const float *grad, const StepState *state,
                    float momentum, float weight_decay, const QuantSpec *wq, int64_t rows, int64_t cols);
     // weight_fq: working values from masters; the one operation behind switching fake quantization on and off.
@@ -137,6 +146,28 @@ typedef struct Ops {
     // weight_ste_mask: --ste clip. grad (rows, cols) f32 = 0 where bf16(master)'s code lies outside [qmin, qmax]
     // unclamped.
     void (*weight_ste_mask)(float *grad, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
+
+    // --- between ranks -------------------------------------------------------------------------------------------
+    // A tensor's rows are dealt out by `split` (split.h). On the wire rank r's part lies at wire + r * stride bytes,
+    // stride a multiple of 16. Rows [k0, k0 + kn) of each rank's own take part, where a rank has so many; k0 and kn are
+    // multiples of split.unit. R, kn and counts may be such that a rank has none.
+    //
+    // rows_pack: wire <- rows of all ranks from a tensor (split.rows, row_bytes) of bytes; rows_unpack: back. row_bytes
+    // is even; rows and wire are aligned to 16 bytes or to row_bytes' largest power of two.
+    void (*rows_pack)(void *wire, size_t stride, const void *tensor, const RowSplit *split, int64_t k0, int64_t kn,
+                      size_t row_bytes);
+    void (*rows_unpack)(void *tensor, const void *wire, size_t stride, const RowSplit *split, int64_t k0, int64_t kn,
+                        size_t row_bytes);
+    // weight_pack: codes, bf16 scales and zero points of `rows` rows of masters, laid out by quant_wire_layout for kn >=
+    // rows rows: exactly those that weight_fq uses. wq has bits; rows are whole blocks.
+    void (*weight_pack)(uint8_t *wire, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols, int64_t kn);
+    // weight_unpack: working values of those rows of the whole tensor, work (split.rows, cols) and wscale (split.rows) or
+    // NULL, from every rank's part: the bits that weight_fq writes.
+    void (*weight_unpack)(floatX *work, float *wscale, const uint8_t *wire, size_t stride, const RowSplit *split,
+                          int64_t k0, int64_t kn, const QuantSpec *wq, int64_t cols);
+    // sum_ranks: out (n) f32 = in[0] + in[1] + ... + in[R - 1] in this order, in[r] at in + r * stride values;
+    // accumulate: out += that sum.
+    void (*sum_ranks)(float *out, const float *in, size_t stride, int R, size_t n, bool accumulate);
 
     // --- serving -------------------------------------------------------------------------------------------------
     // dequant_rows: working values (rows, cols) X and wscale (rows) f32 or NULL of packed codes (quant.h), exactly
@@ -159,7 +190,8 @@ typedef struct Ops {
     X(embedding_forward) X(embedding_backward) X(rmsnorm_fq_forward) X(rmsnorm_backward) X(linear_forward) \
     X(linear_forward_f32) X(linear_backward_input) X(linear_backward_weight) X(rope) X(attention_forward) \
     X(attention_backward) X(fakequant_forward) X(mask_backward) X(swiglu_fq_forward) X(swiglu_backward) X(classifier) \
-    X(loss_accumulate) X(global_norm) X(adamw_fq) X(sgd_fq) X(weight_fq) X(weight_ste_mask) X(dequant_rows) \
+    X(loss_accumulate) X(sum_squares) X(state_sum) X(global_norm) X(adamw_fq) X(sgd_fq) X(weight_fq) \
+    X(weight_ste_mask) X(rows_pack) X(rows_unpack) X(weight_pack) X(weight_unpack) X(sum_ranks) X(dequant_rows) \
     X(qmatvec_forward)
 
 extern const Ops *ops;      // the backend that device_init chose

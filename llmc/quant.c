@@ -66,6 +66,15 @@ bool quant_has_zero(const QuantSpec *s) { return s->zero == QZ_FLOAT || s->mappi
 
 size_t quant_row_bytes(int bits, int64_t cols) { return ((size_t)cols * (size_t)bits + 7) / 8; }
 
+QuantWire quant_wire_layout(const QuantSpec *s, int64_t rows, int64_t cols, const int64_t block[2]) {
+    size_t blocks = (size_t)(rows / block[0]) * (size_t)(cols / block[1]), up = 15;
+    QuantWire w = {0};
+    w.scale = ((size_t)rows * quant_row_bytes(s->bits, cols) + up) & ~up;
+    w.zero = w.bytes = (w.scale + 2 * blocks + up) & ~up;
+    if (quant_has_zero(s)) w.bytes = (w.zero + (s->zero == QZ_FLOAT ? 2 : 1) * blocks + up) & ~up;
+    return w;
+}
+
 // Fields are fed through an accumulator of at most 7 + 8 bits.
 void quant_pack_row(uint8_t *dst, const int16_t *codes, int64_t cols, int bits) {
     uint32_t acc = 0, mask = (1u << bits) - 1;

@@ -149,6 +149,12 @@ size_t quant_row_bytes(int bits, int64_t cols);
 void quant_pack_row(uint8_t *dst, const int16_t *codes, int64_t cols, int bits);
 void quant_unpack_row(int16_t *codes, const uint8_t *src, int64_t cols, const QuantSpec *s);
 
+// Quantized rows on the wire between ranks: codes, then scales as bf16, then zero points (as bf16 in the float domain, as
+// a byte in the integer domain), row-major as in files; each part at a multiple of 16 bytes. Offsets and size in bytes of
+// `rows` rows, which are whole blocks of block[0] rows; zero == bytes where there are none.
+typedef struct { size_t codes, scale, zero, bytes; } QuantWire;
+QuantWire quant_wire_layout(const QuantSpec *s, int64_t rows, int64_t cols, const int64_t block[2]);
+
 // ---------------------------------------------------------------------------------------------
 // Names. Presets are torchao's: none, int8wo, int8dq, int4wo-G, 8da4w-G, and intB-G for weight-only symmetric
 // groups of any width (int3-32). G is a group size of at least 2 that divides the row.
