@@ -471,7 +471,7 @@ static void shuffle(DataLoader *dl, uint64_t epoch) {
 }
 
 int dataloader_init(DataLoader *dl, const TokenData *data, int B, int T, bool shuffled, uint64_t seed, Err *err) {
-    *dl = (DataLoader){.data = data, .B = B, .T = T, .shuffle = shuffled, .seed = seed};
+    *dl = (DataLoader){.data = data, .B = B, .T = T, .shuffle = shuffled, .seed = seed, .R = 1};
     if (B < 1 || T < 1)
         return err_set(err, E_USAGE, "batches of %d sequences of %d tokens; expected 1 or more of each", B, T);
     if (data->n < 2) return err_set(err, E_USAGE, "%zu tokens of data; expected two or more", data->n);
@@ -488,6 +488,11 @@ int dataloader_init(DataLoader *dl, const TokenData *data, int B, int T, bool sh
     return 0;
 }
 
+void dataloader_ranks(DataLoader *dl, int rank, int R) {
+    dl->rank = rank;
+    dl->R = R;
+}
+
 void dataloader_free(DataLoader *dl) {
     free(dl->order);
     *dl = (DataLoader){0};
@@ -497,8 +502,10 @@ void dataloader_seek(DataLoader *dl, uint64_t position) { dl->position = positio
 
 void dataloader_next(DataLoader *dl, int32_t *tokens, int32_t *targets) {
     size_t T = (size_t)dl->T, n = dl->data->n;
-    for (int b = 0; b < dl->B; b++, dl->position++) {
-        uint64_t epoch = dl->position / dl->n_windows, w = dl->position % dl->n_windows;
+    uint64_t R = (uint64_t)dl->R;
+    for (int b = 0; b < dl->B; b++) {
+        uint64_t at = dl->position + (uint64_t)b * R + (uint64_t)dl->rank;
+        uint64_t epoch = at / dl->n_windows, w = at % dl->n_windows;
         if (dl->shuffle) {
             if (epoch != dl->order_epoch) shuffle(dl, epoch);
             w = dl->order[w];
@@ -510,4 +517,5 @@ void dataloader_next(DataLoader *dl, int32_t *tokens, int32_t *targets) {
         memcpy(y, p + 1, k * sizeof *y);
         for (size_t t = k; t < T; t++) { x[t] = 0; y[t] = -1; }
     }
+    dl->position += (uint64_t)dl->B * R;
 }

@@ -36,14 +36,18 @@ typedef struct {
     int B, T;
     bool shuffle;
     uint64_t seed;
-    uint64_t position;                   // windows handed out so far: all of the state a checkpoint needs
+    int rank, R;                         // this loader's rank of R; 0 of 1 unless dataloader_ranks says otherwise
+    uint64_t position;                   // windows handed out so far, by all ranks: all of the state a checkpoint needs
     uint64_t n_windows;
     uint32_t *order; uint64_t order_epoch;
 } DataLoader;
 
 int dataloader_init(DataLoader *dl, const TokenData *data, int B, int T, bool shuffle, uint64_t seed, Err *err);
+// Call right after init: R loaders, one a rank, hand out the windows together. Of the next B*R windows rank r keeps
+// r, r + R, ...: its sequence b is number b*R + r of the batch that one rank with B*R sequences gets.
+void dataloader_ranks(DataLoader *dl, int rank, int R);
 void dataloader_free(DataLoader *dl);
-// tokens, targets: (B, T) i32. Samples are split by their global index: rank r of R takes sequences r, r+R, ...
+// tokens, targets: (B, T) i32 of this rank; position moves on by B*R.
 void dataloader_next(DataLoader *dl, int32_t *tokens, int32_t *targets);
 void dataloader_seek(DataLoader *dl, uint64_t position);
 

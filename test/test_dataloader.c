@@ -389,9 +389,51 @@ static void test_shuffle(void **state) {
     dataloader_free(&dl);
 }
 
+// What R ranks of B sequences get is, in the order b*R + r, what one rank of B*R gets: within an epoch, over its end,
+// after a seek, where a batch is longer than an epoch, and where there is but one short window.
+static void test_ranks(void **state) {
+    (void)state;
+    enum { T = 3, B = 5, MOST = 8, STEPS = 40 };
+    const int ranks[] = {1, 2, 3, 8};
+    const size_t tokens[] = {31 * T + 1, 7 * T + 2, T - 1};     // 31 windows, 7, and a short one
+    int32_t all[31 * T + 1], x[B * T], y[B * T], whole_x[B * MOST * T], whole_y[B * MOST * T];
+    Err err;
+    for (int data = 0; data < 3; data++)
+        for (int k = 0; k < 4; k++)
+            for (int shuffled = 0; shuffled < 2; shuffled++) {
+                int R = ranks[k];
+                TokenData d = counting(all, tokens[data]);
+                DataLoader whole, part[MOST];
+                assert_int_equal(dataloader_init(&whole, &d, B * R, T, shuffled, 7, &err), 0);
+                for (int r = 0; r < R; r++) {
+                    assert_int_equal(dataloader_init(&part[r], &d, B, T, shuffled, 7, &err), 0);
+                    dataloader_ranks(&part[r], r, R);
+                }
+                for (int step = 0; step < STEPS; step++) {
+                    if (step % 10 == 9) {                       // resumed, not at a multiple of the batch: it was another
+                        uint64_t to = whole.position + 4;       // number of ranks that saved
+                        dataloader_seek(&whole, to);
+                        for (int r = 0; r < R; r++) dataloader_seek(&part[r], to);
+                    }
+                    dataloader_next(&whole, whole_x, whole_y);
+                    for (int r = 0; r < R; r++) {
+                        dataloader_next(&part[r], x, y);
+                        assert_int_equal(part[r].position, whole.position);
+                        for (int b = 0; b < B; b++) {
+                            assert_memory_equal(x + b * T, whole_x + (b * R + r) * T, T * sizeof *x);
+                            assert_memory_equal(y + b * T, whole_y + (b * R + r) * T, T * sizeof *y);
+                        }
+                    }
+                }
+                for (int r = 0; r < R; r++) dataloader_free(&part[r]);
+                dataloader_free(&whole);
+            }
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_text), cmocka_unit_test(test_bad_text), cmocka_unit_test(test_first_bad_line),
     cmocka_unit_test(test_parallel), cmocka_unit_test(test_cache), cmocka_unit_test(test_shards),
     cmocka_unit_test(test_windows), cmocka_unit_test(test_shuffle),
+    cmocka_unit_test(test_ranks),
 };
 TEST_MAIN(tests)
