@@ -349,7 +349,8 @@ static void llama_update(const Llama *m, StepState *state, const UpdateParams *u
             if (p->scheme.weight.bits)
                 ops->weight_ste_mask(m->grad + p->offset, m->master + p->offset, &p->scheme.weight, p->rows, p->cols);
         }
-    ops->global_norm(state, m->grad, m->table.n_elements, u->clip);
+    ops->sum_squares(state, m->grad, m->table.n_elements);
+    ops->global_norm(state, u->clip);
     for (int i = 0; i < m->table.n; i++) {
         const Param *p = &m->table.p[i];
         size_t o = p->offset;

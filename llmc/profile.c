@@ -71,7 +71,9 @@ TIMED(classifier, (float *losses, floatX *dlogits, const float *logits, const in
       (losses, dlogits, logits, targets, n, V))
 TIMED(loss_accumulate, (StepState * state, const float *losses, const int32_t *targets, size_t N),
       (state, losses, targets, N))
-TIMED(global_norm, (StepState *state, const float *grad, size_t n, float max_norm), (state, grad, n, max_norm))
+TIMED(sum_squares, (StepState * state, const float *grad, size_t n), (state, grad, n))
+TIMED(state_sum, (StepState * state, const StepState *all, int R), (state, all, R))
+TIMED(global_norm, (StepState * state, float max_norm), (state, max_norm))
 TIMED(adamw_fq,
       (float *master, float *m, float *v, floatX *work, float *wscale, const float *grad, const StepState *state,
        const AdamWParams *h, const QuantSpec *wq, int64_t rows, int64_t cols),
@@ -84,6 +86,20 @@ TIMED(weight_fq, (floatX *work, float *wscale, const float *master, const QuantS
       (work, wscale, master, wq, rows, cols))
 TIMED(weight_ste_mask, (float *grad, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols),
       (grad, master, wq, rows, cols))
+TIMED(rows_pack,
+      (void *wire, size_t stride, const void *tensor, const RowSplit *split, int64_t k0, int64_t kn, size_t row_bytes),
+      (wire, stride, tensor, split, k0, kn, row_bytes))
+TIMED(rows_unpack,
+      (void *tensor, const void *wire, size_t stride, const RowSplit *split, int64_t k0, int64_t kn, size_t row_bytes),
+      (tensor, wire, stride, split, k0, kn, row_bytes))
+TIMED(weight_pack, (uint8_t * wire, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols, int64_t kn),
+      (wire, master, wq, rows, cols, kn))
+TIMED(weight_unpack,
+      (floatX * work, float *wscale, const uint8_t *wire, size_t stride, const RowSplit *split, int64_t k0, int64_t kn,
+       const QuantSpec *wq, int64_t cols),
+      (work, wscale, wire, stride, split, k0, kn, wq, cols))
+TIMED(sum_ranks, (float *out, const float *in, size_t stride, int R, size_t n, bool accumulate),
+      (out, in, stride, R, n, accumulate))
 TIMED(dequant_rows,
       (floatX * work, float *wscale, const uint8_t *codes, const float *scale, const float *zero, const QuantSpec *wq,
        int64_t rows, int64_t cols),

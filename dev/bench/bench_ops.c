@@ -76,7 +76,7 @@ static void swiglu(void) { ops_cpu.swiglu_fq_forward(c, NULL, a, total / 2 / FF,
 static void swiglu_fq(void) { ops_cpu.swiglu_fq_forward(c, NULL, a, total / 2 / FF, FF, &act8); }
 static void swiglu_backward(void) { ops_cpu.swiglu_backward(b, c, NULL, a, total / 2 / FF, FF); }
 static void classifier(void) { ops_cpu.classifier(f1, a, f0, ids, total / V, V); }
-static void global_norm(void) { ops_cpu.global_norm(&step, f0, total, 1.0f); }
+static void sum_squares(void) { ops_cpu.sum_squares(&step, f0, total); }
 static const AdamWParams params = {0.9, 0.95, 1e-8, 0.1};
 static void adamw_with(const QuantSpec *s) {
     step.skip = 0;
@@ -184,7 +184,7 @@ int main(int argc, char **argv) {
         {"swiglu_fq_forward", swiglu_fq, 3 * half * X, false},
         {"swiglu_backward", swiglu_backward, 5 * half * X, false},                // gate, up, dy; dgate, dup
         {"classifier", classifier, n * (4 + X), false},                           // logits, dlogits
-        {"global_norm", global_norm, n * 4, true},                                // grad
+        {"sum_squares", sum_squares, n * 4, true},                                // grad
         {"adamw", adamw, n * (28 + X), false},                                    // p, m, v read, written; grad, work
         {"adamw_fq_int4", adamw_int4, n * (28 + X), false},
         {"adamw_fq_int8", adamw_int8, n * (28 + X), false},

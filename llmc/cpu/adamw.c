@@ -88,23 +88,25 @@ VEC void quantize_span(floatX *work, const float *master, int64_t cols, const Bl
 // Values that a thread takes at a time where rows do not matter.
 #define CHUNK 8192
 
-// No quantization: a flat pass.
+// No quantization, or (work NULL) no working values: a flat pass.
 VEC void update_plain(const Update *u, UpdateKind kind, floatX *work, float *wscale, int64_t rows, int64_t cols) {
     size_t total = (size_t)rows * (size_t)cols, chunks = (total + CHUNK - 1) / CHUNK;
 #pragma omp parallel for schedule(static) if (total >= CPU_MIN_PARALLEL)
     for (size_t k = 0; k < chunks; k++) {
         size_t i = k * CHUNK, end = i + CHUNK < total ? i + CHUNK : total;
         for (; i + 32 <= end; i += 32) {
-            prefetch_ahead(work + i);
             v16 lo = update_step(u, kind, i, 16), hi = update_step(u, kind, i + 16, 16);
+            if (!work) continue;
+            prefetch_ahead(work + i);
             v32_storex(work + i, lo, hi);
         }
         for (; i < end; i += 16) {
             int n = end - i < 16 ? (int)(end - i) : 16;
-            v16_storex(work + i, update_step(u, kind, i, n), n);
+            v16 p = update_step(u, kind, i, n);
+            if (work) v16_storex(work + i, p, n);
         }
     }
-    if (wscale)
+    if (work && wscale)
         for (int64_t r = 0; r < rows; r++) wscale[r] = 1.0f;
 }
 
@@ -164,7 +166,8 @@ VEC void update_blocks(const Update *u, UpdateKind kind, floatX *work, float *ws
 
 VEC void update_and_quantize(const Update *u, UpdateKind kind, floatX *work, float *wscale, const QuantSpec *s,
                              int64_t rows, int64_t cols) {
-    if (!quant_is_on(s)) {
+    if (rows == 0) return;
+    if (!work || !quant_is_on(s)) {
         update_plain(u, kind, work, wscale, rows, cols);
         return;
     }
@@ -260,7 +263,7 @@ static double sum_of_squares(const float *g, size_t n) {
     return lane[0];
 }
 
-void cpu_global_norm(StepState *state, const float *grad, size_t n, float max_norm) {
+void cpu_sum_squares(StepState *state, const float *grad, size_t n) {
     double total = 0.0, sums[SUMS];
     size_t blocks = (n + NORM_BLOCK - 1) / NORM_BLOCK;
     for (size_t k0 = 0; k0 < blocks; k0 += SUMS) {
@@ -272,7 +275,11 @@ void cpu_global_norm(StepState *state, const float *grad, size_t n, float max_no
         }
         for (size_t k = 0; k < k1 - k0; k++) total += sums[k];
     }
-    double tokens = (double)state->tokens, norm = sqrt(total) / tokens;
+    state->grad_squares += total;
+}
+
+void cpu_global_norm(StepState *state, float max_norm) {
+    double tokens = (double)state->tokens, norm = sqrt(state->grad_squares) / tokens;
     state->norm = (float)norm;
     state->skip = !(state->tokens > 0 && isfinite(norm) && isfinite(state->loss_sum));
     double clip = max_norm > 0.0f && norm > (double)max_norm ? (double)max_norm / norm : 1.0;

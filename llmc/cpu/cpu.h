@@ -28,13 +28,23 @@ void cpu_swiglu_backward(floatX *dgateup, const floatX *dy, const uint8_t *mask,
                          int FF);
 void cpu_classifier(float *losses, floatX *dlogits, const float *logits, const int32_t *targets, size_t n, int V);
 void cpu_loss_accumulate(StepState *state, const float *losses, const int32_t *targets, size_t N);
-void cpu_global_norm(StepState *state, const float *grad, size_t n, float max_norm);
+void cpu_sum_squares(StepState *state, const float *grad, size_t n);
+void cpu_state_sum(StepState *state, const StepState *all, int R);
+void cpu_global_norm(StepState *state, float max_norm);
 void cpu_adamw_fq(float *master, float *m, float *v, floatX *work, float *wscale, const float *grad,
                   const StepState *state, const AdamWParams *h, const QuantSpec *wq, int64_t rows, int64_t cols);
 void cpu_sgd_fq(float *master, float *buf, floatX *work, float *wscale, const float *grad, const StepState *state,
                 float momentum, float weight_decay, const QuantSpec *wq, int64_t rows, int64_t cols);
 void cpu_weight_fq(floatX *work, float *wscale, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
 void cpu_weight_ste_mask(float *grad, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
+void cpu_rows_pack(void *wire, size_t stride, const void *tensor, const RowSplit *split, int64_t k0, int64_t kn,
+                   size_t row_bytes);
+void cpu_rows_unpack(void *tensor, const void *wire, size_t stride, const RowSplit *split, int64_t k0, int64_t kn,
+                     size_t row_bytes);
+void cpu_weight_pack(uint8_t *wire, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols, int64_t kn);
+void cpu_weight_unpack(floatX *work, float *wscale, const uint8_t *wire, size_t stride, const RowSplit *split,
+                       int64_t k0, int64_t kn, const QuantSpec *wq, int64_t cols);
+void cpu_sum_ranks(float *out, const float *in, size_t stride, int R, size_t n, bool accumulate);
 void cpu_dequant_rows(floatX *work, float *wscale, const uint8_t *codes, const float *scale, const float *zero,
                       const QuantSpec *wq, int64_t rows, int64_t cols);
 void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
