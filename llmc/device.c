@@ -14,6 +14,8 @@
 const Ops *ops;
 static char description[256];
 static int threads_used = 1;
+static int local_rank, local_size = 1;      // device_choose
+static int index_used = -1, sharers = 1;
 
 // The CUDA wing is linked into a program or it is not: a weak symbol is NULL where it is missing.
 extern const DeviceWing device_wing_cuda __attribute__((weak));
@@ -76,6 +78,13 @@ static void cpu_init(int threads) {
              threads_used == 1 ? "" : "s", cpu_matmul_description());
     wing = NULL;
     ops = &ops_cpu;
+    index_used = -1;
+    sharers = local_size;
+}
+
+void device_choose(int rank, int size) {
+    local_rank = rank;
+    local_size = size;
 }
 
 int device_init(const char *name, int threads, Err *err) {
@@ -93,12 +102,15 @@ int device_init(const char *name, int threads, Err *err) {
                                      "(make CUDA_HOME=...)");
     if ((automatic || cuda) && &device_wing_cuda) {
         char why[192];
-        if (device_wing_cuda.available(why, sizeof why)) {
+        int n = device_wing_cuda.count(), index = n > 0 ? local_rank % n : 0;
+        if (device_wing_cuda.available(index, why, sizeof why)) {
             cpu_init(threads);                      // the host's share of the work uses threads too
-            int rc = device_wing_cuda.init(description, sizeof description, err);
+            int rc = device_wing_cuda.init(index, description, sizeof description, err);
             if (rc < 0) return rc;
             wing = &device_wing_cuda;
             ops = wing->ops;
+            index_used = index;
+            sharers = (local_size - index + n - 1) / n;    // local ranks index, index + n, ...
             return 0;
         }
         if (cuda) return err_set(err, E_FAIL, "device cuda: %s; use --device cpu", why);
@@ -110,14 +122,21 @@ int device_init(const char *name, int threads, Err *err) {
 int device_threads(void) { return threads_used; }
 const char *device_description(void) { return description; }
 bool device_is_host(void) { return !wing; }
+int device_index(void) { return index_used; }
+int device_sharers(void) { return sharers; }
+void device_enter_thread(void) {
+    if (wing) wing->enter_thread();
+}
 
 void device_memory(double *available, double *total) {
     if (wing) {
         wing->memory(available, total);
-        return;
+    } else {
+        *total = (double)physical_memory_bytes();
+        *available = *total * 0.98;
     }
-    *total = (double)physical_memory_bytes();
-    *available = *total * 0.98;
+    *available /= sharers;
+    *total /= sharers;
 }
 int device_alloc(void **out, size_t bytes, const char *what, Err *err) {
     return wing ? wing->alloc(out, bytes, what, err) : big_alloc(out, bytes, what, err);
@@ -141,6 +160,26 @@ void device_copy_out(void *host, const void *dev, size_t bytes) {
 void device_step(uint64_t key, void (*step)(void *ctx), void *ctx) {
     if (wing) wing->step(key, step, ctx);
     else step(ctx);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Time marks: what the CPU was asked for is done when it returns.
+void (*device_span)(const char *what, int begin, int end);
+static double marks[DEVICE_MARKS];
+static int n_marks;
+
+int device_mark(void) {
+    if (wing) return wing->mark();
+    if (n_marks == DEVICE_MARKS) return -1;
+    marks[n_marks] = now_seconds();
+    return n_marks++;
+}
+int device_marks_read(double seconds[DEVICE_MARKS]) {
+    if (wing) return wing->marks_read(seconds);
+    int n = n_marks;
+    memcpy(seconds, marks, (size_t)n * sizeof *marks);
+    n_marks = 0;
+    return n;
 }
 
 // ---------------------------------------------------------------------------------------------

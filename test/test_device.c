@@ -1,6 +1,7 @@
 // The device: what it refuses, its memory, its first error, its peak.
 #include "test_common.h"
 #include "device.h"
+#include <math.h>
 
 static void test_init(void **unused) {
     (void)unused;
@@ -68,8 +69,45 @@ static void test_peak(void **unused) {
     assert_true(device_peak_flops(NULL) == peak);
 }
 
+// Ranks that share the CPU's memory get a part each; a process that is alone all of it.
+static void test_choose(void **unused) {
+    (void)unused;
+    Err err;
+    double available, all, part_available, part;
+    assert_int_equal(device_init("cpu", 1, &err), 0);
+    device_memory(&available, &all);
+    assert_int_equal(device_index(), -1);
+    assert_int_equal(device_sharers(), 1);
+    device_choose(2, 3);
+    assert_int_equal(device_init("cpu", 1, &err), 0);
+    device_memory(&part_available, &part);
+    assert_int_equal(device_sharers(), 3);
+    // Quotients of doubles that are not whole may differ by their rounding.
+    assert_true(fabs(3 * part - all) < 1e-9 * all && fabs(3 * part_available - available) < 1e-9 * available);
+    device_choose(0, 1);
+    assert_int_equal(device_init("cpu", 1, &err), 0);
+}
+
+static void test_marks(void **unused) {
+    (void)unused;
+    static double seconds[DEVICE_MARKS];
+    Err err;
+    assert_int_equal(device_init("cpu", 1, &err), 0);
+    (void)device_marks_read(seconds);
+    double t0 = now_seconds();
+    for (int i = 0; i < DEVICE_MARKS; i++) assert_int_equal(device_mark(), i);
+    double t1 = now_seconds();
+    assert_int_equal(device_mark(), -1);
+    assert_int_equal(device_marks_read(seconds), DEVICE_MARKS);
+    assert_true(seconds[0] >= t0 && seconds[DEVICE_MARKS - 1] <= t1);
+    for (int i = 1; i < DEVICE_MARKS; i++) assert_true(seconds[i] >= seconds[i - 1]);
+    assert_int_equal(device_marks_read(seconds), 0);
+    assert_int_equal(device_mark(), 0);
+    (void)device_marks_read(seconds);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_init), cmocka_unit_test(test_memory), cmocka_unit_test(test_first_error),
-    cmocka_unit_test(test_peak),
+    cmocka_unit_test(test_peak), cmocka_unit_test(test_choose), cmocka_unit_test(test_marks),
 };
 TEST_MAIN(tests)

@@ -817,25 +817,34 @@ const char *cudaGetErrorName(cudaError_t e) {
 // ---------------------------------------------------------------------------------------------
 // The device.
 
-static bool have_device() {
+static int n_devices() {
     const char *n = getenv("CUDASIM_DEVICES");
-    return !n || strcmp(n, "0") != 0;
+    return n ? atoi(n) : 1;
 }
+static int current_device;
 static cudaError_t check_device(int device) {
-    return set_error(!have_device() ? cudaErrorNoDevice : device ? cudaErrorInvalidDevice : cudaSuccess);
+    int n = n_devices();
+    return set_error(n <= 0 ? cudaErrorNoDevice : device < 0 || device >= n ? cudaErrorInvalidDevice : cudaSuccess);
 }
 cudaError_t cudaGetDeviceCount(int *n) {
-    *n = have_device();
+    *n = n_devices();
     return check_device(0);
 }
 cudaError_t cudaGetDevice(int *device) {
-    *device = 0;
+    *device = current_device;
     return check_device(0);
 }
-cudaError_t cudaSetDevice(int device) { return check_device(device); }
+// A process stays on the device it began with: streams and memory know of no other.
+cudaError_t cudaSetDevice(int device) {
+    if (cudaError_t e = check_device(device)) return e;
+    if (device != current_device && n_allocations)
+        cudasim::fail("cudaSetDevice(%d) after memory was taken on device %d", device, current_device);
+    current_device = device;
+    return cudaSuccess;
+}
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     *p = {};
-    snprintf(p->name, sizeof p->name, "cudasim");
+    snprintf(p->name, sizeof p->name, n_devices() > 1 ? "cudasim %d" : "cudasim", device);
     p->major = capability() / 10;
     p->minor = capability() % 10;
     p->multiProcessorCount = 4;
@@ -878,6 +887,6 @@ cudaError_t cudaRuntimeGetVersion(int *version) {
     return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int *version) {
-    *version = have_device() ? 12000 : 0;
+    *version = n_devices() > 0 ? 12000 : 0;
     return cudaSuccess;
 }

@@ -85,8 +85,9 @@ cudaError_t cudaDeviceSynchronize(void);
 const char *cudaGetErrorString(cudaError_t e);
 const char *cudaGetErrorName(cudaError_t e);
 
-// The device: one, of compute capability 8.0, with few multiprocessors, so that kernels which fill the GPU with blocks
-// loop in tests. CUDASIM_DEVICES=0 in the environment takes it away; CUDASIM_MEMORY sets its bytes (the machine's).
+// The device: of compute capability 8.0, with few multiprocessors, so that kernels which fill the GPU with blocks loop in
+// tests. CUDASIM_DEVICES in the environment says how many there are, of which a process uses one; 0 takes it away.
+// CUDASIM_MEMORY sets a device's bytes (the machine's).
 struct cudaDeviceProp {
     char name[256];
     int major, minor, multiProcessorCount, l2CacheSize, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor;

@@ -40,6 +40,7 @@ extern cudaStream_t cuda_stream;      // where operations are launched
 // step needs is there after the first. Operations run one after another on one stream, so they share it. NULL when
 // there is none left; the error is then set.
 void *cuda_workspace(size_t bytes);
+int cuda_mark(cudaStream_t stream);   // device_mark (device.h), on any stream
 }
 
 // Keeps a failed call as the backend's first error: operations have no return value.
@@ -73,6 +74,14 @@ static inline bool rows_take_vec(int C, const void *a, const void *b = nullptr, 
                                  const void *d = nullptr, const void *e = nullptr) {
     uintptr_t bits = (uintptr_t)a | (uintptr_t)b | (uintptr_t)c | (uintptr_t)d | (uintptr_t)e;
     return bits % 16 == 0 && C % VEC_X == 0;
+}
+
+// Blocks of threads for so many to do: enough to fill any GPU some times over, and beyond that up to eight turns each,
+// so that what a block sets up is not all it does.
+static inline unsigned grid_for(size_t blocks) {
+    const size_t fill = 2048;
+    size_t eighth = (blocks + 7) / 8;
+    return (unsigned)(blocks <= fill ? blocks : eighth < fill ? fill : eighth);
 }
 
 // Lets a kernel have `bytes` of dynamic shared memory: above 48 KiB that must be asked for. False, and the error kept,

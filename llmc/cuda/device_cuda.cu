@@ -12,13 +12,21 @@
 cudaStream_t cuda_stream = 0;
 
 static int capability;                 // 90 for 9.0
+static int device;                     // number of the GPU
 
 #ifdef __CUDACC__
 // A kernel to ask the driver about: whether the program has code for this device.
 static __global__ void probe_kernel(int *out) { *out = 1; }
 #endif
 
-static bool available(char *why, size_t size) {
+static int count(void) {
+    int n = 0;
+    if (cudaGetDeviceCount(&n) == cudaSuccess) return n;
+    (void)cudaGetLastError();
+    return 0;
+}
+
+static bool available(int index, char *why, size_t size) {
     int n = 0, major = 0, minor = 0;
     cudaError_t e = cudaGetDeviceCount(&n);
     if (e != cudaSuccess || n == 0) {
@@ -26,8 +34,8 @@ static bool available(char *why, size_t size) {
         snprintf(why, size, "no usable GPU: %s", e != cudaSuccess ? cudaGetErrorString(e) : "the driver lists none");
         return false;
     }
-    e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
-    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
+    e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
     if (e != cudaSuccess) {
         (void)cudaGetLastError();
         snprintf(why, size, "the GPU does not answer: %s", cudaGetErrorString(e));
@@ -40,7 +48,8 @@ static bool available(char *why, size_t size) {
     }
 #ifdef __CUDACC__
     cudaFuncAttributes attributes;
-    e = cudaFuncGetAttributes(&attributes, probe_kernel);
+    e = cudaSetDevice(index);
+    if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, probe_kernel);
     if (e != cudaSuccess) {
         (void)cudaGetLastError();
         snprintf(why, size, "this program has no code for compute capability %d.%d (%s); build with CUDA_ARCHS=%d",
@@ -51,15 +60,19 @@ static bool available(char *why, size_t size) {
     return true;
 }
 
-static int init(char *description, size_t size, Err *err) {
+static int init(int index, char *description, size_t size, Err *err) {
     cudaDeviceProp prop;
-    cudaError_t e = cudaGetDeviceProperties(&prop, 0);
+    cudaError_t e = cudaGetDeviceProperties(&prop, index);
+    if (e == cudaSuccess) e = cudaSetDevice(index);
+    device = index;
     if (e == cudaSuccess && !cuda_stream) e = cudaStreamCreateWithFlags(&cuda_stream, cudaStreamNonBlocking);
     if (e != cudaSuccess) return err_set(err, E_FAIL, "device cuda: %s", cudaGetErrorString(e));
     snprintf(description, size, "%s: %s, %d multiprocessors, compute capability %d.%d, %s", ops_cuda.name, prop.name,
              prop.multiProcessorCount, prop.major, prop.minor, cuda_matmul_description());
     return 0;
 }
+
+static void enter_thread(void) { CUDA_CHECK(cudaSetDevice(device)); }
 
 static void memory(double *free_bytes, double *total) {
     size_t f = 0, t = 0;
@@ -168,6 +181,45 @@ static double peak_flops(const char **source) {
     return best;
 }
 
+// ---------------------------------------------------------------------------------------------
+// Time marks are events. An event knows its distance to another one only, in single precision: distances are taken to
+// an event made when the marks are read, whose time the host sees, so that they are short and do not add up.
+static cudaEvent_t marks[DEVICE_MARKS];        // made when first used, then used again
+static int n_marks;
+
+int cuda_mark(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    if (n_marks == DEVICE_MARKS || cudaStreamIsCapturing(stream, &status) != cudaSuccess ||
+        status != cudaStreamCaptureStatusNone) return -1;
+    if (!marks[n_marks] && cudaEventCreateWithFlags(&marks[n_marks], cudaEventDefault) != cudaSuccess) {
+        (void)cudaGetLastError();
+        marks[n_marks] = nullptr;
+        return -1;
+    }
+    CUDA_CHECK(cudaEventRecord(marks[n_marks], stream));
+    return n_marks++;
+}
+static int mark(void) { return cuda_mark(cuda_stream); }
+
+static int marks_read(double *seconds) {
+    static cudaEvent_t anchor;
+    int n = n_marks;
+    n_marks = 0;
+    if (!n) return 0;
+    if (!anchor) CUDA_CHECK(cudaEventCreateWithFlags(&anchor, cudaEventDefault));
+    CUDA_CHECK(cudaDeviceSynchronize());       // marks stand on more than one stream
+    double before = now_seconds();
+    CUDA_CHECK(cudaEventRecord(anchor, cuda_stream));
+    CUDA_CHECK(cudaEventSynchronize(anchor));
+    double now = 0.5 * (before + now_seconds());
+    for (int i = 0; i < n; i++) {
+        float ms = 0.0f;
+        CUDA_CHECK(cudaEventElapsedTime(&ms, marks[i], anchor));
+        seconds[i] = now - 1e-3 * (double)ms;
+    }
+    return n;
+}
+
 void *cuda_workspace(size_t bytes) {
     static void *p;
     static size_t size;
@@ -192,6 +244,6 @@ void *cuda_workspace(size_t bytes) {
 
 extern "C" {
 extern const DeviceWing device_wing_cuda;
-const DeviceWing device_wing_cuda = {&ops_cuda, available, init,     memory,   alloc,     release,
-                                     zero,      copy_in,   copy_out, wait,     run_step,  peak_flops};
+const DeviceWing device_wing_cuda = {&ops_cuda, count,   available, init, enter_thread, memory,     alloc, release,
+                                     zero,      copy_in, copy_out,  wait, run_step,     peak_flops, mark,  marks_read};
 }

@@ -26,8 +26,8 @@ CUDA_TEST(device) {
     Err err = {};
     cudaStream_t before = cuda_stream;
     cuda_stream = 0;
-    CHECK(wing->available(text, sizeof text), "%s", text);
-    CHECK(wing->init(text, sizeof text, &err) == 0, "%s", err.text);
+    CHECK(wing->available(0, text, sizeof text), "%s", text);
+    CHECK(wing->init(0, text, sizeof text, &err) == 0, "%s", err.text);
     CHECK(cuda_stream && strstr(text, ops_cuda.name) == text, "%s", text);
     double available = 0, total = 0;
     wing->memory(&available, &total);
@@ -90,7 +90,7 @@ CUDA_TEST(device_copy_in) {
     Err err = {};
     cudaStream_t before = cuda_stream;
     cuda_stream = 0;
-    CHECK(wing->init(text, sizeof text, &err) == 0, "%s", err.text);
+    CHECK(wing->init(0, text, sizeof text, &err) == 0, "%s", err.text);
     const size_t sizes[] = {1, 100000, 300000, 4, 250000, 70001, 1000000};
     const size_t total = 1 + 100000 + 300000 + 4 + 250000 + 70001 + 1000000;
     for (int order = 0; order < ORDERS; order++) {
@@ -112,6 +112,45 @@ CUDA_TEST(device_copy_in) {
         CHECK(bad == 0, "order %d: %zu of %zu bytes are not those of the time of the call", order, bad, total);
         wing->free(p);
     }
+    CHECK(device_sync(&err) == 0, "%s", err.text);
+    cuda_stream = before;
+}
+
+// Marks come in the order of the work between them, lie on the host's clock, and cost no wait.
+CUDA_TEST(device_marks) {
+    const DeviceWing *wing = &device_wing_cuda;
+    char text[256];
+    Err err = {};
+    cudaStream_t before = cuda_stream;
+    cuda_stream = 0;
+    CHECK(wing->init(0, text, sizeof text, &err) == 0, "%s", err.text);
+    static double t[DEVICE_MARKS];
+    (void)wing->marks_read(t);
+    void *p = nullptr;
+    CHECK(wing->alloc(&p, 4096, "p", &err) == 0, "%s", err.text);
+    for (int order = 0; order < ORDERS; order++) {
+        set_order(order);
+        double host = now_seconds();
+        const int n = 100;
+        for (int i = 0; i < n; i++) {
+            CHECK(wing->mark() == i, "mark %d", i);
+            wing->zero(p, 4096);
+        }
+        CHECK(wing->marks_read(t) == n, "order %d", order);
+        double end = now_seconds();
+        // The anchor's time is known to half of what the host waited for it: at most all of this test.
+        double slack = 0.5 * (end - host) + 1e-5;
+        CHECK(t[0] > host - slack && t[n - 1] < end + slack, "order %d: %.6f to %.6f outside %.6f to %.6f", order, t[0],
+              t[n - 1], host, end);
+        int backwards = 0;                      // an event's clock ticks every half a microsecond
+        for (int i = 1; i < n; i++) backwards += t[i] < t[i - 1] - 1e-6;
+        CHECK(backwards == 0, "order %d: %d marks before the one before", order, backwards);
+        CHECK(wing->marks_read(t) == 0, "order %d: marks are read once", order);
+    }
+    for (int i = 0; i < DEVICE_MARKS; i++) (void)wing->mark();
+    CHECK(wing->mark() == -1, "a mark more than there is room for");
+    CHECK(wing->marks_read(t) == DEVICE_MARKS, "all of them");
+    wing->free(p);
     CHECK(device_sync(&err) == 0, "%s", err.text);
     cuda_stream = before;
 }
