@@ -6,13 +6,14 @@
 // ---------------------------------------------------------------------------------------------
 // Configuration
 
-// Shapes that anyone can repeat without weights (--init). 135M is SmolLM2's, 1B Llama-3.2's, 8B Llama-3's, 8B-4 its
-// first four layers, mini the torchao tutorial's.
+// Shapes that anyone can repeat without weights (--init). 135M is SmolLM2's, 1B Llama-3.2's, 8B, 70B and 405B Llama-3's,
+// 8B-4 the first four layers of one, mini the torchao tutorial's.
 static const struct { const char *name; LlamaConfig c; } named_shapes[] = {
 #define SHAPE(name, c_, l, nh, nkv, hs, ff, v, maxt, theta, tie) \
     {name, {.C = c_, .L = l, .NH = nh, .NKV = nkv, .HS = hs, .FF = ff, .V = v, .max_T = maxt, .norm_eps = 1e-5f, \
             .rope_theta = theta, .rope_factor = 1, .tied = tie, .bos = -1}}
     SHAPE("tiny", 64, 2, 4, 2, 16, 192, 258, 512, 10000, true),
+    SHAPE("tiny-untied", 64, 2, 4, 2, 16, 192, 258, 512, 10000, false),
     SHAPE("1M", 128, 4, 4, 2, 32, 384, 258, 1024, 10000, true),
     SHAPE("5M", 256, 6, 8, 4, 32, 768, 258, 1024, 10000, true),
     SHAPE("15M", 288, 6, 6, 6, 48, 768, 32000, 1024, 10000, true),
@@ -21,6 +22,8 @@ static const struct { const char *name; LlamaConfig c; } named_shapes[] = {
     SHAPE("1B", 2048, 16, 32, 8, 64, 8192, 128256, 131072, 500000, true),
     SHAPE("8B", 4096, 32, 32, 8, 128, 14336, 128256, 8192, 500000, false),
     SHAPE("8B-4", 4096, 4, 32, 8, 128, 14336, 128256, 8192, 500000, false),
+    SHAPE("70B", 8192, 80, 64, 8, 128, 28672, 128256, 8192, 500000, false),
+    SHAPE("405B", 16384, 126, 128, 8, 128, 53248, 128256, 131072, 500000, false),
 #undef SHAPE
 };
 #define N_SHAPES (sizeof named_shapes / sizeof *named_shapes)

@@ -512,34 +512,46 @@ void shard_sum_state(Shard *s, StepState *state, bool with_gradients) {
     ops->state_sum(state, s->states, s->own.R);
 }
 
-WireBytes shard_plan_wire(const Shard *s, int grad_accum) {
+// Of one gather and one sum of unit l.
+static WireBytes unit_bytes(const Shard *s, int l) {
     WireBytes w = {0};
+    const ShardUnit *u = &s->unit[unit_of(l)];
     double others = s->own.R - 1;
-    for (int l = SHARD_EMBED; l <= s->c->L; l++) {
-        const ShardUnit *u = &s->unit[unit_of(l)];
-        bool block = l >= 0 && l < s->c->L;
-        // Under full a block is gathered forward and backward; the last one stays between the two, and the first one
-        // from a micro-step's backward to the next one's forward.
-        double times = s->level == SHARD_NONE ? 0 : 1, sums = reduced_each_micro_step(s, l) ? grad_accum : 1;
-        if (s->level == SHARD_FULL && block) {
-            times = 2.0 * grad_accum;
-            if (l == s->c->L - 1) times -= grad_accum;
-            if (l == 0) times -= grad_accum - 1;
-            if (s->c->L == 1) times = 1;
-        }
-        if (s->level == SHARD_NONE) sums *= s->own.R > 1 ? 2 : 0;
-        for (int i = 0; i < u->n_chunks; i++) {
-            const Chunk *k = &u->chunk[i];
-            w.gradients += others * sums * (double)k->grad_stride;
-            for (int j = k->first; j < k->first + k->n; j++) {
-                const Part *p = &u->part[j];
-                double bytes = others * times * (double)part_bytes(s, p, part_rows(s, k, p), as_codes(s, p, true));
-                if (in_block(whole(s, p)) && whole(s, p)->decay) w.linears += bytes;
-                else w.others += bytes;
-            }
+    for (int i = 0; i < u->n_chunks; i++) {
+        const Chunk *k = &u->chunk[i];
+        w.gradients += others * (double)k->grad_stride;
+        for (int j = k->first; j < k->first + k->n; j++) {
+            const Part *p = &u->part[j];
+            double bytes = others * (double)part_bytes(s, p, part_rows(s, k, p), as_codes(s, p, true));
+            if (in_block(whole(s, p)) && whole(s, p)->decay) w.linears += bytes;
+            else w.others += bytes;
         }
     }
     return w;
+}
+
+void shard_plan_unit(const Shard *s, int l, double *gather, double *gradients) {
+    WireBytes w = unit_bytes(s, l);
+    *gather = s->level == SHARD_NONE ? 0 : w.linears + w.others;
+    *gradients = w.gradients;
+}
+
+WireBytes shard_plan_wire(const Shard *s, int grad_accum) {
+    WireBytes sum = {0};
+    int L = s->c->L;
+    for (int l = SHARD_EMBED; l <= L; l++) {
+        WireBytes w = unit_bytes(s, l);
+        double times = s->level == SHARD_NONE ? 0 : 1, sums = reduced_each_micro_step(s, l) ? grad_accum : 1;
+        // Under full a block is gathered forward and backward; the last one stays between the two, and the first one
+        // from a micro-step's backward to the next one's forward.
+        if (s->level == SHARD_FULL && l >= 0 && l < L)
+            times = L == 1 ? 1 : 2 * grad_accum - (l == L - 1 ? grad_accum : 0) - (l == 0 ? grad_accum - 1 : 0);
+        if (s->level == SHARD_NONE && s->own.R > 1) sums = 2;
+        sum.linears += times * w.linears;
+        sum.others += times * w.others;
+        sum.gradients += sums * w.gradients;
+    }
+    return sum;
 }
 
 // ---------------------------------------------------------------------------------------------

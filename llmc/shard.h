@@ -79,6 +79,8 @@ int shard_plan(Shard *s, const LlamaConfig *c, const QuantPlan *plan, const Para
                bool gather_quantized, int R, int rank, Err *err);
 // Bytes that a rank receives in one step of grad_accum micro-steps, with fake quantization on.
 WireBytes shard_plan_wire(const Shard *s, int grad_accum);
+// Of it, bytes of unit l each time it is gathered, and each time its gradients are summed (none: once more to spread).
+void shard_plan_unit(const Shard *s, int l, double *gather, double *gradients);
 int shard_alloc(Shard *s, Err *err);
 void shard_free(Shard *s);
 
