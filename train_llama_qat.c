@@ -10,6 +10,8 @@
 //   - activations: the operation that produces a linear's input writes it fake-quantized (rmsnorm_fq, swiglu_fq; the
 //     attention output, whose blocks never see a whole token, takes fakequant_forward).
 //   - gradients pass straight through both (--ste clip zeroes them where a value was clipped).
+// With several ranks the model asks for a block's weights (shard_forward, shard_backward) and hands over its gradients
+// (shard_gradients); llmc/shard.h says who holds what meanwhile.
 // So QAT costs what plain training costs, plus arithmetic on data that is in cache anyway.
 //
 // Letters: B batch, T sequence length, N = B*T tokens, C width, NH query heads, NKV key/value heads, HS head size,
@@ -19,6 +21,7 @@
 #include <string.h>
 #include "llmc/checkpoint.h"
 #include "llmc/cli.h"
+#include "llmc/comm.h"
 #include "llmc/dataloader.h"
 #include "llmc/device.h"
 #include "llmc/llama.h"
@@ -26,7 +29,9 @@
 #include "llmc/ops.h"
 #include "llmc/profile.h"
 #include "llmc/schedule.h"
+#include "llmc/shard.h"
 #include "llmc/tokenizer.h"
+#include "llmc/train_state.h"
 #include "llmc/trainer.h"
 
 // ---------------------------------------------------------------------------------------------
@@ -37,33 +42,38 @@ typedef enum { OPTIM_ADAMW, OPTIM_SGD } Optim;
 typedef struct {
     LlamaConfig c;
     QuantPlan plan;
-    ParamTable table;        // name, shape, scheme and offset of every parameter, in the order of the arenas
+    ParamTable table;        // name, shape and scheme of every parameter
     bool fake_quant;         // whether working values are fake-quantized now (--fake-quant-after, validation without)
 
-    // Arenas of table.n_elements; a parameter lies at its offset in each.
-    float *master;           // f32: what the optimizer updates
-    float *grad;             // f32: summed over the tokens of a step
-    float *m, *v;            // f32: AdamW's moments (SGD: m is the momentum buffer, v is not there)
-    floatX *work;            // what the matmuls read: fake-quantized values, or codes whose row scale is applied after
-    float *wscale;           // (table.n_rows): that row scale; 1 elsewhere
-
-    // A tied table has two working views. They differ only when the embedding or the head is quantized.
-    floatX *head;            // (V, C)
-    float *head_scale;       // (V) or NULL
+    // The working weights (floatX: fake-quantized values, or codes whose row scale is applied after) and the gradients
+    // (f32, summed over the tokens of a step) of whole tensors are with the shard: always, or when asked for.
+    Shard *shard;
+    // What this rank updates, f32, laid out by shard->own.own: all rows of every parameter, or its share of them.
+    float *master;
+    float *m, *v;            // AdamW's moments (SGD: m is the momentum buffer, v is not there)
 
     float *cos_t, *sin_t;    // (T, HS/2)
 } Llama;
 
-static floatX *w(const Llama *m, int l, ParamRole r) { return m->work + param_get(&m->table, l, r)->offset; }
-static float *dw(const Llama *m, int l, ParamRole r) { return m->grad + param_get(&m->table, l, r)->offset; }
+static int param_index(const Llama *m, int l, ParamRole r) { return (int)(param_get(&m->table, l, r) - m->table.p); }
+static floatX *w(const Llama *m, int l, ParamRole r) { return shard_weight(m->shard, param_index(m, l, r)); }
+static float *dw(const Llama *m, int l, ParamRole r) { return shard_gradient(m->shard, param_index(m, l, r)); }
 
 // Row scales of a linear whose working values are codes; NULL where they are plain values. `last` ends a fused linear.
 static const float *wscale(const Llama *m, int l, ParamRole first, ParamRole last) {
     if (!m->fake_quant) return NULL;
     for (int r = first; r <= (int)last; r++)
         if (quant_works_as_codes(&param_get(&m->table, l, (ParamRole)r)->scheme.weight))
-            return m->wscale + param_get(&m->table, l, first)->row_offset;
+            return shard_weight_scale(m->shard, param_index(m, l, first));
     return NULL;
+}
+
+// A tied table has a second view for the head where the embedding or the head is quantized.
+static const floatX *head(const Llama *m) {
+    return m->shard->head ? m->shard->head : w(m, -1, m->c.tied ? ROLE_EMBED : ROLE_HEAD);
+}
+static const float *head_scale(const Llama *m) {
+    return m->c.tied ? m->shard->head_scale : wscale(m, -1, ROLE_HEAD, ROLE_HEAD);
 }
 
 // How the input of a linear is fake-quantized; NULL: not at all.
@@ -72,23 +82,10 @@ static const QuantSpec *act(const Llama *m, int l, ParamRole r) {
     return m->fake_quant && p && p->scheme.act.bits ? &p->scheme.act : NULL;
 }
 
-static const QuantSpec *wq(const Llama *m, const Param *p) { return m->fake_quant ? &p->scheme.weight : NULL; }
-
-static bool tied_views_differ(const Llama *m) {
-    return m->c.tied && (m->plan.embedding.bits || m->plan.tied_head.bits);
-}
-
 // Rebuilds all working values from the masters, with fake quantization on or off.
 static void llama_requantize(Llama *m, bool fake_quant) {
     m->fake_quant = fake_quant;
-    for (int i = 0; i < m->table.n; i++) {
-        const Param *p = &m->table.p[i];
-        ops->weight_fq(m->work + p->offset, m->wscale + p->row_offset, m->master + p->offset, wq(m, p), p->rows,
-                       p->cols);
-    }
-    if (tied_views_differ(m))
-        ops->weight_fq(m->head, m->head_scale, m->master + param_get(&m->table, -1, ROLE_EMBED)->offset,
-                       fake_quant ? &m->plan.tied_head : NULL, m->c.V, m->c.C);
+    shard_requantize(m->shard, m->master, fake_quant);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -250,31 +247,36 @@ static void block_forward(const Llama *m, const Acts *s, int l, floatX *x_prev, 
 // tokens -> lnf, the input of the head.
 static void llama_forward(const Llama *m, const Acts *s) {
     const LlamaConfig *c = &m->c;
+    shard_forward(m->shard, SHARD_EMBED);
     ops->embedding_forward(s->block[0].x, s->tokens, w(m, -1, ROLE_EMBED), s->N, c->C, c->V);
     for (int l = 0; l < c->L; l++) {
+        shard_forward(m->shard, l);
         // The residual add of the block before is done by this block's first norm, in the same pass.
         block_forward(m, s, l, l ? s->block[l - 1].x2 : NULL, l > 0);
         ops->linear_forward(s->delta, s->block[l].ffn, w(m, l, ROLE_DOWN), wscale(m, l, ROLE_DOWN, ROLE_DOWN), s->N,
                             c->FF, c->C);
     }
+    shard_forward(m->shard, c->L);
     ops->rmsnorm_fq_forward(s->x_final, s->lnf, s->rstdf, s->maskf, s->block[c->L - 1].x2, s->delta,
                             w(m, -1, ROLE_FINAL_NORM), s->N, c->C, c->norm_eps, act(m, -1, ROLE_HEAD));
 }
 
 // Head and loss in chunks of rows, so that the logits are never whole. With `backward`, also the head's gradient and
-// dc = gradient of lnf. The gradients are sums over tokens; the update divides by their number.
-static void llama_loss(const Llama *m, const Acts *s, bool backward, bool accumulate) {
+// dc = gradient of lnf, in micro-step `micro`. The gradients are sums over tokens; the update divides by their number.
+static void llama_loss(const Llama *m, const Acts *s, bool backward, int micro) {
     const LlamaConfig *c = &m->c;
+    bool accumulate = backward && shard_backward(m->shard, c->L, micro);
     float *dhead = dw(m, -1, c->tied ? ROLE_EMBED : ROLE_HEAD);
+    const float *scale = head_scale(m);
     for (size_t i = 0; i < s->N; i += (size_t)s->chunk) {
         size_t n = s->N - i < (size_t)s->chunk ? s->N - i : (size_t)s->chunk;
         const floatX *x = s->lnf + i * c->C;
-        ops->linear_forward_f32(s->logits, x, m->head, m->head_scale, n, c->C, c->V);
+        ops->linear_forward_f32(s->logits, x, head(m), scale, n, c->C, c->V);
         ops->classifier(s->losses + i, backward ? s->dlogits : NULL, s->logits, s->targets + i, n, c->V);
         if (!backward) continue;
         ops->linear_backward_weight(dhead, s->dlogits, x, n, c->C, c->V, accumulate || i > 0);
-        ops->linear_backward_input(s->dc + i * c->C, s->dlogits, m->head, m->head_scale,
-                                   m->head_scale ? s->scaled : NULL, n, c->C, c->V);
+        ops->linear_backward_input(s->dc + i * c->C, s->dlogits, head(m), scale, scale ? s->scaled : NULL, n, c->C,
+                                   c->V);
     }
     ops->loss_accumulate(s->state, s->losses, s->targets, s->N);
 }
@@ -290,16 +292,18 @@ static void linear_backward(const Llama *m, const Acts *s, floatX *dx, const flo
     ops->linear_backward_input(dx, dy, w(m, l, first), scale, scale ? s->scaled : NULL, s->N, C, OC);
 }
 
-// The mirror image of llama_forward and llama_loss. accumulate: add to the gradients (later micro-steps of a step).
-static void llama_backward(const Llama *m, const Acts *s, bool accumulate) {
+// The mirror image of llama_forward and llama_loss, in micro-step `micro`; last: of the step.
+static void llama_backward(const Llama *m, const Acts *s, int micro, bool last) {
     const LlamaConfig *c = &m->c;
     int NHS = c->NH * c->HS, QKV = NHS + 2 * c->NKV * c->HS;
 
     device_zero(s->dres, s->N * (size_t)c->C * sizeof(floatX));
     ops->rmsnorm_backward(s->dres, dw(m, -1, ROLE_FINAL_NORM), s->dc, act(m, -1, ROLE_HEAD) ? s->maskf : NULL,
                           s->x_final, w(m, -1, ROLE_FINAL_NORM), s->rstdf, s->N, c->C);
+    shard_gradients(m->shard, c->L, micro, last);
     for (int l = c->L - 1; l >= 0; l--) {
         const BlockActs *k = &s->block[l];
+        bool accumulate = shard_backward(m->shard, l, micro);
         if (s->recompute && l < c->L - 1) block_forward(m, s, l, NULL, false);
 
         linear_backward(m, s, s->dffn, s->dres, k->ffn, l, ROLE_DOWN, ROLE_DOWN, c->FF, c->C, accumulate);
@@ -316,18 +320,11 @@ static void llama_backward(const Llama *m, const Acts *s, bool accumulate) {
         linear_backward(m, s, s->dc, s->dwide, k->ln1, l, ROLE_Q, ROLE_V, c->C, QKV, accumulate);
         ops->rmsnorm_backward(s->dres, dw(m, l, ROLE_NORM1), s->dc, act(m, l, ROLE_Q) ? k->mask1 : NULL, k->x,
                               w(m, l, ROLE_NORM1), k->rstd1, s->N, c->C);
+        shard_gradients(m->shard, l, micro, last);
     }
+    shard_backward(m->shard, SHARD_EMBED, micro);
     ops->embedding_backward(dw(m, -1, ROLE_EMBED), s->dres, s->tokens, s->N, c->C, c->V);
-}
-
-// Norms' and the embedding's gradients are added to, linears' are overwritten by the first micro-step.
-static void llama_zero_grad(const Llama *m) {
-    for (int i = 0; i < m->table.n; i++) {
-        const Param *p = &m->table.p[i];
-        bool norm = p->role == ROLE_NORM1 || p->role == ROLE_NORM2 || p->role == ROLE_FINAL_NORM;
-        if (norm || (p->role == ROLE_EMBED && !m->c.tied))
-            device_zero(m->grad + p->offset, (size_t)p->rows * (size_t)p->cols * sizeof(float));
-    }
+    shard_gradients(m->shard, SHARD_EMBED, micro, last);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -341,32 +338,38 @@ typedef struct {
     bool ste_clip;
 } UpdateParams;
 
-// Gradient norm and clipping, then one pass over each parameter that updates the master and writes its working values.
+// Gradient norm and clipping, then one pass over each parameter that updates the master and writes its working values
+// (or, where other ranks wait for them, leaves that to shard_weights_changed).
 static void llama_update(const Llama *m, StepState *state, const UpdateParams *u) {
+    const ParamTable *own = &m->shard->own.own;
+    shard_finish_gradients(m->shard);
     if (u->ste_clip && m->fake_quant)
-        for (int i = 0; i < m->table.n; i++) {
-            const Param *p = &m->table.p[i];
-            if (p->scheme.weight.bits)
-                ops->weight_ste_mask(m->grad + p->offset, m->master + p->offset, &p->scheme.weight, p->rows, p->cols);
+        for (int i = 0; i < own->n; i++) {
+            const Param *p = &own->p[i];
+            if (p->rows && p->scheme.weight.bits)
+                ops->weight_ste_mask(shard_own_gradient(m->shard, i), m->master + p->offset, &p->scheme.weight, p->rows,
+                                     p->cols);
         }
-    ops->sum_squares(state, m->grad, m->table.n_elements);
+    shard_sum_state(m->shard, state, true);
     ops->global_norm(state, u->clip);
-    for (int i = 0; i < m->table.n; i++) {
-        const Param *p = &m->table.p[i];
+    for (int i = 0; i < own->n; i++) {
+        const Param *p = &own->p[i];
         size_t o = p->offset;
+        bool writes = shard_updates_weights(m->shard);
+        floatX *work = writes ? shard_weight(m->shard, i) : NULL;
+        float *scale = writes ? shard_weight_scale(m->shard, i) : NULL, *grad = shard_own_gradient(m->shard, i);
+        const QuantSpec *wq = m->fake_quant ? &p->scheme.weight : NULL;
+        if (!p->rows) continue;
         if (u->kind == OPTIM_ADAMW) {
             AdamWParams h = u->adamw;
             h.weight_decay = p->decay ? u->weight_decay : 0.0;
-            ops->adamw_fq(m->master + o, m->m + o, m->v + o, m->work + o, m->wscale + p->row_offset, m->grad + o, state,
-                          &h, wq(m, p), p->rows, p->cols);
+            ops->adamw_fq(m->master + o, m->m + o, m->v + o, work, scale, grad, state, &h, wq, p->rows, p->cols);
         } else {
-            ops->sgd_fq(m->master + o, m->m + o, m->work + o, m->wscale + p->row_offset, m->grad + o, state,
-                        u->momentum, p->decay ? (float)u->weight_decay : 0.0f, wq(m, p), p->rows, p->cols);
+            ops->sgd_fq(m->master + o, m->m + o, work, scale, grad, state, u->momentum,
+                        p->decay ? (float)u->weight_decay : 0.0f, wq, p->rows, p->cols);
         }
     }
-    if (tied_views_differ(m))
-        ops->weight_fq(m->head, m->head_scale, m->master + param_get(&m->table, -1, ROLE_EMBED)->offset,
-                       m->fake_quant ? &m->plan.tied_head : NULL, m->c.V, m->c.C);
+    shard_weights_changed(m->shard, m->master, m->fake_quant);
 }
 
 // One step: gradients of all its micro-batches, then the update. What changes from step to step is in s->state, s->tokens
@@ -375,14 +378,13 @@ typedef struct { const Llama *m; const Acts *s; const UpdateParams *u; int grad_
 
 static void train_step(void *ctx) {
     const Step *k = ctx;
-    llama_zero_grad(k->m);
     for (int micro = 0; micro < k->grad_accum; micro++) {
         Acts s = *k->s;
         s.tokens += (size_t)micro * s.N;
         s.targets += (size_t)micro * s.N;
         llama_forward(k->m, &s);
-        llama_loss(k->m, &s, true, micro > 0);
-        llama_backward(k->m, &s, micro > 0);
+        llama_loss(k->m, &s, true, micro);
+        llama_backward(k->m, &s, micro, micro == k->grad_accum - 1);
     }
     llama_update(k->m, k->s->state, k->u);
 }
@@ -392,13 +394,13 @@ static void train_step(void *ctx) {
 
 static struct {
     const char *model, *init, *tokenizer, *train_data, *val_data, *scheme, *weight, *activation, *embedding, *head,
-        *out, *device;
+        *out, *device, *comm, *profile;
     StringList rules;
     int ste, fake_quant_after, optimizer, schedule, warmup, decay_steps, steps, B, T, grad_accum, val_every,
-        val_batches, save_every, keep, recompute, threads, max_skips, log_every;
+        val_batches, save_every, keep, recompute, threads, max_skips, log_every, shard, gather;
     int64_t seed;
     double lr, min_lr, weight_decay, beta1, beta2, eps, momentum, clip;
-    bool resume, hf, no_save, profile;
+    bool resume, hf, no_save;
 } run;
 
 static const Option options[] = {
@@ -424,7 +426,7 @@ static const Option options[] = {
     {"--warmup",       OPT_INT,    &run.warmup,       "0",      "0..", "steps of linear warmup"},
     {"--decay-steps",  OPT_INT,    &run.decay_steps,  "0",      "0..", "wsd: steps of final decay (0: a fifth of all)"},
     {"--steps",        OPT_INT,    &run.steps,        "100",    "1..100000000", "optimizer steps of the whole run"},
-    {"--batch",        OPT_INT,    &run.B,            "4",      "1..65536", "sequences in a micro-batch, B"},
+    {"--batch",        OPT_INT,    &run.B,            "4",      "1..65536", "sequences in a micro-batch of a rank, B"},
     {"--seq-len",      OPT_INT,    &run.T,            "512",    "1..131072", "tokens in a sequence, T"},
     {"--grad-accum",   OPT_INT,    &run.grad_accum,   "1",      "1..65536", "micro-batches in a step; gradients are weighted by tokens"},
     {"--weight-decay", OPT_FLOAT,  &run.weight_decay, "0.01",   "0..10", "decoupled (adamw) or L2 (sgd); norms do not decay"},
@@ -444,8 +446,11 @@ static const Option options[] = {
     {"--seed",         OPT_INT64,  &run.seed,         "1337",   "0..", "of weights, data order and rounding"},
     {"--max-skips",    OPT_INT,    &run.max_skips,    "10",     "1..", "stop after so many steps in a row without a finite loss and norm"},
     {"--log-every",    OPT_INT,    &run.log_every,    "1",      "1..", "print every so many steps (all of them are logged)"},
-    {"--profile",      OPT_FLAG,   &run.profile,      "0",      NULL, "at the end print the time of each operation"},
+    {"--profile",      OPT_STRING, &run.profile,      NULL,     NULL, "at the end print the time of each operation, and write a timeline for ui.perfetto.dev to FILE"},
     {"--device",       OPT_STRING, &run.device,       "auto",   NULL, "auto (a GPU if there is one), cpu or cuda"},
+    {"--shard",        OPT_ENUM,   &run.shard,        "auto",   "auto,none,optim,grad,full", "what ranks divide among themselves (auto: full, or none for one rank)"},
+    {"--gather",       OPT_ENUM,   &run.gather,       "quant",  "quant,full", "fake-quantized weights travel as codes and scales (same bits, fewer bytes), or whole"},
+    {"--comm",         OPT_STRING, &run.comm,         "auto",   NULL, "what carries device memory between ranks: nccl, mpi or auto"},
     {"--threads",      OPT_INT,    &run.threads,      "0",      "0..4096", "CPU threads (0: all cores)"},
 };
 #define N_OPTIONS ((int)(sizeof options / sizeof *options))
@@ -466,19 +471,20 @@ static int validate(Llama *m, Acts *s, DataLoader *dl, int max_batches, double *
     StepState state = {0};
     device_copy_in(s->state, &state, sizeof state);
     dataloader_seek(dl, 0);
-    uint64_t n_batches = (dl->n_windows + (uint64_t)s->B - 1) / (uint64_t)s->B;
+    uint64_t R = (uint64_t)comm_size(), all = (uint64_t)s->B * R, n_batches = (dl->n_windows + all - 1) / all;
     if (max_batches > 0 && n_batches > (uint64_t)max_batches) n_batches = (uint64_t)max_batches;
     int32_t *tokens = xmalloc(s->N * 4), *targets = xmalloc(s->N * 4);
     for (uint64_t i = 0; i < n_batches; i++) {
         dataloader_next(dl, tokens, targets);
         for (int b = 0; b < s->B; b++)
-            if (i * (uint64_t)s->B + (uint64_t)b >= dl->n_windows)
+            if (i * all + (uint64_t)b * R + (uint64_t)comm_rank() >= dl->n_windows)
                 for (int t = 0; t < s->T; t++) targets[(size_t)b * s->T + t] = -1;
         device_copy_in(s->tokens, tokens, s->N * 4);
         device_copy_in(s->targets, targets, s->N * 4);
         llama_forward(m, s);
-        llama_loss(m, s, false, false);
+        llama_loss(m, s, false, 0);
     }
+    shard_sum_state(m->shard, s->state, false);
     free(tokens); free(targets);
     int rc = device_sync(err);
     device_copy_out(&state, s->state, sizeof state);
@@ -511,32 +517,45 @@ static int validate_both(Llama *m, Acts *s, DataLoader *dl, int max_batches, int
     return 0;
 }
 
-// Masters as the writers want them.
-static int master_rows(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
-    (void)err;
-    const Llama *m = ctx;
-    device_copy_out(out, m->master + p->offset + (size_t)row0 * (size_t)p->cols,
-                    (size_t)n * (size_t)p->cols * sizeof *out);
-    return 0;
-}
-
+// The rows of the masters that this rank holds, from the model file or drawn at random.
 static int load_masters(Llama *m, const ModelFile *file, Err *err) {
+    const OwnTable *o = &m->shard->own;
     for (int i = 0; i < m->table.n; i++) {
-        const Param *p = &m->table.p[i];
+        const Param *p = &m->table.p[i], *own = &o->own.p[i];
         int64_t tile = (1 << 20) / p->cols + 1;
         float *rows = xmalloc((size_t)tile * (size_t)p->cols * sizeof *rows);
         int rc = 0;
-        for (int64_t r = 0; r < p->rows && rc == 0; r += tile) {
-            int64_t n = p->rows - r < tile ? p->rows - r : tile;
-            if (file) rc = model_read_rows(file, p, r, n, rows, err);
-            else param_init_random(rows, p, &m->c, (uint64_t)run.seed, (size_t)(r * p->cols), (size_t)(n * p->cols));
+        for (int64_t r = 0; r < own->rows && rc == 0; r += tile) {
+            int64_t n = own->rows - r < tile ? own->rows - r : tile, row = o->row0[i] + r;
+            if (file) rc = model_read_rows(file, p, row, n, rows, err);
+            else param_init_random(rows, p, &m->c, (uint64_t)run.seed, (size_t)(row * p->cols), (size_t)(n * p->cols));
             if (rc == 0)
-                device_copy_in(m->master + p->offset + r * p->cols, rows, (size_t)(n * p->cols) * sizeof *rows);
+                device_copy_in(m->master + own->offset + r * p->cols, rows, (size_t)(n * p->cols) * sizeof *rows);
         }
         free(rows);
         if (rc < 0) return rc;
     }
     return 0;
+}
+
+// Whole tensors, from all ranks to the files that rank 0 writes: model.bin and, if asked, the folder.
+static int export_model(const Llama *m, const Tokenizer *tok, Err *err) {
+    ShardRows rows = {m->shard, m->master};
+    if (comm_rank() > 0) return shard_lend_rows(&rows, err);
+    // What is exported is the working type's value of every parameter: quantizing it gives the codes that training
+    // used.
+    DType dtype = sizeof(floatX) == 4 ? DT_F32 : DT_BF16;
+    char path[1100];
+    snprintf(path, sizeof path, "%s/model.bin", run.out);
+    int rc = model_write_bin(path, &m->c, &m->plan, &m->table, tok, dtype, shard_rows, &rows, err);
+    if (rc < 0) return rc;
+    printf("wrote   %s\n", path);
+    if (run.hf) {
+        snprintf(path, sizeof path, "%s/hf", run.out);
+        if ((rc = model_write_hf(path, &m->c, &m->table, tok, dtype, shard_rows, &rows, err)) < 0) return rc;
+        printf("wrote   %s\n", path);
+    }
+    return shard_rows_end(&rows, err);
 }
 
 static int load_tokenizer(Tokenizer **tok, ModelFile *file, Err *err) {
@@ -560,7 +579,8 @@ static int load_tokenizer(Tokenizer **tok, ModelFile *file, Err *err) {
 
 // Prints the memory plan. Activations are counted by the function that allocates them, for one sequence and for two.
 static int print_memory_plan(double *planned, Llama *m, bool ste_clip, const TokenData *data, Err *err) {
-    double n = (double)m->table.n_elements, b1, b2;
+    const ShardMemory *shard = &m->shard->memory;
+    double n = (double)m->shard->own.own.n_elements, b1, b2;
     Acts s = {0};
     Arena a = {.plan = true};
     take_acts(&a, &s, m, 1, run.T, run.grad_accum, run.recompute, ste_clip);
@@ -572,17 +592,60 @@ static int print_memory_plan(double *planned, Llama *m, bool ste_clip, const Tok
     take_acts(&a, &s, m, run.B, run.T, run.grad_accum, run.recompute, ste_clip);
     free(s.block);
     double per = run.B > 1 ? (a.bytes - b1) / (run.B - 1) : b2 - b1;
-    double views = tied_views_differ(m) ? (double)m->c.V * m->c.C * sizeof(floatX) : 0;
     MemoryItem items[] = {
         {"master weights, fp32", 4 * n, 0},
-        {"gradients, fp32", 4 * n, 0},
+        {"gradients, fp32", shard->gradients + shard->own_gradients, 0},
         {run.optimizer == OPTIM_ADAMW ? "AdamW moments, fp32" : "momentum, fp32",
          (run.optimizer == OPTIM_ADAMW ? 8 : 4) * n, 0},
-        {"working weights, " FLOATX_NAME, (double)sizeof(floatX) * n + 4.0 * (double)m->table.n_rows + views, 0},
+        {"working weights, " FLOATX_NAME, shard->weights, 0},
+        {"on the way between ranks", shard->buffers, 0},
         {"activations and logits", a.bytes - per * run.B, per},
         {"tokens", data->owned && device_is_host() ? 4.0 * (double)data->n : 0, 0},
     };
     return memory_plan_print(planned, items, sizeof items / sizeof *items, run.B, stdout, err);
+}
+
+static const char *const level_names[] = {"none", "optim", "grad", "full"};
+
+// Ranks that were started with different models or data would train nonsense together.
+static int check_ranks_agree(const Llama *m, const char *plan_json, const TokenData *train, const TokenData *val,
+                             Err *err) {
+    char *config = llama_config_to_json(&m->c, FLOATX_NAME), text[160];
+    snprintf(text, sizeof text, "train_llama_qat " QLLM_VERSION " " FLOATX_NAME ", training data %016llx, validation "
+             "data %016llx", (unsigned long long)train->hash, (unsigned long long)val->hash);
+    int rc = comm_check_same("program and data", text, err);
+    if (rc == 0) rc = comm_check_same("model configuration", config, err);
+    if (rc == 0) rc = comm_check_same("quantization scheme", plan_json, err);
+    free(config);
+    return rc;
+}
+
+static int sum_over_ranks(double *x, Err *err) {
+    double *all = xmalloc((size_t)comm_size() * sizeof *all);
+    int rc = comm_host_all_gather(all, x, sizeof *x, err);
+    *x = 0;
+    for (int r = 0; r < comm_size(); r++) *x += all[r];
+    free(all);
+    return rc;
+}
+
+// What a rank received, a step, and how long it waited for it.
+static void print_wire(const Llama *m, int64_t steps, JsonLog *json) {
+    const WireBytes *b = &m->shard->wire;
+    double n = steps ? (double)steps : 1, busy, blocked;
+    char linears[32], others[32], gradients[32];
+    comm_times(&busy, &blocked);
+    printf("wire    a step, received by a rank: linears %s, other weights %s, gradients %s; %.1f ms on the way, %.1f ms "
+           "waited for\n", fmt_bytes(linears, b->linears / n), fmt_bytes(others, b->others / n),
+           fmt_bytes(gradients, b->gradients / n), 1e3 * busy / n, 1e3 * blocked / n);
+    jsonlog_begin(json, "wire");
+    jsonlog_int(json, "steps", (long long)steps);
+    jsonlog_num(json, "linears", b->linears / n);
+    jsonlog_num(json, "others", b->others / n);
+    jsonlog_num(json, "gradients", b->gradients / n);
+    jsonlog_num(json, "busy_seconds", busy / n);
+    jsonlog_num(json, "blocked_seconds", blocked / n);
+    jsonlog_end(json);
 }
 
 static int run_training(Err *err) {
@@ -590,8 +653,14 @@ static int run_training(Err *err) {
     if (!run.train_data) return err_set(err, E_USAGE, "no --train-data; name a .txt, .jsonl or .bin file");
     if (!run.model == !run.init)
         return err_set(err, E_USAGE, "give either --model PATH or --init NAME (%s)", llama_config_names());
+    char *settings = cli_json(options, N_OPTIONS);
+    if ((rc = comm_check_same("options", settings, err)) < 0) return rc;
+    device_choose(comm_local_rank(), comm_local_size());
     if ((rc = device_init(run.device, run.threads, err)) < 0) return rc;
+    if ((rc = comm_choose(run.comm, err)) < 0) return rc;
     if ((rc = make_dir(run.out, err)) < 0) return rc;
+    bool first = comm_rank() == 0;
+    int R = comm_size();
 
     // The model file: configuration, scheme and tokenizer now, weights when their place is allocated. What is static
     // here lives as long as the process.
@@ -605,6 +674,10 @@ static int run_training(Err *err) {
     }
     if ((rc = plan_from_options(&m.plan, run.model ? &file.plan : NULL, err)) < 0) return rc;
     if ((rc = param_table_build(&m.table, &m.c, &m.plan, err)) < 0) return rc;
+    static Shard shard;
+    ShardLevel level = run.shard ? (ShardLevel)(run.shard - 1) : R > 1 ? SHARD_FULL : SHARD_NONE;
+    m.shard = &shard;
+    if ((rc = shard_plan(&shard, &m.c, &m.plan, &m.table, level, run.gather == 0, R, comm_rank(), err)) < 0) return rc;
     static Tokenizer *tok;
     if ((rc = load_tokenizer(&tok, run.model ? &file : NULL, err)) < 0) return rc;
     if (tokenizer_vocab_size(tok) > m.c.V)
@@ -618,16 +691,28 @@ static int run_training(Err *err) {
     snprintf(cache, sizeof cache, "%s/cache", run.out);
     static TokenData train, val;
     static DataLoader train_dl, val_dl;
-    if ((rc = token_data_load(&train, run.train_data, tok, m.c.V, cache, err)) < 0) return rc;
-    if ((rc = dataloader_init(&train_dl, &train, run.B, run.T, true, (uint64_t)run.seed, err)) < 0) return rc;
-    if (run.val_data) {
-        if ((rc = token_data_load(&val, run.val_data, tok, m.c.V, cache, err)) < 0) return rc;
-        if ((rc = dataloader_init(&val_dl, &val, run.B, run.T, false, 0, err)) < 0) return rc;
+    // One rank of a machine tokenizes; the others find its tokens in the cache.
+    for (int turn = 0; turn < 2; turn++) {
+        if ((comm_local_rank() > 0) == (turn > 0)) {
+            if ((rc = token_data_load(&train, run.train_data, tok, m.c.V, cache, err)) < 0) return rc;
+            if (run.val_data && (rc = token_data_load(&val, run.val_data, tok, m.c.V, cache, err)) < 0) return rc;
+        }
+        if ((rc = comm_barrier(err)) < 0) return rc;
     }
+    if ((rc = dataloader_init(&train_dl, &train, run.B, run.T, true, (uint64_t)run.seed, err)) < 0) return rc;
+    dataloader_ranks(&train_dl, comm_rank(), R);
+    if (run.val_data) {
+        if ((rc = dataloader_init(&val_dl, &val, run.B, run.T, false, 0, err)) < 0) return rc;
+        dataloader_ranks(&val_dl, comm_rank(), R);
+    }
+    char *plan_json = quant_plan_to_json(&m.plan);
+    if ((rc = check_ranks_agree(&m, plan_json, &train, &val, err)) < 0) return rc;
 
     const char *peak_source;
     double peak = device_peak_flops(&peak_source);
+    if ((rc = sum_over_ranks(&peak, err)) < 0) return rc;
     printf("device  %s; peak %.0f GFLOP/s measured (%s)\n", device_description(), peak / 1e9, peak_source);
+    if (R > 1) printf("ranks   %s; --shard %s\n", comm_description(), level_names[level]);
     printf("model   %s: %s parameters, %d layers, width %d, %d heads on %d, feed-forward %d, vocabulary %d%s\n",
            run.model ? run.model : run.init, fmt_count(buf, (double)m.table.n_params), m.c.L, m.c.C, m.c.NH, m.c.NKV,
            m.c.FF, m.c.V, m.c.tied ? ", tied" : "");
@@ -644,23 +729,16 @@ static int run_training(Err *err) {
     fflush(stdout);
 
     // Allocate; masters first, so that the mapped model file is gone before the rest is touched.
-    size_t n = m.table.n_elements;
+    size_t n = shard.own.own.n_elements;
     if ((rc = device_alloc((void **)&m.master, n * 4, "master weights", err)) < 0) return rc;
     if ((rc = load_masters(&m, run.model ? &file : NULL, err)) < 0) return rc;
     if (run.model) model_close(&file);
+    if ((rc = shard_alloc(&shard, err)) < 0) return rc;
     Arena a = {.err = err};
-    m.grad = take(&a, n, 4, "gradients");
     m.m = take(&a, n, 4, "optimizer state");
     m.v = run.optimizer == OPTIM_ADAMW ? take(&a, n, 4, "optimizer state") : NULL;
-    m.work = take(&a, n, sizeof(floatX), "working weights");
-    m.wscale = take(&a, m.table.n_rows, 4, "row scales");
     m.cos_t = take(&a, (size_t)run.T * m.c.HS / 2, 4, "rope table");
     m.sin_t = take(&a, (size_t)run.T * m.c.HS / 2, 4, "rope table");
-    if (tied_views_differ(&m)) m.head = take(&a, (size_t)m.c.V * m.c.C, sizeof(floatX), "head");
-    else m.head = w(&m, -1, m.c.tied ? ROLE_EMBED : ROLE_HEAD);
-    if (m.c.tied) m.head_scale = quant_works_as_codes(&m.plan.tied_head) ? take(&a, m.c.V, 4, "head scales") : NULL;
-    else m.head_scale = quant_works_as_codes(&param_get(&m.table, -1, ROLE_HEAD)->scheme.weight)
-                      ? m.wscale + param_get(&m.table, -1, ROLE_HEAD)->row_offset : NULL;
     static Acts s;
     take_acts(&a, &s, &m, run.B, run.T, run.grad_accum, run.recompute, ste_clip);
     if (a.rc < 0) return a.rc;
@@ -674,8 +752,10 @@ static int run_training(Err *err) {
     int n_arrays = run.optimizer == OPTIM_ADAMW ? 3 : 2;
     TrainProgress p = {.data_hash = train.hash, .seed = (uint64_t)run.seed, .T = run.T};
     bool resumed = false;
+    if (first) train_state_clean(run.out);
+    if ((rc = comm_barrier(err)) < 0) return rc;
     if (run.resume) {
-        if ((rc = train_state_load(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, err)) < 0) return rc;
+        if ((rc = train_state_load(run.out, &p, &m.c, &m.plan, &shard.own, arrays, n_arrays, err)) < 0) return rc;
         resumed = rc == 1;
         if (resumed) printf("resume  from step %lld\n", (long long)p.step);
         else printf("resume  %s has no checkpoint; starting at step 0\n", run.out);
@@ -684,8 +764,7 @@ static int run_training(Err *err) {
 
     static JsonLog json;
     snprintf(cache, sizeof cache, "%s/log.jsonl", run.out);
-    if ((rc = jsonlog_open(&json, cache, resumed, err)) < 0) return rc;
-    char *settings = cli_json(options, N_OPTIONS), *plan_json = quant_plan_to_json(&m.plan);
+    if ((rc = jsonlog_open(&json, first ? cache : NULL, resumed, err)) < 0) return rc;
     jsonlog_begin(&json, "start");
     jsonlog_str(&json, "program", "train_llama_qat " QLLM_VERSION " " FLOATX_NAME);
     jsonlog_raw(&json, "options", settings);
@@ -694,6 +773,8 @@ static int run_training(Err *err) {
     jsonlog_num(&json, "peak_flops", peak);
     jsonlog_int(&json, "parameters", (long long)m.table.n_params);
     jsonlog_num(&json, "memory_plan", planned);
+    jsonlog_int(&json, "ranks", R);
+    jsonlog_str(&json, "shard", level_names[level]);
     jsonlog_end(&json);
     free(settings); free(plan_json);
 
@@ -720,25 +801,31 @@ static int run_training(Err *err) {
 
     llama_requantize(&m, quantized && p.step >= run.fake_quant_after);
     trainer_catch_signals();
-    if (run.profile) profile_begin();
+    if (run.profile && (rc = profile_begin(NULL, 0, err)) < 0) return rc;
     int64_t profile_from = p.step + 2;             // the first steps build the matmul primitives
     double profile_seconds = 0;
-    while (p.step < run.steps && !trainer_signal()) {
+    int64_t wire_from = p.step;
+    bool stop = false;
+    while (p.step < run.steps && !stop) {
+        if ((rc = train_state_poll(err)) < 0) return rc;
         if (quantized && !m.fake_quant && p.step >= run.fake_quant_after) llama_requantize(&m, true);
         if (p.step == profile_from) profile_reset();
         double t0 = now_seconds();
         StepState state = {
-            .t = (int32_t)p.t + 1, .lr = (float)schedule_lr(&sched, (int)p.step), .seed = (uint64_t)run.seed};
+            .t = (int32_t)p.t + 1, .lr = (float)schedule_lr(&sched, (int)p.step), .seed = (uint64_t)run.seed,
+            .stop = trainer_signal() != 0};
         device_copy_in(s.state, &state, sizeof state);
         for (int micro = 0; micro < run.grad_accum; micro++)
             dataloader_next(&train_dl, tokens + (size_t)micro * s.N, targets + (size_t)micro * s.N);
         device_copy_in(s.tokens, tokens, s.N * (size_t)run.grad_accum * 4);
         device_copy_in(s.targets, targets, s.N * (size_t)run.grad_accum * 4);
-        if (run.profile) train_step(&step);        // operation by operation, so that each can be timed
+        // Not recorded where each operation is timed, and where ranks wait for each other.
+        if (run.profile || R > 1 || level != SHARD_NONE) train_step(&step);
         else device_step(m.fake_quant, train_step, &step);
         if ((rc = device_sync(err)) < 0) return rc;
         device_copy_out(&state, s.state, sizeof state);
 
+        stop = state.stop || (R == 1 && trainer_signal());       // ranks leave after the same step
         p.step++;
         p.t += !state.skip;
         p.skipped += state.skip;
@@ -760,35 +847,27 @@ static int run_training(Err *err) {
 
         if (last && run.profile && p.step > profile_from)
             profile_print(stdout, (int)(p.step - profile_from), profile_seconds);
+        if (last && run.profile && (rc = profile_end(err)) < 0) return rc;
         if (run.val_data && !last && run.val_every && p.step % run.val_every == 0)
             if ((rc = validate_both(&m, &s, &val_dl, run.val_batches, (int)p.step, &json, err)) < 0) return rc;
         if (run.save_every && p.step % run.save_every == 0 && !last)
-            if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, run.keep, err)) < 0)
+            if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &shard.own, arrays, n_arrays, run.keep, err)) < 0)
                 return rc;
     }
+    if (R > 1) print_wire(&m, p.step - wire_from, &json);
     if (run.no_save) {
         jsonlog_close(&json);
         return 0;
     }
     // A stopped run leaves a checkpoint; a finished one leaves the checkpoint, model.bin and, if asked, the folder.
-    if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &m.table, arrays, n_arrays, run.keep, err)) < 0) return rc;
-    if (trainer_signal()) {
-        printf("stopped by signal %d at step %lld; saved. The same command with --resume goes on.\n", trainer_signal(),
-               (long long)p.step);
+    if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &shard.own, arrays, n_arrays, run.keep, err)) < 0) return rc;
+    if ((rc = train_state_finish(err)) < 0 || (rc = comm_barrier(err)) < 0) return rc;
+    if (stop && p.step < run.steps) {
+        printf("stopped by a signal at step %lld; saved. The same command with --resume goes on.\n", (long long)p.step);
         jsonlog_close(&json);
         return 0;
     }
-    // What is exported is the working type's value of every parameter: quantizing it gives the codes that training
-    // used.
-    DType dtype = sizeof(floatX) == 4 ? DT_F32 : DT_BF16;
-    snprintf(cache, sizeof cache, "%s/model.bin", run.out);
-    if ((rc = model_write_bin(cache, &m.c, &m.plan, &m.table, tok, dtype, master_rows, &m, err)) < 0) return rc;
-    printf("wrote   %s\n", cache);
-    if (run.hf) {
-        snprintf(cache, sizeof cache, "%s/hf", run.out);
-        if ((rc = model_write_hf(cache, &m.c, &m.table, tok, dtype, master_rows, &m, err)) < 0) return rc;
-        printf("wrote   %s\n", cache);
-    }
+    if ((rc = export_model(&m, tok, err)) < 0) return rc;
     if (p.skipped) printf("%lld steps were skipped for want of a finite loss and norm\n", (long long)p.skipped);
     if (run.val_data && (rc = validate_both(&m, &s, &val_dl, 0, (int)p.step, &json, err)) < 0) return rc;
     jsonlog_close(&json);
@@ -798,11 +877,15 @@ static int run_training(Err *err) {
 int main(int argc, char **argv) {
     program_name = "train_llama_qat";
     Err err = {0};
+    if (comm_init(&argc, &argv, &err) < 0) comm_die(&err);
+    // One rank speaks for all.
+    if (comm_rank() > 0 && !freopen("/dev/null", "w", stdout)) perror("/dev/null");
     if (cli_parse(options, N_OPTIONS,
-                  "usage: train_llama_qat (--model PATH | --init NAME) --train-data FILE [options]\n"
+                  "usage: [mpirun -np N] train_llama_qat (--model PATH | --init NAME) --train-data FILE [options]\n"
                   "Quantization-aware training of a Llama.\n",
                   NULL, argc, argv, &err) < 0)
-        die(&err);
-    if (run_training(&err) < 0) die(&err);
+        comm_die(&err);
+    if (run_training(&err) < 0 || comm_barrier(&err) < 0) comm_die(&err);
+    comm_end();
     return 0;
 }
