@@ -1,7 +1,7 @@
 # qllm.c: make, make test, make quickstart. `make help` lists the targets.
 #
 # What is optional is found by compiling and linking a three-line program; what was found, and what it does, is printed.
-# Override the search with DNNL_HOME, CUDA_HOME, DEPS_HOME, or turn something off: NO_DNNL=1 NO_OMP=1 NO_CUDA=1.
+# Override the search with DNNL_HOME, MPI_HOME, CUDA_HOME, DEPS_HOME, or turn something off: NO_DNNL=1 NO_OMP=1 NO_MPI=1 NO_CUDA=1.
 #   PRECISION=bf16|fp32   type of activations and working weights (default bf16)
 #   SANITIZE=1            AddressSanitizer and UndefinedBehaviorSanitizer
 #   ARCH=native           -march= of the CPU code
@@ -75,6 +75,18 @@ set DEPS_HOME)
     HAVE_DNNL := $(call probe,$(H)include <dnnl.h>\nint main(void){return dnnl_version()==0;}\n,\
 $(DNNL_FLAGS) $(DNNL_LIBS))
   endif
+  ifndef NO_MPI
+    # What mpicc adds to a compiler's arguments: Open MPI's tells it apart, MPICH's among all others.
+    MPICC := $(firstword $(wildcard $(MPI_HOME:%=%/bin/mpicc)) $(if $(MPI_HOME),,$(shell command -v mpicc 2>/dev/null)))
+    MPI_FLAGS := $(if $(MPICC),$(patsubst -I%,-isystem %,$(filter -I% -D%,\
+                 $(shell $(MPICC) -showme:compile 2>/dev/null || $(MPICC) -compile_info 2>/dev/null))))
+    MPI_LIBS  := $(if $(MPICC),$(filter -L% -l% -Wl%,\
+                 $(shell $(MPICC) -showme:link 2>/dev/null || $(MPICC) -link_info 2>/dev/null)))
+    HAVE_MPI  := $(if $(MPI_LIBS),$(call probe,$(H)include <mpi.h>\nint main(void){return MPI_Init(0$(comma)0);}\n,\
+$(MPI_FLAGS) $(MPI_LIBS)))
+    MPI_NAME  := $(if $(HAVE_MPI),$(shell { $(MPICC) -showme:version 2>/dev/null || $(MPICC) -v 2>&1; } | sed -n \
+                 -e 's/.*\(Open MPI [0-9.]*\).*/\1/p' -e 's/.*\(MPICH\) version \([0-9.]*\).*/\1 \2/p' | head -n 1))
+  endif
   HAVE_CMOCKA := $(call probe,$(H)include <stdarg.h>\n$(H)include <stddef.h>\n$(H)include <setjmp.h>\n\
 $(H)include <stdint.h>\n$(H)include <cmocka.h>\nint main(void){return 0;}\n,-lcmocka)
   HAVE_CLANG := $(shell printf 'int LLVMFuzzerTestOneInput(const char *d, unsigned long n){return d==0&&n;}' | \
@@ -85,6 +97,13 @@ ifeq ($(HAVE_OMP),y)
 else
   ALLFLAGS += -Wno-unknown-pragmas
 endif
+ifeq ($(HAVE_MPI),y)
+  ALLFLAGS += -DHAVE_MPI $(MPI_FLAGS)
+  # Only programs that know of ranks depend on it.
+  LIBS     += -Wl$(comma)--push-state$(comma)--as-needed $(MPI_LIBS) -Wl$(comma)--pop-state -lpthread
+else
+  LIBS     += -lpthread
+endif
 ifeq ($(HAVE_DNNL),y)
   ALLFLAGS += -DHAVE_DNNL $(DNNL_FLAGS)
   LIBS     += $(DNNL_LIBS)
@@ -94,6 +113,8 @@ endif
 LIB_SRC  := $(wildcard llmc/*.c llmc/cpu/*.c)
 LIB_OBJ  := $(LIB_SRC:%.c=$(OUT)/%.o)
 TESTS    := $(patsubst test/%.c,$(OUT)/test/%,$(wildcard test/test_*.c))
+# Run by mpirun: test/test_comm.sh and its like.
+MPI_TESTS := $(patsubst test/%.c,$(OUT)/test/%,$(wildcard test/mpi/*.c))
 BENCH    := $(patsubst dev/bench/%.c,$(OUT)/bench/%,$(wildcard dev/bench/*.c))
 FUZZ     := $(patsubst dev/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard dev/fuzz/fuzz_*.c))
 FUZZ_SECONDS ?= 60
@@ -111,6 +132,8 @@ ifeq ($(BUILDS_NOTHING)$(MAKE_RESTARTS)$(QLLM_QUIET),)
   $(call say,OpenMP: $(if $(HAVE_OMP),all cores,one thread$(if $(NO_OMP), (NO_OMP))),$(HAVE_OMP))
   WITHOUT_DNNL := $(if $(NO_DNNL),NO_DNNL,apt-get install libdnnl-dev or set DNNL_HOME)
   $(call say,oneDNN: $(if $(HAVE_DNNL),fast matmuls,plain blocked matmul$(comma) slower ($(WITHOUT_DNNL))),$(HAVE_DNNL))
+  $(call say,MPI: $(if $(HAVE_MPI),mpirun -np N ($(or $(MPI_NAME),$(MPICC))),one rank ($(if $(NO_MPI),NO_MPI,apt-get \
+install libopenmpi-dev openmpi-bin or set MPI_HOME))),$(HAVE_MPI))
   $(call say,CUDA: $(if $(HAVE_CUDA),$(NVCC)$(comma) compute capability $(CUDA_ARCHS),the CPU only \
 $(if $(NO_CUDA),(NO_CUDA),$(if $(SANITIZE),(SANITIZE),(set CUDA_HOME)))),$(HAVE_CUDA))
   $(call say,cmocka: $(if $(HAVE_CMOCKA),make test,no make test (apt-get install libcmocka-dev)),$(HAVE_CMOCKA))
@@ -158,6 +181,11 @@ $(PROGRAMS): %: $(OUT)/bin/% FORCE
 	@cmp -s $< $@ || { rm -f $@ && { ln $< $@ 2>/dev/null || cp $< $@; }; }
 programs: $(PROGRAMS:%=$(OUT)/bin/%)
 
+$(OUT)/test/mpi/%: $(OUT)/test/mpi/%.o $(OUT)/libqllm.a
+	@mkdir -p $(@D)
+	@echo "  link $@"
+	$(Q)$(CC) $(ALLFLAGS) $< $(OUT)/libqllm.a $(LIBS) -o $@
+
 $(OUT)/test/%: $(OUT)/test/%.o $(OUT)/libqllm.a
 	@mkdir -p $(@D)
 	@echo "  link $@"
@@ -175,7 +203,7 @@ ifneq ($(HAVE_CMOCKA),y)
 test test-sanitize:
 	@echo "make test needs cmocka: run scripts/install_deps.sh, or apt-get install libcmocka-dev" >&2; exit 1
 else
-test-programs: $(TESTS) programs $(if $(CUDASIM_TESTS),sim-programs)
+test-programs: $(TESTS) $(MPI_TESTS) programs $(if $(CUDASIM_TESTS),sim-programs)
 test:
 	@$(MAKE) --no-print-directory PRECISION=bf16 test-programs
 	@$(MAKE) --no-print-directory PRECISION=fp32 test-programs
@@ -235,7 +263,7 @@ help:
 	@echo "make install         to PREFIX=/usr/local"
 	@echo "make clean           removes BUILD=build and the programs"
 	@sed -n 's/^#\(   [A-Z]\)/\1/p' Makefile
-	@echo "   NO_DNNL=1 NO_OMP=1 NO_CUDA=1, DNNL_HOME= CUDA_HOME= DEPS_HOME=   turn off, or say where, what is optional"
+	@echo "   NO_DNNL=1 NO_OMP=1 NO_MPI=1 NO_CUDA=1, DNNL_HOME= MPI_HOME= CUDA_HOME= DEPS_HOME=   turn off, or say where, what is optional"
 
 -include $(shell find $(OUT) $(BUILD)/fuzz -name '*.d' 2>/dev/null)
 .PRECIOUS: $(OUT)/%.o $(BUILD)/fuzz/%.o

@@ -21,6 +21,9 @@ int comm_rank(void);
 int comm_size(void);
 int comm_local_rank(void);                  // among the ranks on this machine
 int comm_local_size(void);
+// Threads that a rank should compute with where the ranks of a machine share its cores: cores / ranks. 0: as many as it
+// sees, for one rank alone and for ranks that the launcher bound to cores of their own.
+int comm_default_threads(void);
 const char *comm_description(void);         // "2 ranks on 1 machine, MPI (Open MPI 4.1.4)"; "" for one rank
 
 // Like die() (common.h), with the rank in the message, and all other ranks end too.
@@ -38,7 +41,7 @@ int comm_choose(const char *transport, Err *err);
 // that was asked of the device before is done, run in the order of their calls, and are done for all that is asked of
 // the device after comm_wait(ticket); until then neither memory may be touched. Memory does not overlap.
 typedef uint64_t CommTicket;                // tickets ascend; waiting for one waits for all before it
-// recv (R, bytes) <- everyone's send (bytes), in rank order.
+// recv (R, bytes) <- everyone's send (bytes), in rank order. send may be this rank's own place in recv.
 CommTicket comm_all_gather(void *recv, const void *send, size_t bytes);
 // recv (R, bytes): recv[q] <- this rank's part send[rank] of rank q's send (R, bytes).
 CommTicket comm_all_to_all(void *recv, const void *send, size_t bytes);

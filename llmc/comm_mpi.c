@@ -1,0 +1,309 @@
+// MPI: all calls after MPI_Init are made by one thread, the lane, so that bytes move while the program computes, and any
+// MPI with MPI_THREAD_SERIALIZED will do. Transfers are nonblocking; between looks at them the lane sleeps, because the
+// core it runs on is usually one that computes.
+#include "comm_impl.h"
+
+size_t mpi_piece = (size_t)1 << 30;
+
+#ifdef HAVE_MPI
+#include <errno.h>
+#include <mpi.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <time.h>
+
+const bool mpi_built = true;
+
+enum { RING = 256, WINDOW = 8 };        // transfers that wait in a queue; ranks to which messages are under way at once
+
+// A transfer goes in steps; the messages of a step are under way together.
+typedef struct {
+    Transfer t;
+    size_t offset;                      // of the piece
+    int round;                          // gather, all-to-all: the first of the step's rounds; round s: rank + s, rank - s
+    int n;                              // messages of the step
+    bool active;
+    double began;
+    MPI_Request request[2 * WINDOW];
+} Running;
+
+static struct {
+    Transfer ring[RING];
+    uint64_t put, taken, done;          // transfers ever: asked for, begun, finished
+    Running run;
+    MPI_Comm comm;
+    double busy;
+    Err failed;                         // the first failure; what comes after it is not even tried
+} queues[QUEUES];
+
+static MpiWorld world;
+static pthread_t lane;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t asked = PTHREAD_COND_INITIALIZER, finished = PTHREAD_COND_INITIALIZER;
+static bool stopping, lane_runs;
+static int waiting;                     // threads that are blocked until something is done
+
+// ---------------------------------------------------------------------------------------------
+// Transfers
+
+static int check(int rc, Err *failed) {
+    if (rc == MPI_SUCCESS) return 0;
+    char text[MPI_MAX_ERROR_STRING] = "";
+    int n = 0;
+    MPI_Error_string(rc, text, &n);
+    return err_set(failed, E_FAIL, "MPI: %s", text);
+}
+
+// Starts messages of the next step; n = 0 if there are none left.
+static int next_step(Running *r, MPI_Comm comm, Err *failed) {
+    const Transfer *t = &r->t;
+    int rc = MPI_SUCCESS, R = world.size, me = world.rank;
+    size_t left = t->bytes - r->offset, piece = left < mpi_piece ? left : mpi_piece;
+    uint8_t *recv = t->recv;
+    const uint8_t *send = t->send;
+    r->n = 0;
+    switch (t->kind) {
+    case T_BARRIER:
+        if (r->round++ == 0) rc = MPI_Ibarrier(comm, &r->request[r->n++]);
+        break;
+    case T_BROADCAST:
+        if (piece) rc = MPI_Ibcast(recv + r->offset, (int)piece, MPI_BYTE, t->peer, comm, &r->request[r->n++]);
+        r->offset += piece;
+        break;
+    case T_SEND:
+        if (piece) rc = MPI_Isend(send + r->offset, (int)piece, MPI_BYTE, t->peer, 1, comm, &r->request[r->n++]);
+        r->offset += piece;
+        break;
+    case T_RECV:
+        if (piece) rc = MPI_Irecv(recv + r->offset, (int)piece, MPI_BYTE, t->peer, 1, comm, &r->request[r->n++]);
+        r->offset += piece;
+        break;
+    case T_ALL_GATHER:
+    case T_ALL_TO_ALL:
+        if (!piece) break;
+        int end = r->round + WINDOW < R ? r->round + WINDOW : R;
+        for (int s = r->round; s < end && rc == MPI_SUCCESS; s++) {
+            int from = (me + R - s) % R;
+            if (s) rc = MPI_Irecv(recv + (size_t)from * t->bytes + r->offset, (int)piece, MPI_BYTE, from, 0, comm,
+                                  &r->request[r->n++]);
+        }
+        for (int s = r->round; s < end && rc == MPI_SUCCESS; s++) {
+            int to = (me + s) % R;
+            const uint8_t *part = send + (t->kind == T_ALL_TO_ALL ? (size_t)to * t->bytes : 0) + r->offset;
+            uint8_t *own = recv + (size_t)me * t->bytes + r->offset;
+            if (s) rc = MPI_Isend(part, (int)piece, MPI_BYTE, to, 0, comm, &r->request[r->n++]);
+            else if (own != part) memcpy(own, part, piece);
+        }
+        r->round = end;
+        if (end == R) {
+            r->round = 0;
+            r->offset += piece;
+        }
+        break;
+    }
+    return check(rc, failed);
+}
+
+// Looks whether the step is done, and begins the next. 1: the transfer is done.
+static int advance(Running *r, MPI_Comm comm, Err *failed) {
+    int all = 1;
+    if (r->n) {
+        int rc = check(MPI_Testall(r->n, r->request, &all, MPI_STATUSES_IGNORE), failed);
+        if (rc < 0) return rc;
+    }
+    while (all) {
+        bool more = r->t.kind == T_BARRIER ? r->round == 0 : r->offset < r->t.bytes;
+        if (!more) return 1;
+        int rc = next_step(r, comm, failed);
+        if (rc < 0) return rc;
+        if (r->n) return 0;
+    }
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------
+// The lane
+
+static void sleep_microseconds(long us) {
+    struct timespec t = {0, us * 1000};
+    nanosleep(&t, NULL);
+}
+
+static void *run_lane(void *unused) {
+    (void)unused;
+    prctl(PR_SET_TIMERSLACK, 1000UL, 0UL, 0UL, 0UL);      // sleeps of microseconds should be that
+    int fruitless = 0;
+    pthread_mutex_lock(&lock);
+    for (;;) {
+        bool idle = true;
+        for (int q = 0; q < QUEUES; q++) {
+            Running *r = &queues[q].run;
+            if (!r->active && queues[q].taken < queues[q].put) {
+                *r = (Running){.t = queues[q].ring[queues[q].taken++ % RING], .active = true, .began = now_seconds()};
+                fruitless = 0;
+            }
+            idle = idle && !r->active;
+        }
+        if (idle && stopping) break;
+        if (idle) {
+            pthread_cond_wait(&asked, &lock);
+            continue;
+        }
+        bool awaited = waiting > 0;
+        pthread_mutex_unlock(&lock);
+        bool over[QUEUES] = {false};
+        double before = now_seconds();
+        for (int q = 0; q < QUEUES; q++) {
+            Running *r = &queues[q].run;
+            if (r->active)
+                over[q] = queues[q].failed.code || advance(r, queues[q].comm, &queues[q].failed) != 0;
+        }
+        // A look that took long has moved bytes. Else something must come from another process: it gets the core.
+        double now = now_seconds();
+        bool ended = false;
+        for (int q = 0; q < QUEUES; q++) ended = ended || over[q];
+        fruitless = ended || now - before > 20e-6 ? 0 : fruitless + 1;
+        if (fruitless > (awaited ? 200 : 20)) sleep_microseconds(awaited ? 20 : 100);
+        else if (fruitless) sched_yield();
+        pthread_mutex_lock(&lock);
+        for (int q = 0; q < QUEUES; q++) {
+            if (!over[q]) continue;
+            queues[q].run.active = false;
+            queues[q].busy += now - queues[q].run.began;
+            queues[q].done++;
+        }
+        if (ended) pthread_cond_broadcast(&finished);
+    }
+    pthread_mutex_unlock(&lock);
+    return NULL;
+}
+
+uint64_t mpi_put(Queue q, const Transfer *t) {
+    pthread_mutex_lock(&lock);
+    waiting++;
+    while (queues[q].put - queues[q].done >= RING) pthread_cond_wait(&finished, &lock);
+    waiting--;
+    queues[q].ring[queues[q].put++ % RING] = *t;
+    uint64_t ticket = queues[q].put;
+    pthread_cond_signal(&asked);
+    pthread_mutex_unlock(&lock);
+    return ticket;
+}
+
+int mpi_wait(Queue q, uint64_t ticket, Err *err) {
+    pthread_mutex_lock(&lock);
+    waiting++;
+    while (queues[q].done < ticket) pthread_cond_wait(&finished, &lock);
+    waiting--;
+    Err failed = queues[q].failed;
+    pthread_mutex_unlock(&lock);
+    return failed.code ? err_set(err, failed.code, "%s", failed.text) : 0;
+}
+
+double mpi_busy(Queue q) {
+    pthread_mutex_lock(&lock);
+    double busy = queues[q].busy + (queues[q].run.active ? now_seconds() - queues[q].run.began : 0);
+    pthread_mutex_unlock(&lock);
+    return busy;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Start and end
+
+// "Open MPI v4.1.4, package: ..." and "MPICH Version:\t4.0.2\n..." to "Open MPI 4.1.4" and "MPICH 4.0.2".
+static void library_name(char *out, size_t size) {
+    char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+    int n = 0;
+    MPI_Get_library_version(text, &n);
+    text[strcspn(text, ",\n")] = 0;
+    char *version = strstr(text, " Version:");
+    if (version) {
+        size_t skip = 9 + strspn(version + 9, " \t");
+        *version = 0;
+        snprintf(out, size, "%.40s %.20s", text, version + skip);
+    } else if ((version = strstr(text, " v")) && version[2] >= '0' && version[2] <= '9') {
+        *version = 0;
+        snprintf(out, size, "%.40s %.20s", text, version + 2);
+    } else {
+        snprintf(out, size, "%.60s", text);
+    }
+}
+
+int mpi_start(int *argc, char ***argv, MpiWorld *out, Err *err) {
+    int provided = MPI_THREAD_SINGLE, leader = 0, is_leader;
+    if (MPI_Init_thread(argc, argv, MPI_THREAD_SERIALIZED, &provided) != MPI_SUCCESS)
+        return err_set(err, E_FAIL, "MPI does not start");
+    MPI_Comm_rank(MPI_COMM_WORLD, &world.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &world.size);
+    library_name(world.library, sizeof world.library);
+    *out = world;
+    if (provided < MPI_THREAD_SERIALIZED)
+        return err_set(err, E_FAIL, "%s was built without threads (MPI_THREAD_SERIALIZED); use one that has them",
+                       world.library);
+    MPI_Comm local;
+    int rc = MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &local);
+    if (rc == MPI_SUCCESS) {
+        MPI_Comm_rank(local, &world.local_rank);
+        MPI_Comm_size(local, &world.local_size);
+        is_leader = world.local_rank == 0;
+        leader = world.rank;
+        MPI_Bcast(&leader, 1, MPI_INT, 0, local);
+        MPI_Comm_free(&local);
+        MPI_Allreduce(&is_leader, &world.machines, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD);
+    }
+    for (int q = 0; q < QUEUES && rc == MPI_SUCCESS; q++) {
+        rc = MPI_Comm_dup(MPI_COMM_WORLD, &queues[q].comm);
+        if (rc == MPI_SUCCESS) rc = MPI_Comm_set_errhandler(queues[q].comm, MPI_ERRORS_RETURN);
+    }
+    world.leader = leader;
+    *out = world;
+    if (rc != MPI_SUCCESS) return check(rc, err);
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before);            // signals are for the main thread
+    int e = pthread_create(&lane, NULL, run_lane, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (e) return err_set(err, E_FAIL, "no thread for MPI: %s", strerror(e));
+    lane_runs = true;
+    return 0;
+}
+
+void mpi_stop(void) {
+    if (lane_runs) {
+        pthread_mutex_lock(&lock);
+        stopping = true;
+        pthread_cond_signal(&asked);
+        pthread_mutex_unlock(&lock);
+        pthread_join(lane, NULL);
+        lane_runs = false;
+        for (int q = 0; q < QUEUES; q++) MPI_Comm_free(&queues[q].comm);
+    }
+    MPI_Finalize();
+}
+
+void mpi_abort(int status) { MPI_Abort(MPI_COMM_WORLD, status); }
+
+#else
+const bool mpi_built = false;
+
+int mpi_start(int *argc, char ***argv, MpiWorld *world, Err *err) {
+    (void)argc, (void)argv, (void)world;
+    return err_set(err, E_FAIL, "this build has no MPI");
+}
+void mpi_stop(void) {}
+void mpi_abort(int status) { (void)status; }
+uint64_t mpi_put(Queue q, const Transfer *t) {
+    (void)q, (void)t;
+    return 0;
+}
+int mpi_wait(Queue q, uint64_t ticket, Err *err) {
+    (void)q, (void)ticket;
+    return err_set(err, E_FAIL, "this build has no MPI");
+}
+double mpi_busy(Queue q) {
+    (void)q;
+    return 0;
+}
+#endif
