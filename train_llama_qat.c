@@ -656,7 +656,7 @@ static int run_training(Err *err) {
     char *settings = cli_json(options, N_OPTIONS);
     if ((rc = comm_check_same("options", settings, err)) < 0) return rc;
     device_choose(comm_local_rank(), comm_local_size());
-    if ((rc = device_init(run.device, run.threads, err)) < 0) return rc;
+    if ((rc = device_init(run.device, run.threads ? run.threads : comm_default_threads(), err)) < 0) return rc;
     if ((rc = comm_choose(run.comm, err)) < 0) return rc;
     if ((rc = make_dir(run.out, err)) < 0) return rc;
     bool first = comm_rank() == 0;

@@ -23,11 +23,11 @@ median() { awk -v key="\"$2\": *" '/"event": *"step"/ { if (match($0, key "[-0-9
     "$tmp/$1/log.jsonl" | sort -g | awk '{ a[NR] = $1 } END { print a[int((NR + 1) / 2)] }'; }
 
 # The two schemes take turns, so that a slow spell of a shared machine meets both.
-run none1 none 4 512 --profile
-run qat1 8da4w-32 4 512 --profile
+run none1 none 4 512 --profile "$tmp/none1.json"
+run qat1 8da4w-32 4 512 --profile "$tmp/qat1.json"
 run none2 none 4 512
 run qat2 8da4w-32 4 512
-run long none 1 2048 --profile
+run long none 1 2048 --profile "$tmp/long.json"
 for r in none1 qat1 long; do echo "--- $r"; grep -A 40 '^profile' "$tmp/$r.txt"; done
 grep '^FLOPs' "$tmp/none1.txt"
 grep '^device' "$tmp/none1.txt"
