@@ -1,5 +1,5 @@
 // Updates of the master weights, and the working values made from them in the same pass.
-#include "cpu.h"
+#include "packed.h"
 
 typedef enum { UPDATE_NONE, UPDATE_ADAMW, UPDATE_SGD } UpdateKind;
 
@@ -60,8 +60,8 @@ typedef struct {
 VEC v16 quantize_step(const float *master, int n, const BlockQuant *b, Working w) {
     v16 u = v16_unclamped(v16_bf16_round(v16_load(master, n)), b, w.zero_is_float, QD_BF16);
     v16 q = v16_nan_to(v16_clamp_code(u, b), b->nan);
-    // As codes the zero point is 0, and adding it turns -0 into 0.
-    return w.codes ? q + b->zp : v16_dequant(q, b, w.zero_is_float, w.mid);
+    if (w.codes) return w.zero_is_float ? q : q + b->zp;    // works as codes: zero point 0, and -0 turns into 0
+    return v16_dequant(q, b, w.zero_is_float, w.mid);
 }
 
 // Working values of cols values in a row that share one scale. In the fp32 build they are rounded to bf16 all the same.
@@ -110,8 +110,8 @@ VEC void update_plain(const Update *u, UpdateKind kind, floatX *work, float *wsc
         for (int64_t r = 0; r < rows; r++) wscale[r] = 1.0f;
 }
 
-// One scale for the whole tensor: it is known only when everything has been updated, so two passes.
-VEC void update_tensor(const Update *u, UpdateKind kind, floatX *work, const QuantSpec *s, int64_t rows, int64_t cols) {
+// Updates a tensor that has one scale, for its parameters.
+VEC V16QParams update_whole(const Update *u, UpdateKind kind, const QuantSpec *s, int64_t rows, int64_t cols) {
     float lo = INFINITY, hi = -INFINITY;
 #pragma omp parallel for schedule(static) reduction(min : lo) reduction(max : hi) if (rows * cols >= CPU_MIN_PARALLEL)
     for (int64_t r = 0; r < rows; r++) {
@@ -121,8 +121,12 @@ VEC void update_tensor(const Update *u, UpdateKind kind, floatX *work, const Qua
         lo = rl < lo ? rl : lo;
         hi = rh > hi ? rh : hi;
     }
-    V16QParams p = v16_choose(v16_bf16_round(v16_set1(lo)), v16_bf16_round(v16_set1(hi)), s, QD_BF16);
-    BlockQuant b = block_quant(p, s, QD_BF16);
+    return v16_choose(v16_bf16_round(v16_set1(lo)), v16_bf16_round(v16_set1(hi)), s, QD_BF16);
+}
+
+// One scale for the whole tensor: it is known only when everything has been updated, so two passes.
+VEC void update_tensor(const Update *u, UpdateKind kind, floatX *work, const QuantSpec *s, int64_t rows, int64_t cols) {
+    BlockQuant b = block_quant(update_whole(u, kind, s, rows, cols), s, QD_BF16);
 #pragma omp parallel for schedule(static) if (rows * cols >= CPU_MIN_PARALLEL)
     for (int64_t r = 0; r < rows; r++) quantize_span(work + r * cols, u->master + r * cols, cols, &b, s, false);
 }
@@ -245,43 +249,117 @@ void cpu_weight_ste_mask(float *grad, const float *master, const QuantSpec *wq, 
     }
 }
 
-// Blocks of 2^16 gradients are summed in double, each in 16 lanes that are then folded; the blocks' sums are added in
-// order. What runs in parallel is at most SUMS blocks, whose sums stand on the stack.
-#define NORM_BLOCK 65536
-#define SUMS 512
+// ---------------------------------------------------------------------------------------------
+// Codes for other ranks.
 
-static double sum_of_squares(const float *g, size_t n) {
-    double lane[16] = {0};
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        prefetch_ahead(g + i);
-        for (int l = 0; l < 16; l++) lane[l] += (double)g[i + (size_t)l] * (double)g[i + (size_t)l];
-    }
-    for (size_t l = 0; i + l < n; l++) lane[l] += (double)g[i + l] * (double)g[i + l];
-    for (int h = 8; h; h >>= 1)
-        for (int l = 0; l < h; l++) lane[l] += lane[l + h];
-    return lane[0];
+// Where codes and parameters of one tensor go.
+typedef struct {
+    uint8_t *codes, *int_zero;
+    bf16 *scale, *float_zero;   // zero points: one of the two, or neither
+    size_t row_bytes;
+    Pack pack;
+    bool zero_is_float;
+} Wire;
+
+static void wire_params(const Wire *w, int64_t at, v16 scale, v16 zp, int n) {
+    v16_store_bf16(w->scale + at, scale, n);
+    if (w->float_zero) v16_store_bf16(w->float_zero + at, zp, n);
+    if (w->int_zero)
+        for (int i = 0; i < n; i++) w->int_zero[at + i] = (uint8_t)(int)zp[i];
 }
 
-void cpu_sum_squares(StepState *state, const float *grad, size_t n) {
-    double total = 0.0, sums[SUMS];
-    size_t blocks = (n + NORM_BLOCK - 1) / NORM_BLOCK;
-    for (size_t k0 = 0; k0 < blocks; k0 += SUMS) {
-        size_t k1 = k0 + SUMS < blocks ? k0 + SUMS : blocks;
-#pragma omp parallel for schedule(static) if (n >= CPU_MIN_PARALLEL)
-        for (size_t k = k0; k < k1; k++) {
-            size_t at = k * NORM_BLOCK;
-            sums[k - k0] = sum_of_squares(grad + at, n - at < NORM_BLOCK ? n - at : NORM_BLOCK);
+VEC void pack_loop(uint8_t *codes, const float *master, int64_t cols, const BlockQuant *b, const Pack *pack, int bits,
+                   bool zero_is_float) {
+    const Working as_codes = {zero_is_float, true, 0.0f};
+    int64_t c = 0;
+    for (; c + 16 <= cols; c += 16, codes += 2 * bits)
+        pack16(codes, quantize_step(master + c, 16, b, as_codes), 16, bits, pack);
+    if (c < cols) {
+        int n = (int)(cols - c);
+        pack16(codes, quantize_step(master + c, n, b, as_codes), n, bits, pack);
+    }
+}
+
+// Codes of cols values in a row that share one scale.
+VEC void pack_span(uint8_t *codes, const float *master, int64_t cols, const BlockQuant *b, const Wire *w) {
+    const Pack *p = &w->pack;
+    if (p->bits == 4 && w->zero_is_float) pack_loop(codes, master, cols, b, p, 4, true);
+    else if (p->bits == 4) pack_loop(codes, master, cols, b, p, 4, false);
+    else if (p->bits == 8) pack_loop(codes, master, cols, b, p, 8, w->zero_is_float);
+    else pack_loop(codes, master, cols, b, p, p->bits, w->zero_is_float);
+}
+
+// Codes of cols values in a row, the blocks of b1 values of which end anywhere.
+static void pack_odd(uint8_t *codes, const float *master, int64_t cols, int64_t b1, const BlockLanes *all,
+                     const Wire *w) {
+    int64_t left = b1;
+    int k = 0;
+    for (int64_t c = 0; c < cols; c += 16, codes += 2 * w->pack.bits) {
+        int n = cols - c < 16 ? (int)(cols - c) : 16;
+        BlockLanes lanes = {0};
+        for (int i = 0; i < n; i++) {
+            lanes.scale[i] = all->scale[k], lanes.inv[i] = all->inv[k], lanes.lo[i] = all->lo[k];
+            lanes.hi[i] = all->hi[k], lanes.nan[i] = all->nan[k], lanes.zp[i] = all->zp[k], lanes.m[i] = all->m[k];
+            if (--left == 0) left = b1, k++;
         }
-        for (size_t k = 0; k < k1 - k0; k++) total += sums[k];
+        BlockQuant b = {v16_load(lanes.scale, 16), v16_load(lanes.inv, 16), v16_load(lanes.lo, 16),
+                        v16_load(lanes.hi, 16), v16_load(lanes.nan, 16), v16_load(lanes.zp, 16),
+                        v16_load(lanes.m, 16)};
+        v16 q = quantize_step(master + c, n, &b, (Working){w->zero_is_float, true, 0.0f});
+        pack16(codes, q, n, w->pack.bits, &w->pack);
     }
-    state->grad_squares += total;
 }
 
-void cpu_global_norm(StepState *state, float max_norm) {
-    double tokens = (double)state->tokens, norm = sqrt(state->grad_squares) / tokens;
-    state->norm = (float)norm;
-    state->skip = !(state->tokens > 0 && isfinite(norm) && isfinite(state->loss_sum));
-    double clip = max_norm > 0.0f && norm > (double)max_norm ? (double)max_norm / norm : 1.0;
-    state->grad_scale = state->skip ? 0.0f : (float)(clip / tokens);
+static void pack_tensor(const Wire *w, const Update *u, const QuantSpec *s, int64_t rows, int64_t cols) {
+    V16QParams p = update_whole(u, UPDATE_NONE, s, rows, cols);
+    BlockQuant b = block_quant(p, s, QD_BF16);
+    wire_params(w, 0, p.scale, p.zp, 1);
+#pragma omp parallel for schedule(static) if (rows * cols >= CPU_MIN_PARALLEL)
+    for (int64_t r = 0; r < rows; r++)
+        pack_span(w->codes + (size_t)r * w->row_bytes, u->master + r * cols, cols, &b, w);
+}
+
+static void pack_blocks(const Wire *w, const Update *u, const QuantSpec *s, int64_t rows, int64_t cols, int64_t b0,
+                        int64_t b1) {
+    const bool odd = b1 % 16 && b1 < cols;
+#pragma omp parallel for schedule(static) if (rows * cols >= CPU_MIN_PARALLEL)
+    for (int64_t r0 = 0; r0 < rows; r0 += b0) {
+        for (int64_t c0 = 0; c0 < cols; c0 += 16 * b1) {
+            int blocks = cols - c0 < 16 * b1 ? (int)((cols - c0) / b1) : 16;
+            BlockLanes all;
+            update_sixteen(&all, u, UPDATE_NONE, s, r0, c0, cols, b0, b1, blocks);
+            wire_params(w, r0 / b0 * (cols / b1) + c0 / b1, v16_load(all.scale, 16), v16_load(all.zp, 16), blocks);
+            for (int64_t r = r0; r < r0 + b0; r++) {
+                const float *master = u->master + r * cols + c0;
+                uint8_t *codes = w->codes + (size_t)r * w->row_bytes + (size_t)c0 * (size_t)s->bits / 8;
+                if (odd) {
+                    pack_odd(codes, master, blocks * b1, b1, &all, w);
+                    continue;
+                }
+                for (int k = 0; k < blocks; k++) {
+                    BlockQuant b = block_lane(&all, k);
+                    pack_span(codes + (size_t)(k * b1) * (size_t)s->bits / 8, master + k * b1, b1, &b, w);
+                }
+            }
+        }
+    }
+}
+
+void cpu_weight_pack(uint8_t *wire, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols, int64_t kn) {
+    int64_t block[2];
+    Err err;
+    if (rows == 0) return;
+    if (quant_block_shape(wq, rows, cols, block, &err) < 0) {
+        ops_set_error(err.code, "%s", err.text);
+        return;
+    }
+    QuantWire at = quant_wire_layout(wq, kn, cols, block);
+    Wire w = {.codes = wire + at.codes, .scale = (bf16 *)(void *)(wire + at.scale),
+              .row_bytes = quant_row_bytes(wq->bits, cols), .pack = pack_init(wq->bits),
+              .zero_is_float = wq->zero == QZ_FLOAT};
+    if (w.zero_is_float) w.float_zero = (bf16 *)(void *)(wire + at.zero);
+    else if (quant_has_zero(wq)) w.int_zero = wire + at.zero;
+    Update u = {.master = (float *)(uintptr_t)master};
+    if (block[0] == rows && block[1] == cols && rows > 1) pack_tensor(&w, &u, wq, rows, cols);
+    else pack_blocks(&w, &u, wq, rows, cols, block[0], block[1]);
 }

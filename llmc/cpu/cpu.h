@@ -211,5 +211,16 @@ VEC void range_add(Range *r, v16 v, int n) {
 // good: rounding keeps order). y may be x. For operations that have just written the row: it is read back from the
 // nearest cache, so that quantizing costs no memory traffic.
 void fakequant_row(floatX *y, uint8_t *mask, const floatX *x, int C, Range range, const QuantSpec *act);
+
+// The rows of a window that ranks have, counted through all ranks (ranks.c): how many there are, and those from `first`
+// to last - 1 in runs that lie together. Start from rank -1; false: no more.
+typedef struct {
+    int rank;
+    int64_t k, row, n;      // its rows k to k + n - 1 of the window, which are rows `row` and on of the tensor
+    int64_t seen;
+} RowRun;
+int64_t cpu_window_rows(const RowSplit *split, int64_t k0, int64_t kn);
+bool cpu_next_run(RowRun *run, const RowSplit *split, int64_t k0, int64_t kn, int64_t first, int64_t last);
+
 static inline bool quant_is_on(const QuantSpec *s) { return s && s->bits; }
 #endif
