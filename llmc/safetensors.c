@@ -207,7 +207,13 @@ struct StWriter {
     size_t declared, given;              // bytes of data
     bool overflow, open;
     AtomicFile file;
+    Checksum *sum;                       // of the whole file, if asked for
 };
+
+static void put(StWriter *w, const void *data, size_t bytes) {
+    if (w->sum) checksum_add(w->sum, data, bytes);
+    atomic_write(&w->file, data, bytes);
+}
 
 StWriter *st_writer_new(void) {
     StWriter *w = xcalloc(1, sizeof *w);
@@ -242,6 +248,11 @@ void st_writer_tensor(StWriter *w, const char *name, DType dtype, int ndim, cons
     w->declared = end;
 }
 
+void st_writer_checksum(StWriter *w, Checksum *sum) {
+    checksum_begin(sum);
+    w->sum = sum;
+}
+
 int st_writer_begin(StWriter *w, const char *path, Err *err) {
     if (w->overflow) return err_set(err, E_SHAPE, "%s: the tensors to write have impossible sizes", path);
     if (!w->meta->child) cJSON_DeleteItemFromObjectCaseSensitive(w->root, "__metadata__");
@@ -258,11 +269,11 @@ int st_writer_begin(StWriter *w, const char *path, Err *err) {
         w->open = true;
         uint8_t n[8];
         for (int i = 0; i < 8; i++) n[i] = (uint8_t)(padded >> (8 * i));
-        atomic_write(&w->file, n, 8);
-        atomic_write(&w->file, text, len);
+        put(w, n, 8);
+        put(w, text, len);
         char spaces[64];
         memset(spaces, ' ', sizeof spaces);
-        atomic_write(&w->file, spaces, padded - len);
+        put(w, spaces, padded - len);
     }
     cJSON_free(text);
     return rc;
@@ -270,7 +281,7 @@ int st_writer_begin(StWriter *w, const char *path, Err *err) {
 
 void st_writer_data(StWriter *w, const void *data, size_t bytes) {
     w->given += bytes;
-    if (w->given <= w->declared) atomic_write(&w->file, data, bytes);
+    if (w->given <= w->declared) put(w, data, bytes);
 }
 
 int st_writer_finish(StWriter *w, Err *err) {

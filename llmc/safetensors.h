@@ -4,6 +4,7 @@
 // names.
 #ifndef QLLM_SAFETENSORS_H
 #define QLLM_SAFETENSORS_H
+#include "checksum.h"
 #include "common.h"
 #ifdef __cplusplus
 extern "C" {
@@ -39,6 +40,8 @@ typedef struct StWriter StWriter;
 StWriter *st_writer_new(void);
 void st_writer_meta(StWriter *w, const char *key, const char *value);
 void st_writer_tensor(StWriter *w, const char *name, DType dtype, int ndim, const int64_t *shape);
+// From st_writer_begin on, every byte of the file also goes into *sum, which must outlive the writer.
+void st_writer_checksum(StWriter *w, Checksum *sum);
 int st_writer_begin(StWriter *w, const char *path, Err *err);
 void st_writer_data(StWriter *w, const void *data, size_t bytes);
 int st_writer_finish(StWriter *w, Err *err);   // E_FAIL with the cause if a write failed or data do not add up; frees w

@@ -1,4 +1,4 @@
-// What both trainers do around the model: signals, the memory plan, the step line, and checkpoints that can be resumed.
+// What both trainers do around the model: signals, the memory plan and the step line. Checkpoints: train_state.h.
 // The algorithm itself (forward, backward, update, the step loop) is spelled out in the trainers.
 #ifndef QLLM_TRAINER_H
 #define QLLM_TRAINER_H
@@ -27,25 +27,4 @@ typedef struct {
 } StepLog;
 typedef struct { int step; double loss, norm, lr, seconds; int64_t tokens; bool skipped; } StepReport;   // step counts from 1
 void steplog_print(StepLog *log, const StepReport *r, bool show);
-
-// Everything that a run needs to go on bit for bit.
-typedef struct {
-    int64_t step;                              // optimizer steps done, skipped ones included
-    int64_t t;                                 // AdamW's step count: updates that were made
-    uint64_t loader_position;                  // windows handed out
-    int64_t tokens, skipped;
-    uint64_t data_hash, seed;
-    int T;
-} TrainProgress;
-
-// Optimizer state arrays beside the masters: AdamW has two (m, v), SGD one. All (n_elements) f32 in device memory.
-typedef struct { const char *name; float *data; } StateArray;
-
-// Writes OUT/step-N/ (aside, synced, renamed), then OUT/latest; removes all but the newest `keep` (0: keep all).
-int train_state_save(const char *out, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
-                     const ParamTable *table, const StateArray *arrays, int n_arrays, int keep, Err *err);
-// Loads the checkpoint that OUT/latest names. Configuration, scheme, T, data and seed must be those of this run.
-// Returns 1 if one was loaded, 0 if there is none.
-int train_state_load(const char *out, TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
-                     const ParamTable *table, const StateArray *arrays, int n_arrays, Err *err);
 #endif

@@ -1,0 +1,998 @@
+// Checkpoints that a run goes on from: see train_state.h, and doc/formats.md for the files.
+//
+// How a save can be killed at any moment. Everything is written in OUT/step-N.tmp, each file aside, synced and renamed.
+// A rank whose file is there puts rank-K-of-R.done beside it. When rank 0 sees all of them it writes the marker,
+// removes the .done files, syncs the folder, renames it to step-N, syncs OUT and only then moves OUT/latest. Where a
+// run that was resumed meets a step-N of the past, both folders change names in one call, so that step-N is complete
+// at every moment. File systems without such a call get step-N.old for that moment, and the reader knows of it.
+#include "train_state.h"
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#include "checksum.h"
+#include "device.h"
+#include "json.h"
+#include "safetensors.h"
+
+#define MARKER_NAME "checkpoint.json"
+#define MARKER_FORMAT "qllm.c training checkpoint"
+#define FILE_FORMAT "qllm.c training state"
+#define MAX_OUT 900                    // of OUT's name: names below it fit into PATH bytes
+#define PATH 1024
+#define EXACT 9007199254740992.0       // 2^53: up to it a JSON number holds every integer
+
+// ---------------------------------------------------------------------------------------------
+// Names
+
+static void file_name(char *buf, size_t size, int rank, int ranks, const char *end) {
+    snprintf(buf, size, "rank-%05d-of-%05d%s", rank, ranks, end);
+}
+
+static void tensor_name(char *buf, size_t size, const char *array, const char *name) {
+    snprintf(buf, size, "%s.%s", array, name);
+}
+
+// "step-N" with `end` after it, N as it is printed; -1 for any other name.
+static int64_t step_of_name(const char *name, const char *end) {
+    if (strncmp(name, "step-", 5)) return -1;
+    const char *digits = name + 5;
+    size_t n = strspn(digits, "0123456789");
+    if (n == 0 || n > 10 || (n > 1 && digits[0] == '0') || strcmp(digits + n, end)) return -1;
+    return strtoll(digits, NULL, 10);
+}
+
+// Whether a file in a checkpoint's folder, or in the one where it is made, bears a name that is given here.
+static bool our_file(const char *name) {
+    const char *end = name;
+    if (!strncmp(name, MARKER_NAME, strlen(MARKER_NAME))) {
+        end += strlen(MARKER_NAME);
+    } else {
+        for (const char *form = "rank-00000-of-00000."; *form; form++, end++)
+            if (*form == '0' ? *end < '0' || *end > '9' : *end != *form) return false;
+        if (!strncmp(end, "safetensors", 11)) end += 11;
+        else if (!strncmp(end, "done", 4)) end += 4;
+        else return false;
+    }
+    if (!*end) return true;
+    if (strncmp(end, ".tmp-", 5) || !end[5]) return false;
+    return strspn(end + 5, "0123456789") == strlen(end + 5);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Folders. Only what bears our names is removed, only below OUT, and links are not followed.
+
+static int sync_folder(const char *path, Err *err) {
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int failed = fd < 0 || (fsync(fd) && errno != EINVAL) ? errno : 0;    // EINVAL: a file system with nothing to sync
+    if (fd >= 0) close(fd);
+    return failed ? err_set(err, E_FAIL, "cannot sync folder %s: %s", path, strerror(failed)) : 0;
+}
+
+static DIR *open_folder(const char *out, const char *name) {
+    char path[PATH];
+    snprintf(path, sizeof path, "%s/%s", out, name);
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    DIR *d = fd >= 0 ? fdopendir(fd) : NULL;
+    if (fd >= 0 && !d) close(fd);
+    return d;
+}
+
+static bool is_dots(const char *name) { return !strcmp(name, ".") || !strcmp(name, ".."); }
+
+static void remove_folder(const char *out, const char *name) {
+    DIR *d = open_folder(out, name);
+    if (!d) return;
+    for (struct dirent *e; (e = readdir(d));)
+        if (our_file(e->d_name)) unlinkat(dirfd(d), e->d_name, 0);
+    closedir(d);
+    char path[PATH];
+    snprintf(path, sizeof path, "%s/%s", out, name);
+    rmdir(path);
+}
+
+// What a folder holds: its marker, and anything that is not ours.
+static bool folder_complete(const char *out, const char *name, bool *foreign) {
+    bool marker = false;
+    *foreign = false;
+    DIR *d = open_folder(out, name);
+    if (!d) return false;
+    for (struct dirent *e; (e = readdir(d));) {
+        if (!strcmp(e->d_name, MARKER_NAME)) marker = true;
+        else if (!is_dots(e->d_name) && !our_file(e->d_name)) *foreign = true;
+    }
+    closedir(d);
+    return marker;
+}
+
+// The steps of OUT's entries "step-N" + end; malloc'ed.
+static int64_t *list_steps(const char *out, const char *end, int *n) {
+    int64_t *steps = NULL;
+    *n = 0;
+    DIR *d = opendir(out);
+    if (!d) return NULL;
+    for (struct dirent *e; (e = readdir(d));) {
+        int64_t s = step_of_name(e->d_name, end);
+        if (s < 0) continue;
+        if ((*n & (*n - 1)) == 0) {                              // full at every power of two
+            int64_t *more = realloc(steps, (size_t)(*n ? 2 * *n : 1) * sizeof *steps);
+            if (!more) break;
+            steps = more;
+        }
+        steps[(*n)++] = s;
+    }
+    closedir(d);
+    return steps;
+}
+
+void train_state_clean(const char *out) {
+    if (strlen(out) > MAX_OUT) return;
+    int n;
+    char name[64], path[PATH], old[PATH];
+    int64_t *steps = list_steps(out, ".old", &n);
+    for (int i = 0; i < n; i++) {
+        snprintf(name, sizeof name, "step-%" PRId64 ".old", steps[i]);
+        snprintf(old, sizeof old, "%s/%s", out, name);
+        snprintf(path, sizeof path, "%s/step-%" PRId64, out, steps[i]);
+        if (path_exists(path)) remove_folder(out, name);
+        else rename(old, path);                                  // killed between the two renames of place_folder
+    }
+    free(steps);
+    steps = list_steps(out, ".tmp", &n);
+    for (int i = 0; i < n; i++) {
+        snprintf(name, sizeof name, "step-%" PRId64 ".tmp", steps[i]);
+        remove_folder(out, name);
+    }
+    free(steps);
+}
+
+static int by_step_down(const void *a, const void *b) {
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x < y) - (x > y);
+}
+
+// Later steps than `newest` are of a past that was left behind; they are nobody's to count or to remove.
+static void remove_old_checkpoints(const char *out, int64_t newest, int keep) {
+    if (keep <= 0) return;
+    int n, kept = 0;
+    int64_t *steps = list_steps(out, "", &n);
+    if (n) qsort(steps, (size_t)n, sizeof *steps, by_step_down);
+    for (int i = 0; i < n; i++) {
+        char name[32], dying[64], path[PATH], aside[PATH];
+        bool foreign;
+        snprintf(name, sizeof name, "step-%" PRId64, steps[i]);
+        if (steps[i] > newest || !folder_complete(out, name, &foreign)) continue;
+        if (kept++ < keep || foreign) continue;
+        // Renamed first: what is half removed must not look like a checkpoint, and is swept up at the next start.
+        snprintf(dying, sizeof dying, "%s.tmp", name);
+        snprintf(path, sizeof path, "%s/%s", out, name);
+        snprintf(aside, sizeof aside, "%s/%s", out, dying);
+        remove_folder(out, dying);
+        if (rename(path, aside) == 0) remove_folder(out, dying);
+    }
+    free(steps);
+}
+
+// OUT/step-N.tmp becomes OUT/step-N. *left: the folder that holds the checkpoint which had this name, "" for none.
+static int place_folder(const char *out, int64_t step, char *left, size_t size, Err *err) {
+    char dir[PATH], aside[PATH], old[PATH], old_name[64];
+    snprintf(dir, sizeof dir, "%s/step-%" PRId64, out, step);
+    snprintf(aside, sizeof aside, "%s/step-%" PRId64 ".tmp", out, step);
+    snprintf(old_name, sizeof old_name, "step-%" PRId64 ".old", step);
+    snprintf(old, sizeof old, "%s/%s", out, old_name);
+    left[0] = 0;
+    if (rename(aside, dir) == 0) return 0;
+    if (errno == ENOTEMPTY || errno == EEXIST) {
+#ifdef RENAME_EXCHANGE
+        if (renameat2(AT_FDCWD, aside, AT_FDCWD, dir, RENAME_EXCHANGE) == 0) {
+            snprintf(left, size, "step-%" PRId64 ".tmp", step);
+            return 0;
+        }
+#endif
+        remove_folder(out, old_name);
+        if (rename(dir, old) == 0) {
+            if (rename(aside, dir) == 0) {
+                snprintf(left, size, "%s", old_name);
+                return 0;
+            }
+            int failed = errno;
+            rename(old, dir);
+            errno = failed;
+        }
+    }
+    return err_set(err, E_FAIL, "cannot rename %s to %s: %s", aside, dir, strerror(errno));
+}
+
+// ---------------------------------------------------------------------------------------------
+// JSON texts
+
+// 64-bit values are strings: a JSON number is a double.
+static void add_u64(cJSON *o, const char *key, uint64_t value) {
+    char text[24];
+    snprintf(text, sizeof text, "%" PRIu64, value);
+    cJSON_AddStringToObject(o, key, text);
+}
+
+static int get_u64(const cJSON *o, const char *key, uint64_t max, uint64_t *out, Err *err) {
+    const char *s = json_string(o, key);
+    if (!s) return err_set(err, E_MISSING, "field \"%s\" is missing or not a string", key);
+    size_t n = strlen(s);
+    errno = 0;
+    bool digits = n && n <= 20 && strspn(s, "0123456789") == n;
+    unsigned long long value = digits ? strtoull(s, NULL, 10) : 0;
+    if (!digits || errno || value > max)
+        return err_set(err, E_FORMAT, "field \"%s\" is not a whole number from 0 to %" PRIu64, key, max);
+    *out = value;
+    return 0;
+}
+
+static cJSON *progress_to_json(const TrainProgress *p) {
+    cJSON *o = cJSON_CreateObject();
+    cJSON_AddNumberToObject(o, "step", (double)p->step);
+    cJSON_AddNumberToObject(o, "t", (double)p->t);
+    add_u64(o, "loader_position", p->loader_position);
+    add_u64(o, "tokens", (uint64_t)p->tokens);
+    cJSON_AddNumberToObject(o, "skipped", (double)p->skipped);
+    add_u64(o, "data_hash", p->data_hash);
+    add_u64(o, "seed", p->seed);
+    cJSON_AddNumberToObject(o, "seq_len", p->T);
+    return o;
+}
+
+static int progress_from_json(TrainProgress *p, const cJSON *o, Err *err) {
+    int64_t T = 0;
+    uint64_t tokens = 0;
+    *p = (TrainProgress){0};
+    if (!cJSON_IsObject(o)) return err_set(err, E_FORMAT, "field \"progress\" is not an object");
+    int rc = json_int(o, "step", true, 0, INT32_MAX, &p->step, err);
+    if (rc == 0) rc = json_int(o, "t", true, 0, INT32_MAX, &p->t, err);
+    if (rc == 0) rc = json_int(o, "skipped", true, 0, INT32_MAX, &p->skipped, err);
+    if (rc == 0) rc = json_int(o, "seq_len", true, 1, INT32_MAX, &T, err);
+    if (rc == 0) rc = get_u64(o, "loader_position", UINT64_MAX, &p->loader_position, err);
+    if (rc == 0) rc = get_u64(o, "tokens", INT64_MAX, &tokens, err);
+    if (rc == 0) rc = get_u64(o, "data_hash", UINT64_MAX, &p->data_hash, err);
+    if (rc == 0) rc = get_u64(o, "seed", UINT64_MAX, &p->seed, err);
+    p->T = (int)T;
+    p->tokens = (int64_t)tokens;
+    return rc;
+}
+
+static char *print_and_free(cJSON *o, bool pretty) {
+    char *text = pretty ? cJSON_Print(o) : cJSON_PrintUnformatted(o);
+    cJSON_Delete(o);
+    char *mine = text ? xstrdup(text) : NULL;
+    cJSON_free(text);
+    return mine;
+}
+
+// The marker's last bytes: a checksum of all that is before them.
+static void marker_tail(char *buf, size_t size, uint64_t checksum) {
+    snprintf(buf, size, ",\n\t\"checksum\":\t\"%016" PRIx64 "\"\n}\n", checksum);
+}
+
+char *train_marker_to_json(const TrainMarker *m) {
+    cJSON *o = cJSON_CreateObject(), *list;
+    char name[64];
+    cJSON_AddStringToObject(o, "format", MARKER_FORMAT);
+    cJSON_AddNumberToObject(o, "version", 1);
+    cJSON_AddItemToObject(o, "progress", progress_to_json(&m->progress));
+    cJSON_AddStringToObject(o, "config", m->config);
+    cJSON_AddStringToObject(o, "quant", m->quant);
+    list = cJSON_AddArrayToObject(o, "arrays");
+    for (int a = 0; a < m->n_arrays; a++) cJSON_AddItemToArray(list, cJSON_CreateString(m->arrays[a]));
+    cJSON_AddNumberToObject(o, "ranks", m->ranks);
+    list = cJSON_AddObjectToObject(o, "tensors");
+    for (int i = 0; i < m->n_tensors; i++) {
+        const RowSplit *s = &m->tensors[i].split;
+        cJSON_AddItemToObject(list, m->tensors[i].name,
+                              cJSON_CreateDoubleArray((double[]){(double)s->rows, (double)s->unit, s->first}, 3));
+    }
+    list = cJSON_AddObjectToObject(o, "files");
+    for (int r = 0; r < m->ranks; r++) {
+        cJSON *pair = cJSON_CreateArray();
+        char sum[24];
+        file_name(name, sizeof name, r, m->ranks, ".safetensors");
+        snprintf(sum, sizeof sum, "%016" PRIx64, m->files[r].checksum);
+        cJSON_AddItemToArray(pair, cJSON_CreateNumber((double)m->files[r].bytes));
+        cJSON_AddItemToArray(pair, cJSON_CreateString(sum));
+        cJSON_AddItemToObject(list, name, pair);
+    }
+    char *text = print_and_free(o, true), tail[64];
+    if (!text) return NULL;
+    size_t n = strlen(text) - 2;                                 // without "\n}"
+    marker_tail(tail, sizeof tail, checksum_of(text, n));
+    char *whole = xmalloc(n + strlen(tail) + 1);
+    memcpy(whole, text, n);
+    strcpy(whole + n, tail);
+    free(text);
+    return whole;
+}
+
+void train_marker_free(TrainMarker *m) {
+    free(m->config);
+    free(m->quant);
+    free(m->tensors);
+    free(m->files);
+    *m = (TrainMarker){0};
+}
+
+// Names end up in messages and in terminals.
+static bool plain_name(const char *s, size_t max) {
+    size_t n = 0;
+    for (; s && s[n]; n++)
+        if (n == max || s[n] <= 0x20 || s[n] == 0x7f) return false;
+    return n > 0;
+}
+
+static bool exact(const cJSON *v, int64_t lo, int64_t hi, int64_t *out) {
+    if (!cJSON_IsNumber(v) || !(v->valuedouble >= (double)lo && v->valuedouble <= (double)hi)) return false;
+    *out = (int64_t)v->valuedouble;
+    return (double)*out == v->valuedouble;
+}
+
+static bool parse_hex(const char *s, uint64_t *out) {
+    if (!s || strlen(s) != 16 || strspn(s, "0123456789abcdef") != 16) return false;
+    *out = strtoull(s, NULL, 16);
+    return true;
+}
+
+static int parse_lists(TrainMarker *m, const cJSON *o, Err *err) {
+    const cJSON *arrays = cJSON_GetObjectItemCaseSensitive(o, "arrays"), *v,
+                *tensors = cJSON_GetObjectItemCaseSensitive(o, "tensors"),
+                *files = cJSON_GetObjectItemCaseSensitive(o, "files");
+    if (!cJSON_IsArray(arrays)) return err_set(err, E_FORMAT, "field \"arrays\" is not a list");
+    cJSON_ArrayForEach(v, arrays) {
+        if (m->n_arrays == MARKER_MAX_ARRAYS || !plain_name(cJSON_GetStringValue(v), sizeof m->arrays[0] - 1))
+            return err_set(err, E_FORMAT, "field \"arrays\" is not a list of at most %d short names",
+                           MARKER_MAX_ARRAYS);
+        strcpy(m->arrays[m->n_arrays++], v->valuestring);
+    }
+
+    // Lists are as long as the text that holds them, so no count can ask for more memory than that.
+    if (!cJSON_IsObject(tensors)) return err_set(err, E_FORMAT, "field \"tensors\" is not an object");
+    m->tensors = xcalloc((size_t)cJSON_GetArraySize(tensors) + 1, sizeof *m->tensors);
+    cJSON_ArrayForEach(v, tensors) {
+        int64_t rows, unit, first;
+        if (!plain_name(v->string, sizeof m->tensors[0].name - 1))
+            return err_set(err, E_FORMAT, "name %d of \"tensors\" is empty, too long or has control characters",
+                           m->n_tensors);
+        if (!cJSON_IsArray(v) || cJSON_GetArraySize(v) != 3 || !exact(cJSON_GetArrayItem(v, 0), 1, INT32_MAX, &rows) ||
+            !exact(cJSON_GetArrayItem(v, 1), 1, rows, &unit) || rows % unit ||
+            !exact(cJSON_GetArrayItem(v, 2), 0, m->ranks - 1, &first))
+            return err_set(err, E_FORMAT, "tensor %s: expected [rows, rows that stay together, rank 0 to %d]",
+                           v->string, m->ranks - 1);
+        strcpy(m->tensors[m->n_tensors].name, v->string);
+        m->tensors[m->n_tensors++].split = (RowSplit){.rows = rows, .unit = unit, .R = m->ranks, .first = (int)first};
+    }
+
+    if (!cJSON_IsObject(files) || cJSON_GetArraySize(files) != m->ranks)
+        return err_set(err, E_FORMAT, "field \"files\" does not name one file for each of %d ranks", m->ranks);
+    m->files = xcalloc((size_t)m->ranks, sizeof *m->files);
+    int r = 0;
+    cJSON_ArrayForEach(v, files) {
+        char name[64];
+        int64_t bytes;
+        file_name(name, sizeof name, r, m->ranks, ".safetensors");
+        if (!v->string || strcmp(v->string, name))
+            return err_set(err, E_FORMAT, "name %d of \"files\" is not %s", r, name);
+        if (!cJSON_IsArray(v) || cJSON_GetArraySize(v) != 2 ||
+            !exact(cJSON_GetArrayItem(v, 0), 1, (int64_t)EXACT, &bytes) ||
+            !parse_hex(cJSON_GetStringValue(cJSON_GetArrayItem(v, 1)), &m->files[r].checksum))
+            return err_set(err, E_FORMAT, "file %s: expected [bytes, \"checksum of 16 hexadecimal digits\"]", name);
+        m->files[r++].bytes = (uint64_t)bytes;
+    }
+    return 0;
+}
+
+static int parse_marker_object(TrainMarker *m, const cJSON *o, Err *err) {
+    int64_t version = 0, ranks = 0;
+    const char *format = json_string(o, "format"), *config = json_string(o, "config"), *quant = json_string(o, "quant");
+    if (!format || strcmp(format, MARKER_FORMAT)) return err_set(err, E_FORMAT, "not a training checkpoint");
+    int rc = json_int(o, "version", true, 1, 1, &version, err);
+    if (rc == 0) rc = progress_from_json(&m->progress, cJSON_GetObjectItemCaseSensitive(o, "progress"), err);
+    if (rc == 0) rc = json_int(o, "ranks", true, 1, MARKER_MAX_RANKS, &ranks, err);
+    if (rc == 0 && (!config || !quant))
+        rc = err_set(err, E_FORMAT, "fields \"config\" and \"quant\" are not both texts");
+    if (rc < 0) return rc;
+    m->ranks = (int)ranks;
+    m->config = xstrdup(config);
+    m->quant = xstrdup(quant);
+    return parse_lists(m, o, err);
+}
+
+int train_marker_parse(TrainMarker *m, const char *text, size_t len, const char *what, Err *err) {
+    char tail[64];
+    *m = (TrainMarker){0};
+    if (len > MARKER_MAX_BYTES)
+        return err_set(err, E_FORMAT, "%s: %zu bytes; at most %zu are expected of such a file", what, len,
+                       MARKER_MAX_BYTES);
+    marker_tail(tail, sizeof tail, 0);
+    size_t n = strlen(tail);
+    if (len >= n) marker_tail(tail, sizeof tail, checksum_of(text, len - n));
+    if (len < n || memcmp(text + len - n, tail, n))
+        return err_set(err, E_FORMAT, "%s: its checksum is not that of its text: truncated or damaged; name an earlier "
+                       "checkpoint in the file latest", what);
+    cJSON *o = json_parse(text, len, what, err);
+    if (!o) return E_FORMAT;
+    Err why = {0};
+    int rc = parse_marker_object(m, o, &why);
+    cJSON_Delete(o);
+    if (rc < 0) {
+        train_marker_free(m);
+        return err_set(err, E_FORMAT, "%s: %.600s", what, why.text);
+    }
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------
+// What the file of one rank says of itself, besides its tensors. The reader makes the same texts and compares.
+
+static char *rows_to_json(const TrainMarker *m, int rank) {
+    cJSON *o = cJSON_CreateObject();
+    for (int i = 0; i < m->n_tensors; i++) {
+        const RowSplit *s = &m->tensors[i].split;
+        if (!split_count(s, rank)) continue;
+        cJSON_AddItemToObject(o, m->tensors[i].name,
+                              cJSON_CreateDoubleArray((double[]){(double)split_begin(s, rank), (double)s->rows}, 2));
+    }
+    return print_and_free(o, false);
+}
+
+typedef struct { const char *key; char *text; } Meta;
+enum { N_META = 7 };
+
+static void file_meta(Meta meta[N_META], const TrainMarker *m, int rank) {
+    char text[2][16];
+    snprintf(text[0], sizeof text[0], "%d", rank);
+    snprintf(text[1], sizeof text[1], "%d", m->ranks);
+    meta[0] = (Meta){"format", xstrdup(FILE_FORMAT)};
+    meta[1] = (Meta){"rank", xstrdup(text[0])};
+    meta[2] = (Meta){"ranks", xstrdup(text[1])};
+    meta[3] = (Meta){"progress", print_and_free(progress_to_json(&m->progress), false)};
+    meta[4] = (Meta){"rows", rows_to_json(m, rank)};
+    meta[5] = (Meta){"config", xstrdup(m->config)};
+    meta[6] = (Meta){"quant", xstrdup(m->quant)};
+}
+
+static void free_meta(Meta meta[N_META]) {
+    for (int i = 0; i < N_META; i++) free(meta[i].text);
+}
+
+static void describe(TrainMarker *m, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
+                     const OwnTable *own, const StateArray *arrays, int n_arrays) {
+    *m = (TrainMarker){.progress = *p, .ranks = own->R, .n_tensors = own->table->n, .n_arrays = n_arrays};
+    m->config = llama_config_to_json(c, "float32");
+    m->quant = quant_plan_to_json(plan);
+    for (int a = 0; a < n_arrays; a++) snprintf(m->arrays[a], sizeof m->arrays[a], "%s", arrays[a].name);
+    m->tensors = xcalloc((size_t)m->n_tensors, sizeof *m->tensors);
+    for (int i = 0; i < m->n_tensors; i++) {
+        snprintf(m->tensors[i].name, sizeof m->tensors[i].name, "%s", own->table->p[i].name);
+        m->tensors[i].split = own->split[i];
+    }
+    m->files = xcalloc((size_t)m->ranks, sizeof *m->files);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Saving
+
+#define PIECE ((size_t)1 << 20)        // bytes that are summed and written while the cache holds them
+
+typedef struct { const uint8_t *data; size_t bytes; } Stretch;
+
+// One save at a time. What the writer's thread uses is set before it starts and read after it was joined, but for
+// `abandoned` and `failed`.
+static struct {
+    bool running;                      // the thread is to be joined
+    pthread_t thread;
+    atomic_bool abandoned, failed;     // failed: err holds why
+    Err err;
+
+    uint8_t *copy;                     // of this rank's rows, in the order of the file
+    size_t copy_bytes;
+
+    char out[MAX_OUT + 1];
+    int rank, keep;
+    TrainMarker m;
+    StWriter *writer;
+    Stretch *stretches;                // (n_stretches) the file's data
+    int n_stretches;
+
+    char saved_out[MAX_OUT + 1];       // the last save that succeeded
+    int64_t saved_step;
+} save;
+
+// Where the copy of a tensor's rows lies in the copy of an array, in values; returns the length of that. If this rank
+// writes all the rows it holds, an array is copied as it is, in one piece.
+static bool writes_all(const OwnTable *own) { return !own->replicated || own->R == 1; }
+
+static size_t copy_layout(const OwnTable *own, size_t *offset) {
+    size_t n = 0;
+    if (writes_all(own)) {
+        for (int i = 0; offset && i < own->own.n; i++) offset[i] = own->own.p[i].offset;
+        return own->own.n_elements;
+    }
+    for (int i = 0; i < own->own.n; i++) {
+        if (offset) offset[i] = n;
+        n += (size_t)split_count(&own->split[i], own->rank) * (size_t)own->own.p[i].cols;
+    }
+    return n;
+}
+
+size_t train_state_copy_bytes(const OwnTable *own, int n_arrays) {
+    return copy_layout(own, NULL) * sizeof(float) * (size_t)n_arrays;
+}
+
+// On the CPU one thread alone does not fill the memory's bandwidth.
+static void copy_out(void *host, const void *dev, size_t bytes) {
+    const size_t part = (size_t)4 << 20;
+    if (!device_is_host() || bytes <= part) {
+        device_copy_out(host, dev, bytes);
+        return;
+    }
+#pragma omp parallel for schedule(static) num_threads(device_threads())
+    for (size_t k = 0; k < bytes; k += part)
+        memcpy((uint8_t *)host + k, (const uint8_t *)dev + k, bytes - k < part ? bytes - k : part);
+}
+
+static void copy_arrays(const OwnTable *own, const StateArray *arrays, int n_arrays) {
+    size_t *offset = xcalloc((size_t)own->own.n + 1, sizeof *offset), n = copy_layout(own, offset);
+    save.stretches = xcalloc((size_t)n_arrays * (size_t)own->own.n + 1, sizeof *save.stretches);
+    save.n_stretches = 0;
+    for (int a = 0; a < n_arrays; a++) {
+        float *copy = (float *)save.copy + (size_t)a * n;
+        if (writes_all(own) && n) copy_out(copy, arrays[a].data, n * sizeof *copy);
+        for (int i = 0; i < own->own.n; i++) {
+            const Param *p = &own->own.p[i];
+            int64_t skip = split_begin(&own->split[i], own->rank) - own->row0[i];
+            size_t bytes = (size_t)split_count(&own->split[i], own->rank) * (size_t)p->cols * sizeof *copy;
+            if (!bytes) continue;
+            if (!writes_all(own)) copy_out(copy + offset[i], arrays[a].data + p->offset + skip * p->cols, bytes);
+            save.stretches[save.n_stretches++] = (Stretch){(const uint8_t *)(copy + offset[i]), bytes};
+        }
+    }
+    free(offset);
+}
+
+static StWriter *declare_file(const TrainMarker *m, const OwnTable *own) {
+    StWriter *w = st_writer_new();
+    Meta meta[N_META];
+    file_meta(meta, m, own->rank);
+    for (int i = 0; i < N_META; i++) st_writer_meta(w, meta[i].key, meta[i].text);
+    free_meta(meta);
+    for (int a = 0; a < m->n_arrays; a++)
+        for (int i = 0; i < m->n_tensors; i++) {
+            char name[128];
+            int64_t shape[2] = {split_count(&own->split[i], own->rank), own->table->p[i].cols};
+            tensor_name(name, sizeof name, m->arrays[a], m->tensors[i].name);
+            if (shape[0]) st_writer_tensor(w, name, DT_F32, 2, shape);
+        }
+    return w;
+}
+
+static void aside_path(char *buf, size_t size, const char *name) {
+    snprintf(buf, size, "%s/step-%" PRId64 ".tmp/%s", save.out, save.m.progress.step, name);
+}
+
+static int given_up(Err *err) {
+    return err_set(err, E_FAIL, "it was given up, since another rank could not go on");
+}
+
+// This rank's file, then the word that it is there.
+static int write_file(Err *err) {
+    char path[PATH], done[PATH], name[64], text[64];
+    aside_path(path, sizeof path, "");
+    path[strlen(path) - 1] = 0;
+    int rc = make_dir(path, err);
+    StWriter *w = save.writer;
+    save.writer = NULL;
+    if (rc < 0) { st_writer_abort(w); return rc; }
+    file_name(name, sizeof name, save.rank, save.m.ranks, ".done");
+    aside_path(done, sizeof done, name);
+    unlink(done);
+    file_name(name, sizeof name, save.rank, save.m.ranks, ".safetensors");
+    aside_path(path, sizeof path, name);
+
+    Checksum sum;
+    st_writer_checksum(w, &sum);
+    if ((rc = st_writer_begin(w, path, err)) < 0) { st_writer_abort(w); return rc; }
+    for (int i = 0; i < save.n_stretches; i++) {
+        const Stretch *s = &save.stretches[i];
+        for (size_t k = 0; k < s->bytes; k += PIECE) {
+            if (save.abandoned) { st_writer_abort(w); return given_up(err); }
+            st_writer_data(w, s->data + k, s->bytes - k < PIECE ? s->bytes - k : PIECE);
+        }
+    }
+    if ((rc = st_writer_finish(w, err)) < 0) return rc;
+    save.m.files[save.rank].bytes = sum.bytes;
+    save.m.files[save.rank].checksum = checksum_end(&sum);
+    if (save.rank == 0) return 0;
+
+    AtomicFile f;
+    if ((rc = atomic_open(&f, done, err)) < 0) return rc;
+    int n = snprintf(text, sizeof text, "%" PRIu64 " %016" PRIx64 "\n", sum.bytes, save.m.files[save.rank].checksum);
+    atomic_write(&f, text, (size_t)n);
+    return atomic_commit(&f, err);
+}
+
+static int read_done(int rank, Err *err) {
+    char path[PATH], name[64], *text, sum[32], again[64];
+    uint64_t bytes, checksum;
+    size_t len;
+    struct stat st;
+    file_name(name, sizeof name, rank, save.m.ranks, ".done");
+    aside_path(path, sizeof path, name);
+    int rc = file_read(&text, &len, path, 63, err);
+    if (rc < 0) return rc;
+    bool good = sscanf(text, "%" SCNu64 " %31s", &bytes, sum) == 2 && parse_hex(sum, &checksum);
+    if (good) snprintf(again, sizeof again, "%" PRIu64 " %016" PRIx64 "\n", bytes, checksum);
+    good = good && !strcmp(text, again);
+    free(text);
+    if (!good) return err_set(err, E_FORMAT, "%s is not what rank %d writes there", path, rank);
+    file_name(name, sizeof name, rank, save.m.ranks, ".safetensors");
+    aside_path(path, sizeof path, name);
+    if (stat(path, &st) || (uint64_t)st.st_size != bytes)
+        return err_set(err, E_FAIL, "rank %d wrote %" PRIu64 " bytes to %s, but they are not there: do all ranks see "
+                       "the same file system under --out?", rank, bytes, path);
+    save.m.files[rank].bytes = bytes;
+    save.m.files[rank].checksum = checksum;
+    return 0;
+}
+
+// Waits for the files of the other ranks. The folder is listed anew each time: a network file system that remembers
+// that a name was not there looks again.
+static int await_files(Err *err) {
+    char dir[64];
+    int missing = save.m.ranks - 1, wait_ms = 5;
+    snprintf(dir, sizeof dir, "step-%" PRId64 ".tmp", save.m.progress.step);
+    while (missing) {
+        int found = 0;
+        DIR *d = open_folder(save.out, dir);
+        if (!d) return err_set(err, E_FAIL, "cannot open folder %s/%s: %s", save.out, dir, strerror(errno));
+        for (struct dirent *e; (e = readdir(d));) {
+            char name[64];
+            int rank, ranks;
+            if (sscanf(e->d_name, "rank-%5d-of-%5d.done", &rank, &ranks) != 2) continue;
+            file_name(name, sizeof name, rank, save.m.ranks, ".done");
+            if (strcmp(name, e->d_name) || rank < 1 || rank >= save.m.ranks || save.m.files[rank].bytes) continue;
+            int rc = read_done(rank, err);
+            if (rc < 0) { closedir(d); return rc; }
+            found++;
+        }
+        closedir(d);
+        missing -= found;
+        if (!missing) break;
+        if (save.abandoned) return given_up(err);
+        nanosleep(&(struct timespec){.tv_nsec = wait_ms * 1000000L}, NULL);
+        wait_ms = found ? 5 : wait_ms < 50 ? 2 * wait_ms : 100;
+    }
+    return save.abandoned ? given_up(err) : 0;
+}
+
+static int write_text(const char *path, const char *text, Err *err) {
+    AtomicFile f;
+    int rc = atomic_open(&f, path, err);
+    if (rc < 0) return rc;
+    atomic_write(&f, text, strlen(text));
+    return atomic_commit(&f, err);
+}
+
+// Rank 0, when every file is there. *placed: the folder bears its name now, and nothing is to be undone.
+static int complete(bool *placed, Err *err) {
+    char path[PATH], name[64], left[64], text[64];
+    int64_t step = save.m.progress.step;
+    aside_path(path, sizeof path, MARKER_NAME);
+    char *marker = train_marker_to_json(&save.m);
+    int rc = marker ? write_text(path, marker, err) : err_set(err, E_NOMEM, "no memory for %s", path);
+    free(marker);
+    if (rc < 0) return rc;
+    for (int r = 1; r < save.m.ranks; r++) {
+        file_name(name, sizeof name, r, save.m.ranks, ".done");
+        aside_path(path, sizeof path, name);
+        unlink(path);
+    }
+    aside_path(path, sizeof path, "");
+    if ((rc = sync_folder(path, err)) < 0) return rc;
+    if ((rc = place_folder(save.out, step, left, sizeof left, err)) < 0) return rc;
+    *placed = true;
+    if ((rc = sync_folder(save.out, err)) < 0) return rc;
+    snprintf(path, sizeof path, "%s/latest", save.out);
+    snprintf(text, sizeof text, "step-%" PRId64 "\n", step);
+    if ((rc = write_text(path, text, err)) < 0) return rc;
+    if (left[0]) remove_folder(save.out, left);
+    remove_old_checkpoints(save.out, step, save.keep);
+    return 0;
+}
+
+static void undo(void) {
+    char name[64], path[PATH];
+    if (save.rank == 0) {
+        snprintf(name, sizeof name, "step-%" PRId64 ".tmp", save.m.progress.step);
+        remove_folder(save.out, name);
+        return;
+    }
+    file_name(name, sizeof name, save.rank, save.m.ranks, ".done");
+    aside_path(path, sizeof path, name);
+    unlink(path);
+    file_name(name, sizeof name, save.rank, save.m.ranks, ".safetensors");
+    aside_path(path, sizeof path, name);
+    unlink(path);
+    aside_path(path, sizeof path, "");
+    rmdir(path);                                                 // if this was the last rank in it
+}
+
+static void *write_state(void *unused) {
+    (void)unused;
+    Err err = {0};
+    bool placed = false;
+    int rc = write_file(&err);
+    if (rc == 0 && save.rank == 0) rc = await_files(&err);
+    if (rc == 0 && save.rank == 0) rc = complete(&placed, &err);
+    if (rc == 0) return NULL;
+    if (!placed) undo();
+    err_set(&save.err, rc, "the state of step %" PRId64 " was not saved: %.800s", save.m.progress.step, err.text);
+    save.failed = true;
+    return NULL;
+}
+
+// Waits for the thread, if there is one.
+static void join(void) {
+    if (!save.running) return;
+    pthread_join(save.thread, NULL);
+    save.running = false;
+    save.abandoned = false;
+    if (!save.failed) {
+        strcpy(save.saved_out, save.out);
+        save.saved_step = save.m.progress.step;
+    }
+    train_marker_free(&save.m);
+    free(save.stretches);
+    save.stretches = NULL;
+}
+
+int train_state_poll(Err *err) { return save.failed ? err_set(err, save.err.code, "%s", save.err.text) : 0; }
+
+int train_state_finish(Err *err) {
+    join();
+    int rc = train_state_poll(err);
+    save.failed = false;
+    return rc;
+}
+
+void train_state_abandon(void) {
+    save.abandoned = save.running;
+    join();
+}
+
+int train_state_save(const char *out, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
+                     const OwnTable *own, const StateArray *arrays, int n_arrays, int keep, Err *err) {
+    join();
+    int rc = train_state_poll(err);
+    if (rc < 0) return rc;
+    // Other ranks may have been faster: their thread would write to a folder that rank 0 is about to rename.
+    if (save.saved_step == p->step && !strcmp(save.saved_out, out)) return 0;
+    if (strlen(out) > MAX_OUT)
+        return err_set(err, E_USAGE, "--out has a name of %zu bytes; %d are possible", strlen(out), MAX_OUT);
+    size_t bytes = train_state_copy_bytes(own, n_arrays);
+    if (bytes > save.copy_bytes) {
+        free(save.copy);
+        save.copy = NULL;
+        save.copy_bytes = 0;
+        rc = big_alloc((void **)&save.copy, bytes, "the copy of the state that a checkpoint is written from", err);
+        if (rc < 0) return rc;
+        save.copy_bytes = bytes;
+    }
+    copy_arrays(own, arrays, n_arrays);
+    if ((rc = device_sync(err)) < 0) {
+        free(save.stretches);
+        save.stretches = NULL;
+        return rc;
+    }
+    strcpy(save.out, out);
+    save.rank = own->rank;
+    save.keep = keep;
+    describe(&save.m, p, c, plan, own, arrays, n_arrays);
+    save.writer = declare_file(&save.m, own);
+
+    // Signals are the training thread's.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int failed = pthread_create(&save.thread, NULL, write_state, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (failed) {
+        st_writer_abort(save.writer);
+        save.writer = NULL;
+        train_marker_free(&save.m);
+        free(save.stretches);
+        save.stretches = NULL;
+        return err_set(err, E_FAIL, "cannot start the thread that writes checkpoints: %s", strerror(failed));
+    }
+    save.running = true;
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Loading
+
+// The stored JSON texts are compared as they were written: the writer is deterministic.
+static int check_same(const char *what, const char *stored, const char *mine, const char *path, Err *err) {
+    if (!strcmp(stored, mine)) return 0;
+    return err_set(err, E_USAGE,
+                   "%s was written by a run with another %s; resume with the settings it was started with, "
+                   "or choose another --out",
+                   path, what);
+}
+
+static void names_of(char *buf, size_t size, const TrainMarker *m) {
+    size_t n = 0;
+    buf[0] = 0;
+    for (int a = 0; a < m->n_arrays && n < size; a++)
+        n += (size_t)snprintf(buf + n, size - n, "%s%s", a ? ", " : "", m->arrays[a]);
+}
+
+// Whether the checkpoint is one of this run, as `mine` describes it.
+static int check_run(const TrainMarker *m, const TrainMarker *mine, const char *path, Err *err) {
+    const TrainProgress *p = &m->progress, *now = &mine->progress;
+    int rc = check_same("model configuration", m->config, mine->config, path, err);
+    if (rc == 0) rc = check_same("quantization scheme", m->quant, mine->quant, path, err);
+    if (rc < 0) return rc;
+    if (p->data_hash != now->data_hash || p->T != now->T || p->seed != now->seed)
+        return err_set(err, E_USAGE,
+                       "%s was written with other training data, --seq-len (%d) or --seed (%llu); resume with "
+                       "the same, or choose another --out",
+                       path, p->T, (unsigned long long)p->seed);
+    char theirs[160], ours[160];
+    names_of(theirs, sizeof theirs, m);
+    names_of(ours, sizeof ours, mine);
+    if (strcmp(theirs, ours))
+        return err_set(err, E_USAGE, "%s holds %s, this run has %s; was it written with another --optimizer?", path,
+                       theirs, ours);
+    if (m->n_tensors != mine->n_tensors)
+        return err_set(err, E_FORMAT, "%s lists %d tensors; its configuration has %d", path, m->n_tensors,
+                       mine->n_tensors);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const char *name = m->tensors[i].name, *expected = mine->tensors[i].name;
+        int64_t rows = m->tensors[i].split.rows, expected_rows = mine->tensors[i].split.rows;
+        if (strcmp(name, expected) || rows != expected_rows)
+            return err_set(err, E_FORMAT, "%s: tensor %d is %s of %lld rows; its configuration has %s of %lld", path, i,
+                           name, (long long)rows, expected, (long long)expected_rows);
+    }
+    return 0;
+}
+
+// The rows of tensor i that file `rank` has and this rank holds: *begin and their number.
+static int64_t shared_rows(const TrainMarker *m, const OwnTable *own, int i, int rank, int64_t *begin) {
+    const RowSplit *s = &m->tensors[i].split;
+    int64_t b = split_begin(s, rank), e = b + split_count(s, rank), ob = own->row0[i], oe = ob + own->own.p[i].rows;
+    *begin = b > ob ? b : ob;
+    e = e < oe ? e : oe;
+    return e > *begin ? e - *begin : 0;
+}
+
+static int check_header(const Safetensors *st, const TrainMarker *m, const ParamTable *table, int rank, Err *err) {
+    Meta meta[N_META];
+    int rc = 0, expected = 0;
+    file_meta(meta, m, rank);
+    for (int i = 0; i < N_META && rc == 0; i++) {
+        const char *stored = safetensors_meta(st, meta[i].key);
+        if (!stored || !meta[i].text || strcmp(stored, meta[i].text))
+            rc = err_set(err, E_FORMAT, "%s: its \"%s\" is not what %s beside it says: of another checkpoint?",
+                         st->path, meta[i].key, MARKER_NAME);
+    }
+    free_meta(meta);
+    for (int a = 0; a < m->n_arrays && rc == 0; a++)
+        for (int i = 0; i < m->n_tensors && rc == 0; i++) {
+            char name[128];
+            int64_t rows = split_count(&m->tensors[i].split, rank);
+            if (!rows) continue;
+            expected++;
+            tensor_name(name, sizeof name, m->arrays[a], m->tensors[i].name);
+            const StTensor *t = safetensors_find(st, name);
+            if (!t) rc = err_set(err, E_FORMAT, "%s: no tensor %s", st->path, name);
+            else if (t->dtype != DT_F32 || t->ndim != 2 || t->shape[0] != rows || t->shape[1] != table->p[i].cols)
+                rc = err_set(err, E_FORMAT, "%s: %s is not F32 of %lld by %lld", st->path, name, (long long)rows,
+                             (long long)table->p[i].cols);
+        }
+    if (rc == 0 && st->n != expected)
+        rc = err_set(err, E_FORMAT, "%s has %d tensors, expected %d", st->path, st->n, expected);
+    return rc;
+}
+
+// One file: its checksum, its header, and then the rows that this rank holds.
+static int load_file(const char *path, const TrainMarker *m, int rank, const OwnTable *own, const StateArray *arrays,
+                     Err *err) {
+    FileMap map;
+    int rc = file_map(&map, path, err);
+    if (rc < 0) return rc;
+    if (map.size != m->files[rank].bytes)
+        rc = err_set(err, E_FORMAT, "%s has %zu bytes, %s says %" PRIu64 ": truncated or replaced; name an earlier "
+                     "checkpoint in the file latest", path, map.size, MARKER_NAME, m->files[rank].bytes);
+    else if (checksum_of(map.data, map.size) != m->files[rank].checksum)
+        rc = err_set(err, E_FORMAT, "%s: its checksum is not the one in %s: damaged or replaced; name an earlier "
+                     "checkpoint in the file latest", path, MARKER_NAME);
+    Safetensors st = {0};
+    if (rc == 0) rc = safetensors_parse(&st, map.data, map.size, path, err);
+    if (rc == 0) rc = check_header(&st, m, own->table, rank, err);
+    for (int a = 0; a < m->n_arrays && rc == 0; a++)
+        for (int i = 0; i < m->n_tensors; i++) {
+            const Param *p = &own->own.p[i];
+            int64_t begin, rows = shared_rows(m, own, i, rank, &begin);
+            if (!rows) continue;
+            char name[128];
+            tensor_name(name, sizeof name, m->arrays[a], m->tensors[i].name);
+            const uint8_t *data = safetensors_find(&st, name)->data;
+            size_t row = (size_t)p->cols * sizeof(float);
+            device_copy_in(arrays[a].data + p->offset + (begin - own->row0[i]) * p->cols,
+                           data + (size_t)(begin - split_begin(&m->tensors[i].split, rank)) * row, (size_t)rows * row);
+        }
+    safetensors_close(&st);
+    file_unmap(&map);
+    return rc;
+}
+
+static int read_latest(const char *out, int64_t *step, Err *err) {
+    char path[PATH], *name;
+    size_t len;
+    snprintf(path, sizeof path, "%s/latest", out);
+    if (!path_exists(path)) return 0;
+    int rc = file_read(&name, &len, path, 256, err);
+    if (rc < 0) return rc;
+    name[strcspn(name, "\r\n")] = 0;
+    *step = step_of_name(name, "");
+    if (*step < 0) {
+        for (char *s = name; *s; s++)
+            if (*s < 0x20 || *s == 0x7f) *s = '?';
+        rc = err_set(err, E_FORMAT, "%s holds \"%.40s\"; expected step-N", path, name);
+    }
+    free(name);
+    return rc < 0 ? rc : 1;
+}
+
+int train_state_load(const char *out, TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
+                     const OwnTable *own, const StateArray *arrays, int n_arrays, Err *err) {
+    char dir[PATH], path[PATH + 64], name[64], *text;
+    int64_t step;
+    size_t len;
+    if (strlen(out) > MAX_OUT)
+        return err_set(err, E_USAGE, "--out has a name of %zu bytes; %d are possible", strlen(out), MAX_OUT);
+    int rc = read_latest(out, &step, err);
+    if (rc <= 0) return rc;
+    snprintf(dir, sizeof dir, "%s/step-%" PRId64, out, step);
+    if (!path_exists(dir)) {
+        snprintf(path, sizeof path, "%s.old", dir);
+        if (path_exists(path)) strcpy(dir, path);
+    }
+    snprintf(path, sizeof path, "%s/%s", dir, MARKER_NAME);
+    if ((rc = file_read(&text, &len, path, MARKER_MAX_BYTES, err)) < 0) return rc;
+    TrainMarker m, mine;
+    rc = train_marker_parse(&m, text, len, path, err);
+    free(text);
+    if (rc < 0) return rc;
+    describe(&mine, p, c, plan, own, arrays, n_arrays);
+    rc = check_run(&m, &mine, path, err);
+    train_marker_free(&mine);
+    if (rc == 0 && m.progress.step != step)
+        rc = err_set(err, E_FORMAT, "%s is of step %" PRId64 ": was the folder renamed?", path, m.progress.step);
+    for (int r = 0; r < m.ranks && rc == 0; r++) {
+        bool read = r % own->R == own->rank;
+        for (int i = 0; i < m.n_tensors && !read; i++) {
+            int64_t begin;
+            read = shared_rows(&m, own, i, r, &begin) > 0;
+        }
+        if (!read) continue;
+        file_name(name, sizeof name, r, m.ranks, ".safetensors");
+        snprintf(path, sizeof path, "%s/%s", dir, name);
+        rc = load_file(path, &m, r, own, arrays, err);
+    }
+    if (rc == 0) *p = m.progress;
+    train_marker_free(&m);
+    return rc < 0 ? rc : 1;
+}
