@@ -18,6 +18,7 @@ static size_t N;                       // rows of C: N * C * X >= four times the
 static size_t total;                   // N * C
 static floatX *a, *b, *c, *d, *small;  // (N, C) each; small: a row and more
 static float *f0, *f1, *f2, *f3;       // (total) f32 each
+static float *small_f;                 // (N)
 static uint8_t *bytes;                 // (2 * total): masks, or codes
 static int32_t *ids;
 static StepState step = {.t = 3, .lr = 1e-4f, .grad_scale = 1e-3f, .tokens = 1};
@@ -95,6 +96,33 @@ static void weight_fq(void) { ops_cpu.weight_fq(a, NULL, f0, NULL, (int64_t)N, C
 static void weight_fq_int4(void) { ops_cpu.weight_fq(a, NULL, f0, &int4, (int64_t)N, C); }
 static void weight_fq_int8(void) { ops_cpu.weight_fq(a, NULL, f0, &int8, (int64_t)N, C); }
 static void ste_mask(void) { ops_cpu.weight_ste_mask(f1, f0, &int4, (int64_t)N, C); }
+// Two ranks. Every rank's part lies in `bytes`, gradients in f0.
+static RowSplit two_ranks(void) { return (RowSplit){.rows = (int64_t)N, .unit = 1, .R = 2, .first = 0}; }
+static size_t wire_stride(const QuantSpec *s) {
+    int64_t block[2];
+    Err err = {0};
+    if (quant_block_shape(s, (int64_t)N / 2, C, block, &err) < 0) die(&err);
+    return quant_wire_layout(s, (int64_t)N / 2, C, block).bytes;
+}
+static void pack_with(const QuantSpec *s) { ops_cpu.weight_pack(bytes, f0, s, (int64_t)N, C, (int64_t)N); }
+static void pack_int4(void) { pack_with(&int4); }
+static void pack_int8(void) { pack_with(&int8); }
+static void pack_int3(void) { pack_with(&int3); }
+static void pack_uint4(void) { pack_with(&uint4); }
+static void unpack_with(const QuantSpec *s) {
+    RowSplit split = two_ranks();
+    ops_cpu.weight_unpack(a, small_f, bytes, wire_stride(s), &split, 0, (int64_t)N / 2, s, C);
+}
+static void unpack_int4(void) { unpack_with(&int4); }
+static void unpack_int8(void) { unpack_with(&int8); }
+static void unpack_int3(void) { unpack_with(&int3); }
+static void unpack_uint4(void) { unpack_with(&uint4); }
+static void rows_pack(void) {
+    RowSplit split = two_ranks();
+    ops_cpu.rows_pack(b, total / 2 * X, a, &split, 0, (int64_t)N / 2, C * X);
+}
+static void sum_2_ranks(void) { ops_cpu.sum_ranks(f1, f0, total / 2, 2, total / 2, false); }
+static void sum_8_ranks(void) { ops_cpu.sum_ranks(f1, f0, total / 8, 8, total / 8, true); }
 // As many rows of C codes as make the codes four times the cache; scales lie in f0.
 static void dequant_int4(void) { ops_cpu.dequant_rows(a, NULL, bytes, f0, NULL, &int4, (int64_t)N, C); }
 static void dequant_int8(void) { ops_cpu.dequant_rows(a, NULL, bytes, f0, NULL, &int8, (int64_t)N, C); }
@@ -145,6 +173,7 @@ int main(int argc, char **argv) {
     }
     bytes = alloc_or_die(2 * total, "bytes");
     small = alloc_or_die((C + FF) * X, "weights");
+    small_f = alloc_or_die(N * sizeof *small_f, "row scales");
     ids = alloc_or_die(N * sizeof *ids, "token ids");
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < total; i++) {
@@ -196,6 +225,17 @@ int main(int argc, char **argv) {
         {"weight_ste_mask", ste_mask, n * 12, false},                             // master, grad read and written
         {"dequant_rows_int4", dequant_int4, n * (0.5 + 4.0 / GROUP + X), false},  // codes, scales, work
         {"dequant_rows_int8", dequant_int8, n * (1 + X), false},
+        {"weight_pack_int4", pack_int4, n * (4 + 0.5 + 2.0 / GROUP), true},       // master, codes, scales
+        {"weight_pack_int8", pack_int8, n * 5, false},
+        {"weight_pack_int3", pack_int3, n * (4 + 0.375 + 2.0 / GROUP), true},
+        {"weight_pack_uint4_float", pack_uint4, n * (4 + 0.5 + 4.0 / GROUP), true},
+        {"weight_unpack_int4", unpack_int4, n * (0.5 + 2.0 / GROUP + X), false},  // codes, scales, work
+        {"weight_unpack_int8", unpack_int8, n * (1 + X), false},
+        {"weight_unpack_int3", unpack_int3, n * (0.375 + 2.0 / GROUP + X), false},
+        {"weight_unpack_uint4_float", unpack_uint4, n * (0.5 + 4.0 / GROUP + X), false},
+        {"rows_pack", rows_pack, 2 * n * X, false},                               // rows, wire
+        {"sum_ranks_2", sum_2_ranks, half * 12, false},                           // two parts, their sum
+        {"sum_ranks_8", sum_8_ranks, n / 8 * 40, false},                          // eight, the sum read and written
         {"qmatvec_int4", qmatvec_int4, (double)matvec_rows(4) * row4, true},      // codes, scales
         {"qmatvec_uint4_float", qmatvec_uint4, (double)matvec_rows(4) * (row4 + MATVEC_C / GROUP * 4.0), true},
         {"qmatvec_int8", qmatvec_int8, (double)matvec_rows(8) * row8, true},

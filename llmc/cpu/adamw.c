@@ -289,24 +289,24 @@ VEC void pack_span(uint8_t *codes, const float *master, int64_t cols, const Bloc
     else pack_loop(codes, master, cols, b, p, p->bits, w->zero_is_float);
 }
 
-// Codes of cols values in a row, the blocks of b1 values of which end anywhere.
-static void pack_odd(uint8_t *codes, const float *master, int64_t cols, int64_t b1, const BlockLanes *all,
-                     const Wire *w) {
-    int64_t left = b1;
-    int k = 0;
-    for (int64_t c = 0; c < cols; c += 16, codes += 2 * w->pack.bits) {
+// Codes of cols values in a row that lie in up to sixteen blocks of b1 values, which end anywhere: every lane picks its
+// own block's parameters.
+VEC void pack_odd(uint8_t *codes, const float *master, int64_t cols, int b1, const BlockLanes *all, const Wire *w,
+                  bool zero_is_float) {
+    const Pack pack = w->pack;
+    v16i block, within;
+    for (int i = 0; i < 16; i++) block[i] = i / b1, within[i] = i % b1;
+    for (int64_t c = 0; c < cols; c += 16, codes += 2 * pack.bits) {
         int n = cols - c < 16 ? (int)(cols - c) : 16;
-        BlockLanes lanes = {0};
-        for (int i = 0; i < n; i++) {
-            lanes.scale[i] = all->scale[k], lanes.inv[i] = all->inv[k], lanes.lo[i] = all->lo[k];
-            lanes.hi[i] = all->hi[k], lanes.nan[i] = all->nan[k], lanes.zp[i] = all->zp[k], lanes.m[i] = all->m[k];
-            if (--left == 0) left = b1, k++;
-        }
-        BlockQuant b = {v16_load(lanes.scale, 16), v16_load(lanes.inv, 16), v16_load(lanes.lo, 16),
-                        v16_load(lanes.hi, 16), v16_load(lanes.nan, 16), v16_load(lanes.zp, 16),
-                        v16_load(lanes.m, 16)};
-        v16 q = quantize_step(master + c, n, &b, (Working){w->zero_is_float, true, 0.0f});
-        pack16(codes, q, n, w->pack.bits, &w->pack);
+        BlockQuant b = {v16_pick(all->scale, block), v16_pick(all->inv, block), v16_pick(all->lo, block),
+                        v16_pick(all->hi, block), v16_pick(all->nan, block), v16_pick(all->zp, block),
+                        v16_pick(all->m, block)};
+        v16 q = quantize_step(master + c, n, &b, (Working){zero_is_float, true, 0.0f});
+        pack16(codes, q, n, pack.bits, &pack);
+        within += 16 % b1;
+        v16i next = within >= b1;       // -1 where it is
+        within += next & -b1;
+        block += 16 / b1 - next;
     }
 }
 
@@ -332,11 +332,9 @@ static void pack_blocks(const Wire *w, const Update *u, const QuantSpec *s, int6
             for (int64_t r = r0; r < r0 + b0; r++) {
                 const float *master = u->master + r * cols + c0;
                 uint8_t *codes = w->codes + (size_t)r * w->row_bytes + (size_t)c0 * (size_t)s->bits / 8;
-                if (odd) {
-                    pack_odd(codes, master, blocks * b1, b1, &all, w);
-                    continue;
-                }
-                for (int k = 0; k < blocks; k++) {
+                if (odd && w->zero_is_float) pack_odd(codes, master, blocks * b1, (int)b1, &all, w, true);
+                else if (odd) pack_odd(codes, master, blocks * b1, (int)b1, &all, w, false);
+                for (int k = 0; k < blocks && !odd; k++) {
                     BlockQuant b = block_lane(&all, k);
                     pack_span(codes + (size_t)(k * b1) * (size_t)s->bits / 8, master + k * b1, b1, &b, w);
                 }

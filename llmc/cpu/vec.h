@@ -97,6 +97,10 @@ VEC v16 v16_keep_inside(v16 v, v16 u, v16 lo, v16 hi) {
 }
 // v * 2^n for integral n with one rounding.
 VEC v16 v16_scale2(v16 v, v16 n) { return (v16)_mm512_scalef_ps((__m512)v, (__m512)n); }
+// Lane i: table[k[i]], of sixteen.
+VEC v16 v16_pick(const float table[16], v16i k) {
+    return (v16)_mm512_permutexvar_ps((__m512i)k, _mm512_loadu_ps(table));
+}
 VEC v16 v16_from_i8(const int8_t *p) {
     return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
 }
@@ -153,6 +157,11 @@ VEC v16 v16_scale2(v16 v, v16 n) {
         int e = n[i] == n[i] ? (int)n[i] : 0, half = e >> 1;
         v[i] = v[i] * f32_from_bits((uint32_t)(half + 127) << 23) * f32_from_bits((uint32_t)(e - half + 127) << 23);
     }
+    return v;
+}
+VEC v16 v16_pick(const float table[16], v16i k) {
+    v16 v;
+    for (int i = 0; i < 16; i++) v[i] = table[k[i] & 15];
     return v;
 }
 VEC v16 v16_from_i8(const int8_t *p) {
