@@ -64,7 +64,8 @@ static const char *const small_tests[] = {
     "attention_forward_plain", "classifier_not_finite", "cp_async", "dequant_rows", "embedding", "fakequant",
     "fakequant_long_rows", "global_norm", "lanes", "ldmatrix_and_mma", "linear_backward_weight", "linear_rows",
     "loss_accumulate", "mask_backward", "matvec", "qmatvec_wide", "rmsnorm_backward", "rmsnorm_fq",
-    "rmsnorm_fq_long_rows", "rope", "swiglu_backward", "swiglu_fq", "updates"};
+    "rmsnorm_fq_long_rows", "rope", "rows_between_ranks", "state_sum", "sum_ranks", "swiglu_backward", "swiglu_fq",
+    "updates", "weights_between_ranks"};
 
 bool small_run(void) {
     const char *small = getenv("QLLM_TEST_SMALL");

@@ -190,7 +190,7 @@ static void update(void) {
     AdamWParams h = {0.9, 0.999, 1e-8, 0.01};
     QuantSpec none = {}, int4 = spec("int4,group=32,symmetric", false), wo = spec("uint4,group=64,float", false),
               int8 = spec("int8,channel", false);
-    memory_bound("global_norm", 4 * P, seconds([&] { ops->global_norm(state, grad, n, 1.0f); }));
+    memory_bound("sum_squares", 4 * P, seconds([&] { ops->sum_squares(state, grad, n); }));
     device_copy_in(state, &host, sizeof host);
     const struct { const char *name; const QuantSpec *s; } kinds[] = {
         {"adamw", &none}, {"adamw_fq_int4_32", &int4}, {"adamw_fq_int4wo_64", &wo}, {"adamw_fq_int8_channel", &int8}};
@@ -198,6 +198,9 @@ static void update(void) {
         memory_bound(k.name, P * (28 + sizeof(floatX)), seconds([&] {
             ops->adamw_fq(master, m, v, work, wscale, grad, state, &h, k.s, rows, cols);
         }));
+    memory_bound("adamw_alone", P * 28, seconds([&] {
+        ops->adamw_fq(master, m, v, nullptr, nullptr, grad, state, &h, nullptr, rows, cols);
+    }));
     memory_bound("weight_fq_int4_32", P * (4 + sizeof(floatX)), seconds([&] {
         ops->weight_fq(work, wscale, master, &int4, rows, cols);
     }));
@@ -206,6 +209,38 @@ static void update(void) {
     memory_bound("dequant_rows_int4_32", P * (0.5 + 4.0 / 32 + sizeof(floatX)), seconds([&] {
         ops->dequant_rows(work, wscale, codes, scale, nullptr, &int4, rows, cols);
     }));
+    // Between 8 ranks: what a rank sends of its weights, what it makes of all that come, and its part of the gradients.
+    const int R = 8;
+    RowSplit split = {rows, 1, R, 0};
+    const struct { const char *name; const QuantSpec *s; double bits; } packs[] = {
+        {"int4_32", &int4, 4 + 16.0 / 32}, {"int4wo_64", &wo, 4 + 32.0 / 64}, {"int8_channel", &int8, 8}};
+    for (auto &k : packs) {
+        int64_t kn = split_most(&split), block[2];
+        Err err;
+        if (quant_block_shape(k.s, kn, cols, block, &err) < 0) fail(k.name, err.text);
+        size_t stride = quant_wire_layout(k.s, kn, cols, block).bytes;
+        uint8_t *wire = array<uint8_t>(R * stride);
+        char name[64];
+        snprintf(name, sizeof name, "weight_pack_%s", k.name);
+        memory_bound(name, P * (4 + k.bits / 8), seconds([&] {
+            for (int r = 0; r < R; r++)
+                ops->weight_pack(wire + (size_t)r * stride, master + split_begin(&split, r) * cols, k.s,
+                                 split_count(&split, r), cols, kn);
+        }));
+        snprintf(name, sizeof name, "weight_unpack_%s", k.name);
+        memory_bound(name, P * (k.bits / 8 + sizeof(floatX)), seconds([&] {
+            ops->weight_unpack(work, wscale, wire, stride, &split, 0, kn, k.s, cols);
+        }));
+        device_free(wire);
+    }
+    size_t part = (size_t)(split_most(&split) * cols), row_bytes = (size_t)cols * sizeof(float);
+    memory_bound("rows_pack", 8 * P, seconds([&] {
+        ops->rows_pack(m, part * sizeof(float), grad, &split, 0, split_most(&split), row_bytes);
+    }));
+    memory_bound("rows_unpack", 8 * P, seconds([&] {
+        ops->rows_unpack(m, grad, part * sizeof(float), &split, 0, split_most(&split), row_bytes);
+    }));
+    memory_bound("sum_ranks", 4 * (P + (double)part), seconds([&] { ops->sum_ranks(v, grad, part, R, part, false); }));
     for (void *p : {(void *)master, (void *)m, (void *)v, (void *)grad, (void *)work, (void *)wscale, (void *)state,
                     (void *)codes, (void *)scale})
         device_free(p);

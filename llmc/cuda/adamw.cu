@@ -9,12 +9,11 @@
 //                   registers and finds its range by shuffles
 //   - block_kernel  longer ones, rows above all: a block of threads each; the weights stay in shared memory as the
 //                   bf16 values that quantization sees (4096 columns: 8 KB)
-//   - flat_kernel   no quantization; and the first pass of one scale for the whole tensor, whose partial ranges
-//                   tensor_kernel reads (6 bytes a weight more)
+//   - flat_kernel   no quantization, or no working values at all (28 bytes a weight); and the first pass of one scale
+//                   for the whole tensor, whose partial ranges tensor_kernel reads (6 bytes a weight more)
 // A thread has 64 bytes of loads under way (AdamW), a multiprocessor of 1024 threads or more 64 KB: twice what hides
 // the latency of memory at 3 TB/s.
-#include "fakequant.cuh"
-#include "ptx.cuh"
+#include "quantblock.cuh"
 
 typedef enum { UPDATE_NONE, UPDATE_ADAMW, UPDATE_SGD, UPDATE_MASK } UpdateKind;     // MASK: weight_ste_mask
 
@@ -98,22 +97,6 @@ static __device__ __forceinline__ void update_values(Values<V> *x, const Step *s
 // ---------------------------------------------------------------------------------------------
 // Quantization.
 
-// Values rounded to bf16, two in one instruction where there are two.
-template <int V> static __device__ __forceinline__ Vec<bf16, V> to_bf16(Vec<float, V> f) {
-    Vec<bf16, V> h;
-    if (V == 1) h.v[0] = bf16_from_f32(f.v[0]);
-    for (int i = 0; i + 1 < V; i += 2) {
-        uint32_t both = pack_bf16(f.v[i], f.v[i + 1]);
-        h.v[i] = (bf16)both;
-        h.v[i + 1] = (bf16)(both >> 16);
-    }
-    return h;
-}
-template <int V> static __device__ __forceinline__ Vec<float, V> from_bf16(Vec<bf16, V> h) {
-    Vec<float, V> f;
-    for (int i = 0; i < V; i++) f.v[i] = bf16_to_f32(h.v[i]);
-    return f;
-}
 // A store of working values rounds by itself in the bf16 build; in the fp32 build quantized ones are rounded before.
 template <int V> static __device__ __forceinline__ void store_x(floatX *work, Vec<float, V> f) {
 #ifdef PRECISION_FP32
@@ -123,69 +106,17 @@ template <int V> static __device__ __forceinline__ void store_x(floatX *work, Ve
 #endif
 }
 
-template <int V> static __device__ __forceinline__ void add_range(float *mn, float *mx, Vec<float, V> f) {
-    for (int i = 0; i < V; i++) {                              // fminf and fmaxf pass a NaN over
-        *mn = fminf(*mn, f.v[i]);
-        *mx = fmaxf(*mx, f.v[i]);
-    }
-}
-
-// The range of all threads' values, to all threads: exact in any order. Called by all, at most once in a kernel.
-static __device__ void block_range(float *mn, float *mx) {
-    __shared__ float part[2][32];                              // of each warp
-    warp_minmax(mn, mx);
-    if (threadIdx.x % 32 == 0) {
-        part[0][threadIdx.x / 32] = *mn;
-        part[1][threadIdx.x / 32] = *mx;
-    }
-    __syncthreads();                                           // part is complete
-    for (int w = 0; w < (int)blockDim.x / 32; w++) widen(mn, mx, part[0][w], part[1][w]);
-}
-
-// What quantizing the values of one block takes: quant.h's steps with all that is the block's own done once. In the
-// integer domain codes are counted from the zero point, and lo and hi are qmin - zp and qmax - zp (exact).
-struct BlockQuant {
-    float scale, inv, lo, hi;
-    float nan;                   // what NaN is taken for
-    float zp, m, mid;            // m: value of code qmin in the float domain
-    bool zero_is_float, codes;
-};
-
-static __device__ __forceinline__ BlockQuant block_quant(float mn, float mx, const QuantSpec *s, bool codes) {
-    QParams p = quant_choose(mn, mx, s, QD_BF16);
-    BlockQuant b = {p.scale, 1.0f / p.scale, (float)s->qmin, (float)s->qmax, 0.0f, p.zp, 0.0f, quant_mid(s),
-                    s->zero == QZ_FLOAT, codes};
-    float zero;                                                // where 0 lies; NaN in a block that decodes to NaN
-    if (b.zero_is_float) {
-        b.m = bf16_round(p.zp - bf16_round(p.scale * b.mid));
-        zero = rintf(bf16_round(bf16_round(0.0f - b.m) / p.scale));
-    } else {
-        b.lo -= p.zp;
-        b.hi -= p.zp;
-        zero = 0.0f * b.inv;
-    }
-    b.nan = zero == zero ? quant_clampf(zero, b.lo, b.hi) : b.lo;
-    return b;
-}
-
-// The code of a bf16 value before clamping.
-static __device__ __forceinline__ float unclamped(float x, const BlockQuant *b) {
-    if (b->zero_is_float) return rintf(bf16_round(bf16_round(x - b->m) / b->scale));
-    return rintf(x * b->inv);
-}
-
 // What the kind makes of quantized weights r (bf16 values) at `at`: working values, or gradients g masked.
 template <int KIND, int V>
 static __device__ __forceinline__ void emit(floatX *work, float *grad, Vec<float, V> r, Vec<float, V> g,
                                             const BlockQuant *b, size_t at) {
     for (int i = 0; i < V; i++) {
-        float q = unclamped(r.v[i], b);
         if (KIND == UPDATE_MASK) {
+            float q = unclamped(r.v[i], b);
             g.v[i] = q >= b->lo && q <= b->hi ? g.v[i] : 0.0f;
             continue;
         }
-        q = q == q ? q : b->nan;
-        q = fminf(fmaxf(q, b->lo), b->hi);
+        float q = clamped(r.v[i], b);
         // Adding 0 turns -0, of codes rounded from below, into 0.
         if (b->zero_is_float) q = fmaf(q - b->mid, b->scale, b->zp);
         else if (b->codes) q = q + b->zp;
@@ -197,15 +128,6 @@ static __device__ __forceinline__ void emit(floatX *work, float *grad, Vec<float
     }
     if (KIND == UPDATE_MASK) vec_store(grad + at, g);
     else store_x(work + at, r);
-}
-
-// Blocks of b0 rows by b1 columns, across of them side by side.
-struct Blocks { size_t count, across, b0, b1, rows, cols; };
-
-// Where element e of block k stands. Blocks of one row follow each other in memory.
-static __device__ __forceinline__ size_t block_at(const Blocks *b, size_t k, size_t e) {
-    if (b->b0 == 1) return k * b->b1 + e;
-    return (k / b->across * b->b0 + e / b->b1) * b->cols + k % b->across * b->b1 + e % b->b1;
 }
 
 // Row scales of 1, by all threads of the grid.
@@ -295,9 +217,10 @@ static __device__ __forceinline__ void flat_step(float *master, float *m, float 
     Values<V> x = load_values<KIND, V>(master, m, v, grad, at);
     update_values<KIND, V>(&x, step, master, m, v, at);
     if (RANGE) add_range(mn, mx, from_bf16(to_bf16(x.p)));
-    else store_x(work + at, x.p);
+    else if (work) store_x(work + at, x.p);
 }
-// Without RANGE, working values unquantized; with it, the range of what each block of threads has updated.
+// Without RANGE, working values unquantized, or none (work NULL); with it, the range of what each block of threads has
+// updated.
 template <int KIND, int V, bool RANGE>
 static __global__ void __launch_bounds__(THREADS)
 flat_kernel(float *master, float *m, float *v, floatX *work, float *wscale, const float *grad, const StepState *state,
@@ -343,14 +266,6 @@ tensor_kernel(floatX *work, float *wscale, float *grad, const float *master, con
 
 // ---------------------------------------------------------------------------------------------
 // Launching.
-
-// Blocks of threads for so many to do: enough to fill any GPU some times over, and beyond that up to eight turns each,
-// so that what a block sets up is not all it does.
-static unsigned grid_for(size_t blocks) {
-    const size_t fill = 2048;
-    size_t eighth = (blocks + 7) / 8;
-    return (unsigned)(blocks <= fill ? blocks : eighth < fill ? fill : eighth);
-}
 
 struct Args {
     float *master, *m, *v;
@@ -408,13 +323,16 @@ static void update_and_quantize(const Args *a, const QuantSpec *s, int64_t rows,
     uintptr_t bits = (uintptr_t)a->master | (uintptr_t)a->m | (uintptr_t)a->v | (uintptr_t)a->work | (uintptr_t)a->grad;
     bool aligned = bits % 16 == 0;
     size_t n = (size_t)rows * (size_t)cols;
-    if (!quant_is_on(s)) {
-        if (KIND == UPDATE_MASK || n == 0) return;
+    bool update_alone = (KIND == UPDATE_ADAMW || KIND == UPDATE_SGD) && !a->work;
+    if (n == 0) return;
+    if (update_alone || !quant_is_on(s)) {
+        if (KIND == UPDATE_MASK) return;
         const int kind = KIND == UPDATE_MASK ? UPDATE_NONE : KIND;
         auto kernel = aligned ? flat_kernel<kind, 4, false> : flat_kernel<kind, 1, false>;
         unsigned grid = grid_for((n / (aligned ? 4 : 1) + THREADS) / THREADS);
         LAUNCH(kernel, grid, THREADS, 0, cuda_stream)
-            (a->master, a->m, a->v, a->work, a->wscale, a->grad, a->state, a->h, (size_t)rows, n, nullptr);
+            (a->master, a->m, a->v, a->work, update_alone ? nullptr : a->wscale, a->grad, a->state, a->h, (size_t)rows,
+             n, nullptr);
     } else {
         int64_t block[2];
         Err err;

@@ -9,97 +9,37 @@
 // All others take the general kernel: a warp a row, eight codes a lane at a time, any width, blocks that end anywhere.
 // It is right for everything and meant for what is rare.
 #include "matvec.cuh"
-
-// How the codes of one tensor lie. C++ needs no more of a QuantSpec on the device.
-struct Packed {
-    int bits;
-    uint32_t sign;              // value of a code's sign bit, 0 when unsigned
-    float mid;                  // zero point of a symmetric spec; what codes count from in the float domain
-    bool zero_is_float;
-    size_t row_bytes;
-    int b0, b1, across;         // rows and columns of a block, blocks across a row
-};
-
-static bool packed_init(Packed *p, const QuantSpec *s, int64_t rows, int64_t cols) {
-    int64_t block[2];
-    Err err;
-    if (quant_block_shape(s, rows, cols, block, &err) < 0) {
-        ops_set_error(err.code, "%s", err.text);
-        return false;
-    }
-    *p = Packed{s->bits, s->is_unsigned ? 0u : 1u << (s->bits - 1), quant_mid(s), s->zero == QZ_FLOAT,
-                quant_row_bytes(s->bits, cols), (int)block[0], (int)block[1], (int)(cols / block[1])};
-    return true;
-}
-
-// Codes 8 unit .. 8 unit + 7 of a row, which begin at a byte, as a little-endian integer; zeros behind the row's end.
-// BITS is the width where it makes one aligned load of it, else 0.
-template <int BITS>
-static __device__ __forceinline__ uint64_t load_codes8(const uint8_t *row, int unit, const Packed *pk) {
-    if (BITS == 4) return ((const uint32_t *)row)[unit];
-    if (BITS == 8) return ((const uint64_t *)row)[unit];
-    uint64_t v = 0;
-    size_t from = (size_t)unit * pk->bits, left = pk->row_bytes - from;
-    for (size_t i = 0; i < (size_t)pk->bits && i < left; i++) v |= (uint64_t)row[from + i] << 8 * i;
-    return v;
-}
-static __device__ __forceinline__ float code_at(uint64_t codes, int i, const Packed *pk) {
-    uint32_t field = (uint32_t)(codes >> i * pk->bits) & ((1u << pk->bits) - 1);
-    return (float)((int)(field ^ pk->sign) - (int)pk->sign);
-}
+#include "packed.cuh"
 
 #define DEQUANT_BLOCK 256
 
-// A block a row. VEC: rows of work and of codes take aligned loads and stores of eight values.
-template <int BITS, bool VEC>
+// A block a row. WHOLE: see working8.
+template <int BITS, bool WHOLE>
 static __global__ void __launch_bounds__(DEQUANT_BLOCK)
 dequant_rows_kernel(floatX *work, float *wscale, const uint8_t *codes, const float *scale, const float *zero, Packed pk,
-                    bool as_codes, QuantSpec s, int cols) {
+                    bool as_codes, int cols) {
     const size_t row = blockIdx.x, first = row / pk.b0 * pk.across;
     codes += row * pk.row_bytes;
     work += row * cols;
     scale += first;
     if (zero) zero += first;
     if (wscale && threadIdx.x == 0) wscale[row] = as_codes ? scale[0] : 1.0f;
-    for (int unit = threadIdx.x; unit < (cols + 7) / 8; unit += DEQUANT_BLOCK) {
-        uint64_t eight = load_codes8<BITS>(codes, unit, &pk);
-        int c = unit * 8, n = min(8, cols - c), g = c / pk.b1, left = pk.b1 - c % pk.b1;
-        QParams p = {scale[g], zero ? zero[g] : pk.mid};
-        Vec<floatX, 8> v = {};
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            if (i < n && left-- == 0) {                         // a block that ends within the eight
-                g++;
-                left = pk.b1 - 1;
-                p = QParams{scale[g], zero ? zero[g] : pk.mid};
-            }
-            float q = code_at(eight, i, &pk);
-            v.v[i] = f2x(as_codes ? q : quant_dequant(q, p, &s, QD_BF16));
-        }
-        if (VEC) {
-#pragma unroll
-            for (int i = 0; i < 8; i += VEC_X) {
-                Vec<floatX, VEC_X> part;
-                for (int j = 0; j < VEC_X; j++) part.v[j] = v.v[i + j];
-                vec_store(work + c + i, part);
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < 8; i++) if (i < n) work[c + i] = v.v[i];
-        }
-    }
+    for (int unit = threadIdx.x; unit < (cols + 7) / 8; unit += DEQUANT_BLOCK)
+        working8<BITS, WHOLE>(work, codes, unit, cols, &pk, as_codes, [&](int g) {
+            return QParams{scale[g], zero ? zero[g] : pk.mid};
+        });
 }
 
 void cuda_dequant_rows(floatX *work, float *wscale, const uint8_t *codes, const float *scale, const float *zero,
                        const QuantSpec *wq, int64_t rows, int64_t cols) {
     Packed pk;
     if (rows == 0 || !packed_init(&pk, wq, rows, cols)) return;
-    bool vec = cols % 8 == 0 && (uintptr_t)work % 16 == 0 && (uintptr_t)codes % 8 == 0;
-    auto kernel = vec && pk.bits == 4 ? dequant_rows_kernel<4, true>
-                  : vec && pk.bits == 8 ? dequant_rows_kernel<8, true>
-                  : vec ? dequant_rows_kernel<0, true> : dequant_rows_kernel<0, false>;
+    bool whole = packed_whole(&pk, work, codes, cols);
+    auto kernel = whole && pk.bits == 4 ? dequant_rows_kernel<4, true>
+                  : whole && pk.bits == 8 ? dequant_rows_kernel<8, true>
+                  : whole ? dequant_rows_kernel<0, true> : dequant_rows_kernel<0, false>;
     LAUNCH(kernel, (unsigned)rows, DEQUANT_BLOCK, 0, cuda_stream)
-        (work, wscale, codes, scale, zero, pk, quant_works_as_codes(wq), *wq, (int)cols);
+        (work, wscale, codes, scale, zero, pk, quant_works_as_codes(wq), (int)cols);
     CUDA_CHECK(cudaGetLastError());
 }
 

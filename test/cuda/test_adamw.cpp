@@ -138,6 +138,44 @@ CUDA_TEST(updates_skip) {
     }
 }
 
+// Without working values: the masters alone, whatever the spec, none or one that does not fit; rows may be 0.
+CUDA_TEST(updates_alone) {
+    const QuantSpec specs[] = {spec("none", false), spec("int4,group=32", false), spec("int8,tensor", false)};
+    const int shapes[][2] = {{1, 1}, {3, 7}, {8, 160}, {0, 64}};
+    for (auto &shape : shapes)
+        for (int variant = 0; variant < 4; variant++)
+            for (int order = 0; order < ORDERS; order++) {
+                const int64_t rows = shape[0], cols = shape[1];
+                const size_t n = (size_t)(rows * cols), offset = variant == 1;
+                const QuantSpec *wq = variant == 3 ? nullptr : &specs[variant];
+                char where[64];
+                snprintf(where, sizeof where, "%dx%d variant=%d order=%d", shape[0], shape[1], variant, order);
+                set_order(order);
+                std::vector<float> x = values(n, 1, 0.05f, false), m = values(n, 2, 0.01f, false), v(n, 1e-5f),
+                                   g = values(n, 4, 1.0f, false), scale(9, -7.0f);
+                StepState state = {};
+                state.t = 2;
+                state.lr = 0.1f;
+                state.grad_scale = 0.5f;
+                AdamWParams h = {0.9, 0.95, 1e-8, 0.1};
+                Device<StepState> dstate(std::vector<StepState>(1, state));
+                Device<float> dx(x, offset), dm(m, offset), dv(v, offset), dg(g, offset), dscale(scale);
+                if (n) {
+                    OP(adamw_fq)(dx.p, dm.p, dv.p, nullptr, dscale.p, dg.p, dstate.p, &h, wq, rows, cols);
+                    OP(sgd_fq)(dx.p, dm.p, nullptr, dscale.p, dg.p, dstate.p, 0.9f, 0.01f, wq, rows, cols);
+                } else {
+                    ops_cuda.adamw_fq(dx.p, dm.p, dv.p, nullptr, dscale.p, dg.p, dstate.p, &h, wq, rows, cols);
+                    ops_cuda.sgd_fq(dx.p, dm.p, nullptr, dscale.p, dg.p, dstate.p, 0.9f, 0.01f, wq, rows, cols);
+                }
+                ops_cpu.adamw_fq(x.data(), m.data(), v.data(), nullptr, nullptr, g.data(), &state, &h, wq, rows, cols);
+                ops_cpu.sgd_fq(x.data(), m.data(), nullptr, nullptr, g.data(), &state, 0.9f, 0.01f, wq, rows, cols);
+                check_same("master", where, dx.host(), x);
+                check_same("m", where, dm.host(), m);
+                check_same("v", where, dv.host(), v);
+                check_same("wscale", where, dscale.host(), scale);
+            }
+}
+
 // What does not divide is refused as the CPU wing refuses it.
 CUDA_TEST(updates_refuse) {
     QuantSpec s = spec("int4,group=32", false);
@@ -165,19 +203,28 @@ CUDA_TEST(global_norm) {
             state.seed = 11;
             state.tokens = variant == 4 ? 0 : 1000;
             state.loss_sum = variant == 5 ? INFINITY : variant == 6 ? NAN : 2.5;
+            state.grad_squares = 0.125;                        // of another tensor
+            state.stop = 5;
             float max_norm = variant == 7 ? 0.0f : 0.01f;
             StepState want = state;
-            ops_cpu.global_norm(&want, g.data(), n, max_norm);
+            ops_cpu.sum_squares(&want, g.data(), n);
+            ops_cpu.global_norm(&want, max_norm);
             for (int order = 0; order < ORDERS; order++) {
                 set_order(order);
                 Device<float> grad(g, (size_t)(variant % 2));
                 Device<StepState> dstate(std::vector<StepState>(1, state));
-                OP(global_norm)(dstate.p, grad.p, n, max_norm);
+                if (n) OP(sum_squares)(dstate.p, grad.p, n);
+                else ops_cuda.sum_squares(dstate.p, grad.p, n);
+                OP(global_norm)(dstate.p, max_norm);
                 StepState got = dstate.host()[0];
+                CHECK(got.grad_squares == want.grad_squares || (variant == 2 && n && isnan(got.grad_squares)),
+                      "n=%zu variant %d order %d: %.17g, expected %.17g", n, variant, order, got.grad_squares,
+                      want.grad_squares);
                 CHECK(same(got.norm, want.norm) && same(got.grad_scale, want.grad_scale) && got.skip == want.skip,
                       "n=%zu variant %d order %d: norm %.9g scale %.9g skip %d, expected %.9g %.9g %d", n, variant,
                       order, got.norm, got.grad_scale, got.skip, want.norm, want.grad_scale, want.skip);
-                CHECK(got.t == 3 && got.lr == 0.5f && got.tokens == state.tokens && got.seed == 11, "the rest stays");
+                CHECK(got.t == 3 && got.lr == 0.5f && got.tokens == state.tokens && got.seed == 11 && got.stop == 5,
+                      "the rest stays");
             }
         }
 }
@@ -194,12 +241,14 @@ CUDA_TEST(global_norm_large) {
     StepState state = {}, want;
     state.tokens = 77;
     want = state;
-    ops_cpu.global_norm(&want, g.data(), n, 1.0f);
+    ops_cpu.sum_squares(&want, g.data(), n);
+    ops_cpu.global_norm(&want, 1.0f);
     Device<float> grad(g);
     for (int order = 0; order < (ORDERS + 1) / 2; order++) {
         set_order(order);
         Device<StepState> dstate(std::vector<StepState>(1, state));
-        OP(global_norm)(dstate.p, grad.p, n, 1.0f);
+        OP(sum_squares)(dstate.p, grad.p, n);
+        OP(global_norm)(dstate.p, 1.0f);
         StepState got = dstate.host()[0];
         CHECK(got.norm == want.norm && got.grad_scale == want.grad_scale, "%.9g %.9g, expected %.9g %.9g", got.norm,
               got.grad_scale, want.norm, want.grad_scale);
