@@ -1,23 +1,26 @@
 #!/bin/bash
 # Installs what is missing on Debian 12 (or a relative of it): scripts/install_deps.sh [--ci] [--dry-run]
-# Plain: compilers, make, cJSON and PCRE2 (required); oneDNN (fast matmuls), cmocka (make test), gnuplot (plot.sh).
+# Plain: compilers, make, cJSON and PCRE2 (required); oneDNN (fast matmuls), Open MPI (many ranks; an MPICH that is there
+# already does too), cmocka (make test), gnuplot (plot.sh).
 # --ci:  also clang with libFuzzer (make fuzz). --dry-run: only print what would be installed.
 # Works as root or with sudo; needs no other tool than bash, dpkg and apt-get.
 set -eu
 
 packages=(gcc g++ libc6-dev make libcjson-dev libpcre2-dev libdnnl-dev libcmocka-dev gnuplot-nox fonts-dejavu-core)
+# mpicc of any MPI will do.
+command -v mpicc >/dev/null || packages+=(libopenmpi-dev openmpi-bin)
 dry_run=
 for argument in "$@"; do
     case $argument in
     --ci) packages+=(clang libclang-rt-dev) ;;
     --dry-run) dry_run=y ;;
-    *) sed -n '2,5s/^# //p' "$0"; exit 2 ;;
+    *) sed -n '2,6s/^# //p' "$0"; exit 2 ;;
     esac
 done
 
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
     echo "install_deps.sh: no apt-get here; install by hand: a C compiler, make, cJSON and PCRE2 (required)," >&2
-    echo "oneDNN, cmocka, gnuplot and clang (optional), with their headers" >&2
+    echo "oneDNN, MPI, cmocka, gnuplot and clang (optional), with their headers" >&2
     exit 1
 fi
 missing=()

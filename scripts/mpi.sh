@@ -1,8 +1,9 @@
 # Starting ranks in tests and recipes, whatever MPI is there; read by `. scripts/mpi.sh` (bash or sh).
 #   mpi_missing [PROGRAM]     says why nothing can be started here, or fails: if why=$(mpi_missing "$p"); then echo "skip: $why"
 #   mpi_run N COMMAND...      N ranks on this machine: also as root, also with more ranks than cores, threads not bound
-# MPIRUN (or MPI_HOME/bin/mpirun) names the launcher, MPI_TIMEOUT=120 the seconds after which it is ended.
-# shellcheck shell=sh
+# MPI_ARGS are further arguments of mpirun. MPIRUN (or MPI_HOME/bin/mpirun) names the launcher,
+# MPI_TIMEOUT=120 the seconds after which it is ended.
+# shellcheck shell=sh disable=SC2086
 MPIRUN=${MPIRUN:-${MPI_HOME:+$MPI_HOME/bin/mpirun}}
 MPIRUN=${MPIRUN:-mpirun}
 
@@ -35,11 +36,14 @@ mpi_run() {
     # Threads that wait asleep: with more threads than cores, spinning at barriers costs far more.
     OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
     export OMP_WAIT_POLICY
+    # What MPI itself never frees would be taken for leaks of the program.
+    ASAN_OPTIONS=${ASAN_OPTIONS:+$ASAN_OPTIONS:}detect_leaks=0
+    export ASAN_OPTIONS
     case $(mpi_kind) in
     openmpi)
         OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 timeout -k 5 "${MPI_TIMEOUT:-120}" \
-            "$MPIRUN" --oversubscribe --bind-to none -np "$mpi_n" "$@" </dev/null ;;
+            "$MPIRUN" --oversubscribe --bind-to none ${MPI_ARGS:-} -np "$mpi_n" "$@" </dev/null ;;
     *)
-        timeout -k 5 "${MPI_TIMEOUT:-120}" "$MPIRUN" -bind-to none -np "$mpi_n" "$@" </dev/null ;;
+        timeout -k 5 "${MPI_TIMEOUT:-120}" "$MPIRUN" -bind-to none ${MPI_ARGS:-} -np "$mpi_n" "$@" </dev/null ;;
     esac
 }
