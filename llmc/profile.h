@@ -8,6 +8,9 @@
 #ifndef QLLM_PROFILE_H
 #define QLLM_PROFILE_H
 #include "common.h"
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 enum { PROFILE_COMPUTE, PROFILE_COMMUNICATION };
 
@@ -26,4 +29,7 @@ void profile_print(FILE *out, int steps, double seconds);
 // are the backend's own again.
 #define PROFILE_SPANS (1 << 18)
 int profile_end(Err *err);
+#ifdef __cplusplus
+}
+#endif
 #endif

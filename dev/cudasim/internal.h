@@ -3,6 +3,8 @@
 #ifndef CUDASIM_INTERNAL_H
 #define CUDASIM_INTERNAL_H
 #include "cudasim.h"
+#include <functional>
+#include <vector>
 
 namespace cudasim {
 // cudasim.cpp
@@ -35,6 +37,12 @@ static inline void race_access(const void *, size_t, bool, const void *) {}
 
 // stream.cpp
 void finish_all();                                     // does whatever still waits in a stream
+bool capturing(cudaStream_t s);
+// For libraries that work in a stream (ncclsim). catch_up does what stands before now and touches these ranges, and
+// whatever the stream waits for; later does f in the stream's turn. Not while it captures.
+struct Range { const char *p; size_t bytes; };
+void catch_up(cudaStream_t s, const std::vector<Range> &ranges);
+void later(cudaStream_t s, const std::vector<Range> &ranges, std::function<void()> f);
 cudaError_t refused_in_capture();                      // for calls that no capture allows; ends those that go on
 }
 #endif

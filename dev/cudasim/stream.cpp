@@ -2,6 +2,7 @@
 #include "internal.h"
 #include <algorithm>
 #include <deque>
+#include <functional>
 #include <time.h>
 #include <vector>
 
@@ -21,13 +22,15 @@ struct Record {
 struct Copy { char *dst; size_t dst_pitch; const char *src; size_t src_pitch, width, rows; cudaMemcpyKind kind; };
 
 struct Work {
-    enum { KERNEL, COPY, SET, RECORD, WAIT, GRAPH } what;
+    enum { KERNEL, COPY, SET, RECORD, WAIT, GRAPH, HOST } what;
     Launch launch;
     Copy copy;                         // SET: dst and width
     int byte;
     std::shared_ptr<Record> record;    // RECORD, WAIT
     std::shared_ptr<std::vector<Work>> nodes;
     std::vector<size_t> after;         // in a graph: the nodes that come first
+    std::function<void()> host;
+    std::vector<Range> touches;        // HOST: device memory that it reads or writes
 };
 
 struct Capture {
@@ -161,7 +164,18 @@ void execute(const Work &w) {
         break;
     case Work::WAIT: wait_for(w.record.get()); break;
     case Work::GRAPH: run_graph(*w.nodes); break;
+    case Work::HOST: w.host(); break;
     }
+}
+
+// Whether work that touches `ranges` must come after w. Who waits for an event touches nothing.
+bool depends(const Work &w, const std::vector<Range> &ranges) {
+    if (w.what == Work::WAIT || w.what == Work::RECORD) return false;
+    if (w.what != Work::HOST) return true;
+    for (const Range &a : w.touches)
+        for (const Range &b : ranges)
+            if (a.p < b.p + b.bytes && b.p < a.p + a.bytes) return true;
+    return false;
 }
 
 // What stream 0 waits for, and what waits for it.
@@ -252,6 +266,29 @@ cudaError_t refused_in_capture() {
     return e;
 }
 
+bool capturing(cudaStream_t s) { return s && s->capture; }
+
+void catch_up(cudaStream_t s, const std::vector<Range> &ranges) {
+    if (!(s = find_stream(s))) fail("a stream that was destroyed, or never was one");
+    std::vector<std::shared_ptr<Record>> waits;
+    for (const Work &w : s->queue) {
+        if (depends(w, ranges)) {
+            finish(s);
+            return;
+        }
+        if (w.what == Work::WAIT) waits.push_back(w.record);
+    }
+    for (const auto &r : waits) wait_for(r.get());
+}
+
+void later(cudaStream_t s, const std::vector<Range> &ranges, std::function<void()> f) {
+    Work w = {};
+    w.what = Work::HOST;
+    w.host = std::move(f);
+    w.touches = ranges;
+    enqueue(find_stream(s), std::move(w));
+}
+
 void submit(const Launch &l) {
     l.check(l);
     Work w = {};
@@ -269,6 +306,13 @@ void submit(const Launch &l) {
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) {
     if (flags > cudaStreamNonBlocking) return set_error(cudaErrorInvalidValue);
     streams().push_back(*s = new CudasimStream{!flags, {}, nullptr, {}});
+    return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int) {
+    return cudaStreamCreateWithFlags(s, flags);
+}
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
+    *least = *greatest = 0;            // there are none
     return cudaSuccess;
 }
 cudaError_t cudaStreamCreate(cudaStream_t *s) { return cudaStreamCreateWithFlags(s, cudaStreamDefault); }

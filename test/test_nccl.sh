@@ -1,0 +1,88 @@
+#!/bin/bash
+# NCCL's wing between ranks with simulated GPUs, over the stand-in dev/ncclsim: the bytes are those that MPI brings, a
+# forgotten wait shows, and mistakes in the use of NCCL are caught.
+# Usage: QLLM_BIN=folder-of-programs test/test_nccl.sh [case]
+set -u
+bin=${QLLM_BIN:?set QLLM_BIN to the folder of the programs}
+sim=$bin/../sim
+here=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+. "$here/scripts/mpi.sh"
+only=${1:-}
+failed=0
+
+say() {     # NAME STATUS: prints the line of a case, and what was said if it failed
+    if [ "$2" -eq 0 ]; then echo "ok $1"; return; fi
+    echo "not ok $1"
+    head -n 20 "$work/log" | sed 's/^/  /'
+    failed=1
+}
+wanted() { case $1 in *"$only"*) return 0 ;; *) return 1 ;; esac; }
+run() {     # RANKS PROGRAM ARGUMENTS... with a GPU a rank, unless GPUS says otherwise
+    CUDASIM_DEVICES=${GPUS:-$1} mpi_run "$1" "$sim/$2" "${@:3}" >"$work/log" 2>&1
+}
+wing() {    # NAME RANKS ARGUMENTS...
+    wanted "$1" || return
+    run "$2" nccl_wing "${@:3}"
+    say "$1" $?
+}
+caught() {  # MISTAKE RANKS TEXT: the ranks end, and one says the text
+    wanted "caught_$1" || return
+    NCCLSIM_TIMEOUT=2 run "$2" nccl_rules "$1"
+    local status=$?
+    [ $status -ne 0 ] && grep -q "^ncclsim: rank [0-9]*: .*$3" "$work/log" && ! grep -q "not caught" "$work/log"
+    say "caught_$1" $?
+}
+
+command -v "${CXX:-g++}" >/dev/null 2>&1 || { echo "skip nccl: no C++ compiler (apt-get install g++)"; exit 0; }
+[ -x "$sim/nccl_wing" ] || { echo "skip nccl: built without MPI (apt-get install libopenmpi-dev openmpi-bin)"; exit 0; }
+if why=$(mpi_missing "$sim/nccl_wing"); then echo "skip nccl: $why"; exit 0; fi
+
+for R in 2 3; do
+    wing same_$R $R same
+    wing ahead_$R $R ahead
+    wing unwaited_$R $R unwaited
+done
+wing recorded 2 recorded
+NCCLSIM_ASYNC_ERROR=3 wing broken 2 broken
+GPUS=2 wing shares_2 3 shares
+GPUS=1 wing shares_1 2 shares
+GPUS=4 wing shares_4 3 shares
+
+profiled() {    # both lanes stand in the file of each rank
+    run 2 nccl_wing profiled "$work/timeline.json" || return
+    for f in "$work/timeline.json" "$work/timeline.json.rank1"; do
+        [ "$(grep -c '"all_gather","ph":"X".*"tid":1}' "$f")" -eq 4 ] &&
+            [ "$(grep -c '"all_to_all","ph":"X".*"tid":1}' "$f")" -eq 4 ] &&
+            [ "$(grep -c '"mask_backward","ph":"X".*"tid":0}' "$f")" -eq 4 ] || return
+    done
+}
+wanted profiled && { profiled; say profiled $?; }
+
+for order in 0 1 5; do
+    wanted rules_kept && { run 3 nccl_rules none $order; say rules_kept_$order $?; }
+done
+wanted early && { run 2 nccl_rules early; say early $?; }
+caught order 2 "these are different operations"
+caught count 3 "ncclAllGather(6[45] uint8).* counts or types differ"
+caught type 2 "float32.*int32.*differ\|int32.*float32.*differ"
+caught no_group 2 "stands in no group"
+caught missing_receive 2 "sends is not what the \(first\|second\) receives"
+caught unequal_bytes 3 "sends is not what the \(first\|second\) receives"
+caught missing_self 2 "what it sends to itself"
+caught host_memory 2 "in device memory"
+caught past_the_end 2 "in device memory"
+caught freed 2 "in device memory"
+caught overlap 2 "overlaps"
+caught destroyed 2 "was destroyed"
+caught aborted 2 "was destroyed or aborted"
+caught destroyed_early 2 "still in a stream"
+caught captured 2 "being captured"
+caught fewer 2 "come to its end\|different operations"
+caught absent 2 "waits in vain for rank 1"
+caught send_changed 2 "changed meanwhile"
+caught receive_written 2 "written to meanwhile"
+caught two_streams 2 "on two streams"
+caught other_id 2 "another id"
+exit $failed
