@@ -119,7 +119,8 @@ BENCH    := $(patsubst dev/bench/%.c,$(OUT)/bench/%,$(wildcard dev/bench/*.c))
 FUZZ     := $(patsubst dev/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard dev/fuzz/fuzz_*.c))
 FUZZ_SECONDS ?= 60
 
-.PHONY: all programs test test-programs test-cudasim test-sanitize bench fuzz quickstart install clean help FORCE
+.PHONY: all programs test test-programs test-cudasim test-sanitize test-mpi test-kill bench fuzz quickstart install clean \
+        help FORCE
 all: $(PROGRAMS)
 
 # The CUDA wing of the programs (ptx-report), and its tests on a simulator (test-cudasim).
@@ -211,6 +212,11 @@ test:
 test-sanitize:
 	@$(MAKE) --no-print-directory SANITIZE=1 test
 endif
+# In full what make test has in brief: all numbers of ranks and levels; KILLS=200 SEED=1 runs killed and resumed.
+test-mpi: programs $(MPI_TESTS)
+	@FULL=1 QLLM_BIN=$(abspath $(OUT)/bin) QLLM_PRECISION=$(PRECISION) bash test/test_mpi.sh
+test-kill: programs $(MPI_TESTS)
+	@KILLS=$(or $(KILLS),200) SEED=$(or $(SEED),1) QLLM_BIN=$(abspath $(OUT)/bin) bash test/test_kill.sh
 
 # Fuzzing: a libFuzzer program a parser, FUZZ_SECONDS each. The library alone is needed, without OpenMP and oneDNN.
 FUZZ_FLAGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -O1 -g -ffp-contract=off -Wno-unknown-pragmas -I. -Illmc \
@@ -256,6 +262,8 @@ help:
 	@echo "make test            every test, in both precisions; ends with: N passed, N failed"
 	@echo "make test-sanitize   the same under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-cudasim    the CUDA kernels on a simulator; needs no GPU (part of make test)"
+	@echo "make test-mpi        1 to 8 ranks on this machine, every sharding level; prints the largest differences"
+	@echo "make test-kill       KILLS=200 SEED=1: runs of several ranks killed at random moments, and resumed"
 	@echo "make ptx-report      registers, shared memory and spills of each CUDA kernel; needs nvcc"
 	@echo "make quickstart      trains, quantizes and scores a small Llama on text that the machine has"
 	@echo "make bench           measures; lines: result NAME VALUE UNIT"
