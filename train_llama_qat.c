@@ -801,7 +801,7 @@ static int run_training(Err *err) {
 
     llama_requantize(&m, quantized && p.step >= run.fake_quant_after);
     trainer_catch_signals();
-    if (run.profile && (rc = profile_begin(NULL, 0, err)) < 0) return rc;
+    if (run.profile && (rc = profile_begin(run.profile, comm_rank(), err)) < 0) return rc;
     int64_t profile_from = p.step + 2;             // the first steps build the matmul primitives
     double profile_seconds = 0;
     int64_t wire_from = p.step;

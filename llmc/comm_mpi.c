@@ -2,6 +2,7 @@
 // MPI with MPI_THREAD_SERIALIZED will do. Transfers are nonblocking; between looks at them the lane sleeps, because the
 // core it runs on is usually one that computes.
 #include "comm_impl.h"
+#include "profile.h"
 
 size_t mpi_piece = (size_t)1 << 30;
 
@@ -164,6 +165,10 @@ static void *run_lane(void *unused) {
         double now = now_seconds();
         bool ended = false;
         for (int q = 0; q < QUEUES; q++) ended = ended || over[q];
+        if (over[Q_DEVICE]) {
+            const Running *r = &queues[Q_DEVICE].run;
+            profile_span(r->t.kind == T_ALL_GATHER ? "all_gather" : "all_to_all", PROFILE_COMMUNICATION, r->began, now);
+        }
         fruitless = ended || now - before > 20e-6 ? 0 : fruitless + 1;
         if (fruitless > (awaited ? 200 : 20)) sleep_microseconds(awaited ? 20 : 100);
         else if (fruitless) sched_yield();

@@ -42,9 +42,9 @@ void device_step(uint64_t key, void (*step)(void *ctx), void *ctx);
 double device_peak_flops(const char **source);
 
 
-// Time marks, for profiles. A mark is reached when all that was asked of the device before it is done; setting one waits
-// for nothing. Marks are numbered from 0 since device_marks_read, at most DEVICE_MARKS of them; -1: there is no room, or
-// a step is being recorded. Only the thread that computes sets and reads them.
+// Time marks, for profiles. A mark is reached when all that was asked of the device before it is done; setting one
+// waits for nothing. Marks are numbered from 0 since device_marks_read, at most DEVICE_MARKS of them; -1: there is no
+// room, or a step is being recorded. Only the thread that computes sets and reads them.
 #define DEVICE_MARKS 16384
 int device_mark(void);
 // Waits for the device, writes the time of each mark, in seconds on now_seconds()'s clock, and begins anew. Returns how

@@ -181,8 +181,8 @@ int profile_begin(const char *timeline, int rank, Err *err) {
     rank_shown = rank;
     if (timeline) {
         if (strlen(timeline) + 16 > sizeof path)
-            return err_set(err, E_USAGE, "timeline: a path of %zu bytes is too long, %zu are the most", strlen(timeline),
-                           sizeof path - 17);
+            return err_set(err, E_USAGE, "timeline: a path of %zu bytes is too long, %zu are the most",
+                           strlen(timeline), sizeof path - 17);
         timeline_path(path, sizeof path, timeline, rank);
         AtomicFile file;
         int rc = atomic_open(&file, path, err);

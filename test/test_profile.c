@@ -1,4 +1,5 @@
-// The profile: operations are timed and passed on, the timeline is JSON that says what happened when, memory is bounded.
+// The profile: operations are timed and passed on, the timeline is JSON that says what happened when, memory is
+// bounded.
 #include "test_common.h"
 #include "device.h"
 #include "json.h"
@@ -45,7 +46,8 @@ static Timeline timeline_read(const char *path, int rank) {
         }
         assert_string_equal(ph, "X");
         int lane = (int)cJSON_GetNumberValue(cJSON_GetObjectItem(e, "tid"));
-        double ts = cJSON_GetNumberValue(cJSON_GetObjectItem(e, "ts")), dur = cJSON_GetNumberValue(cJSON_GetObjectItem(e, "dur"));
+        double ts = cJSON_GetNumberValue(cJSON_GetObjectItem(e, "ts"));
+        double dur = cJSON_GetNumberValue(cJSON_GetObjectItem(e, "dur"));
         assert_true((lane == 0 || lane == 1) && ts > 0 && dur >= 0);
         // Times are printed to a thousandth of a microsecond, begin and length each rounded.
         if (ts < end[lane] - 0.002) t.disorder++;
@@ -98,7 +100,7 @@ static void test_print(void **unused) {
     profile_span("broadcast", PROFILE_COMMUNICATION, t0, t1);
     FILE *f = tmpfile();
     profile_print(f, 2, t1 - t0);
-    profile_print(f, 2, t1 - t0);                                              // reading the marks is not counting twice
+    profile_print(f, 2, t1 - t0);                                              // nothing is counted twice
     rewind(f);
     int ops_lines = 0, gather_lines = 0, broadcast_lines = 0;
     while (fgets(line, sizeof line, f)) {

@@ -262,8 +262,9 @@ void arrive(NcclSimComm *c, const Call &call) {
         for (const Part &part : written(c, op, b))
             for (size_t k = 0; k < part.bytes; k++)
                 if ((unsigned char)part.p[k] != poison_byte())
-                    violation(describe(c, call) + ": " + describe(op) + text(" receives into memory that was written to "
-                              "meanwhile, byte %zu", (size_t)(part.p - b.recv) + k));
+                    violation(describe(c, call) + ": " + describe(op) +
+                              text(" receives into memory that was written to meanwhile, byte %zu",
+                                   (size_t)(part.p - b.recv) + k));
     }
     for (size_t i = 0; i < call.ops.size(); i++) {
         const Op &op = call.ops[i];
@@ -356,7 +357,8 @@ ncclResult_t add(const Op &op, const void *send, void *recv, ncclComm_t comm, cu
     Call call = {c->calls, {op}, {}, {}};
     if (!type_size(op.type) || op.peer < 0 || op.peer >= c->R) return ncclInvalidArgument;
     size_t n = bytes_of(op), received = op.kind == ALL_GATHER ? (size_t)c->R * n : n;
-    if (n && ((op.kind != RECV && !cudasim::is_device(send, n)) || (op.kind != SEND && !cudasim::is_device(recv, received))))
+    bool sends = op.kind != RECV, receives = op.kind != SEND;
+    if (n && ((sends && !cudasim::is_device(send, n)) || (receives && !cudasim::is_device(recv, received))))
         violation(describe(c, call) + ": a buffer is not, or not as a whole, in device memory");
     if (cudasim::capturing(stream)) violation(describe(c, call) + ": the stream is being captured");
     if (!group_depth) {

@@ -13,10 +13,10 @@
 // Ranks on one device are refused with ncclInvalidUsage, as by NCCL. A call that another rank does not make is given up
 // after NCCLSIM_TIMEOUT seconds (30).
 //
-// When. The data of a call leave as soon as all that the stream must wait for is done, which is done at once: memory that
-// is sent too early, because a wait was forgotten, is sent with the wrong bytes. The data arrive when the simulated
-// stream gets there, which it does as late as cudasim.h says, and memory is poison until then: who reads too early reads
-// poison. So no rank waits for another that waits for it, whatever else they wait for on the host.
+// When. The data of a call leave as soon as all that the stream must wait for is done, which is done at once: memory
+// that is sent too early, because a wait was forgotten, is sent with wrong bytes. The data arrive when the simulated
+// stream gets there, which it does as late as cudasim.h says, and memory is poison until then: who reads too early
+// reads poison. So no rank waits for another that waits for it, whatever else they wait for on the host.
 #ifndef NCCL_SIM_H
 #define NCCL_SIM_H
 #include "cudasim.h"

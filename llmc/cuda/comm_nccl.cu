@@ -1,5 +1,5 @@
-// NCCL, which carries bytes between the memories of GPUs (comm.h), found when comm_choose asks for it: programs start on
-// machines without it. The simulated build calls dev/ncclsim's stand-in by the same names.
+// NCCL, which carries bytes between the memories of GPUs (comm.h), found when comm_choose asks for it: programs start
+// on machines without it. The simulated build calls dev/ncclsim's stand-in by the same names.
 //
 // Collectives run on a stream of their own, of high priority, so that their few blocks get onto the GPU while a matmul
 // fills it. Each begins when what cuda_stream was asked for before is done, and cuda_stream waits by an event for those
@@ -19,8 +19,9 @@
 #if __has_include(<nccl.h>)
 #include <nccl.h>
 #else
-// All that is used, as nccl.h has it. Every libnccl.so.2 since 2.7, which brought ncclSend, takes calls compiled against
-// any older header of version 2: the numbers of types and errors and the 128 bytes of an id are part of what "so.2" means.
+// All that is used, as nccl.h has it. Every libnccl.so.2 since 2.7, which brought ncclSend, takes calls compiled
+// against any older header of version 2: the numbers of types and errors and the 128 bytes of an id are part of what
+// "so.2" means.
 typedef struct ncclComm *ncclComm_t;
 typedef struct { char internal[128]; } ncclUniqueId;
 typedef enum { ncclSuccess = 0, ncclInProgress = 7 } ncclResult_t;
@@ -145,8 +146,8 @@ static int make_id(void *id, Err *err) {
     ncclUniqueId made;
     ncclResult_t result = nccl.ncclGetUniqueId(&made);
     if (result != ncclSuccess)
-        return err_set(err, E_FAIL, "NCCL makes no id for ranks to meet by: %s; %s; NCCL_SOCKET_IFNAME picks the network",
-                       nccl.ncclGetErrorString(result), details());
+        return err_set(err, E_FAIL, "NCCL makes no id for ranks to meet by: %s; %s; NCCL_SOCKET_IFNAME picks the "
+                                    "network", nccl.ncclGetErrorString(result), details());
     memcpy(id, &made, sizeof made);
     return 0;
 }
@@ -160,8 +161,8 @@ static int init(const void *id, int rank_, int R_, Err *err) {
     ncclResult_t result = nccl.ncclCommInitRank(&comm, R, made, rank);
     if (result != ncclSuccess) {
         comm = nullptr;
-        return err_set(err, E_FAIL, "NCCL does not start between %d ranks: %s; %s; NCCL_DEBUG=INFO tells more, --comm mpi "
-                                    "goes another way", R, nccl.ncclGetErrorString(result), details());
+        return err_set(err, E_FAIL, "NCCL does not start between %d ranks: %s; %s; NCCL_DEBUG=INFO tells more, --comm "
+                                    "mpi goes another way", R, nccl.ncclGetErrorString(result), details());
     }
     int least = 0, greatest = 0;
     cudaError_t e = cudaDeviceGetStreamPriorityRange(&least, &greatest);
@@ -179,8 +180,8 @@ static bool begin(int *mark) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     CUDA_CHECK(cudaStreamIsCapturing(cuda_stream, &status));
     if (status != cudaStreamCaptureStatusNone) {
-        ops_set_error(E_FAIL, "a collective inside a step that is being recorded: steps of several ranks are not passed to "
-                              "device_step");
+        ops_set_error(E_FAIL, "a collective inside a step that is being recorded: steps of several ranks are not "
+                              "passed to device_step");
         return false;
     }
     CUDA_CHECK(cudaEventRecord(asked, cuda_stream));

@@ -1,6 +1,6 @@
 // Mistakes in the use of NCCL, planted: mpirun -np 2 nccl_rules MISTAKE. The stand-in (dev/ncclsim) must end the ranks
-// and say why; a program that comes to its end prints "not caught". `none` makes none, and `early` one that shows in the
-// bytes. test/test_nccl.sh runs them.
+// and say why; a program that comes to its end prints "not caught". `none` makes none, and `early` one that shows in
+// the bytes. test/test_nccl.sh runs them.
 #include "cuda/cuda.cuh"
 #include "nccl_sim.h"
 #define OMPI_SKIP_MPICXX 1
@@ -21,7 +21,9 @@ static void must(ncclResult_t result) {
     fprintf(stderr, "rank %d: %s: %s\n", rank, ncclGetErrorString(result), ncclGetLastError(comm));
     MPI_Abort(MPI_COMM_WORLD, 4);
 }
-static void gather(size_t count, ncclDataType_t type = ncclUint8) { must(ncclAllGather(a, b, count, type, comm, stream)); }
+static void gather(size_t count, ncclDataType_t type = ncclUint8) {
+    must(ncclAllGather(a, b, count, type, comm, stream));
+}
 // Everyone's part to everyone else; what rank 1 does otherwise is left to its arguments.
 static void exchange(size_t receive = N, bool receives = true) {
     must(ncclGroupStart());

@@ -1,5 +1,5 @@
-// Collectives on device memory over the NCCL wing, on simulated GPUs: mpirun -np R nccl_wing CASE. Prints what is wrong;
-// exit status 0: nothing is. test/test_nccl.sh runs the cases.
+// Collectives on device memory over the NCCL wing, on simulated GPUs: mpirun -np R nccl_wing CASE. Prints what is
+// wrong; exit status 0: nothing is. test/test_nccl.sh runs the cases.
 #include "comm.h"
 #include "cuda/cuda.cuh"
 #include "device.h"
@@ -26,7 +26,8 @@ static __global__ void fill_kernel(uint8_t *p, int n, int from, int to, size_t b
         p[i] = value(n, from, to, i);
 }
 static __global__ void use_kernel(uint8_t *out, const uint8_t *in, size_t bytes) {
-    for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < bytes; i += gridDim.x * blockDim.x) out[i] = in[i] ^ 0x5a;
+    for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < bytes; i += gridDim.x * blockDim.x)
+        out[i] = in[i] ^ 0x5a;
 }
 
 struct Buffers { uint8_t *send, *recv, *used; size_t bytes, all; };
@@ -93,8 +94,8 @@ static void same(void) {
             CHECK(comm_host_all_gather(all.data(), own.data(), b.all, &err) == 0, "%s", err.text);
             size_t bad = 0;
             for (int q = 0; q < comm_size(); q++)
-                bad += memcmp(got.data() + (size_t)q * bytes, all.data() + (size_t)q * b.all + (size_t)comm_rank() * bytes,
-                              bytes) != 0;
+                bad += memcmp(got.data() + (size_t)q * bytes,
+                              all.data() + (size_t)q * b.all + (size_t)comm_rank() * bytes, bytes) != 0;
             CHECK(bad == 0, "order %u: parts of %zu ranks differ from MPI's", order, bad);
             // In place.
             if (bytes) {
@@ -189,8 +190,8 @@ static void broken(void) {
         produce(&b, i, false);
         comm_wait(comm_all_gather(b.recv, b.send, b.bytes));
     }
-    CHECK(device_sync(&err) == E_FAIL && strstr(err.text, "network error") && strstr(err.text, "NCCLSIM_ASYNC_ERROR"), "%s",
-          err.text);
+    CHECK(device_sync(&err) == E_FAIL, "%d", err.code);
+    CHECK(strstr(err.text, "network error") && strstr(err.text, "NCCLSIM_ASYNC_ERROR"), "%s", err.text);
     comm_wait(comm_all_gather(b.recv, b.send, b.bytes));
     synced();
 }
@@ -223,7 +224,8 @@ static void shares(void) {
     cudaMemGetInfo(&free_bytes, &total_bytes);
     double available, total;
     device_memory(&available, &total);
-    CHECK(total == (double)total_bytes / sharers && available == (double)free_bytes / sharers, "%g of %g", available, total);
+    CHECK(total == (double)total_bytes / sharers, "%g", total);
+    CHECK(available == (double)free_bytes / sharers, "%g", available);
     Err err;
     if (devices >= R) return;
     CHECK(comm_choose("nccl", &err) < 0 && strstr(err.text, "GPU 0") && strstr(err.text, "--comm mpi"), "%s", err.text);
