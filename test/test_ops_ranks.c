@@ -1,5 +1,6 @@
 // Operations between ranks in the CPU wing: whose rows are whose, what goes on the wire, what comes off it.
 #include "ops_common.h"
+#include "device.h"
 
 static const Ops *const o = &ops_cpu;
 
@@ -87,6 +88,7 @@ static const struct { const char *spec; int rows, cols; } wires[] = {
     {"int4,group=32", 13, 96},
     {"int4,group=32", 3, 2112},                                 // more scales a row than are widened at a time
     {"int4,group=2", 5, 1030},
+    {"int3,group=2", 3, 1030},
     {"int4,group=64,symmetric-no-clip", 7, 576},
     {"uint4,group=64,float", 9, 320},
     {"uint4,group=6,float", 4, 66},
@@ -354,7 +356,7 @@ static void test_update_alone(void **state) {
                     v[alone] = copy_of(v0, N * sizeof(float));
                     floatX *to = alone ? NULL : work;
                     float *scales = alone ? NULL : wscale;
-                    const QuantSpec *wq = alone ? NULL : &s;
+                    const QuantSpec *wq = alone && !sgd ? NULL : &s;       // alone it is not read
                     if (sgd) o->sgd_fq(p[alone], m[alone], to, scales, g, &step, 0.9f, 0.1f, wq, ROWS, COLS);
                     else o->adamw_fq(p[alone], m[alone], v[alone], to, scales, g, &step, &h, wq, ROWS, COLS);
                 }
@@ -362,9 +364,14 @@ static void test_update_alone(void **state) {
                 expect_same(m[1], m[0], N * sizeof(float), "momentum", ROWS, COLS);
                 expect_same(v[1], v[0], N * sizeof(float), "second moment", ROWS, COLS);
                 assert_int_equal(memcmp(p[0], p0, N * sizeof(float)) == 0, step.skip);
-                // A rank without rows of this tensor.
-                if (sgd) o->sgd_fq(NULL, NULL, NULL, NULL, NULL, &step, 0.9f, 0.1f, &s, 0, COLS);
-                else o->adamw_fq(NULL, NULL, NULL, NULL, NULL, NULL, &step, &h, &s, 0, COLS);
+                // A rank without rows of this tensor, with and without working values.
+                for (int alone = 0; alone < 2; alone++) {
+                    floatX *to = alone ? NULL : work;
+                    Err err = {0};
+                    if (sgd) o->sgd_fq(NULL, NULL, to, NULL, NULL, &step, 0.9f, 0.1f, &s, 0, COLS);
+                    else o->adamw_fq(NULL, NULL, NULL, to, NULL, NULL, &step, &h, &s, 0, COLS);
+                    if (device_sync(&err) < 0) fail_msg("%s", err.text);
+                }
                 for (int i = 0; i < 2; i++) free(p[i]), free(m[i]), free(v[i]);
             }
     free(p0), free(g), free(m0), free(v0), free(work);
