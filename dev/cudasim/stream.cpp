@@ -168,11 +168,16 @@ void execute(const Work &w) {
     }
 }
 
-// Whether work that touches `ranges` must come after w. Who waits for an event touches nothing.
+// Whether work that touches `ranges` must come after w. Who waits for an event touches nothing; a kernel, who knows.
 bool depends(const Work &w, const std::vector<Range> &ranges) {
     if (w.what == Work::WAIT || w.what == Work::RECORD) return false;
-    if (w.what != Work::HOST) return true;
-    for (const Range &a : w.touches)
+    if (w.what == Work::KERNEL || w.what == Work::GRAPH) return true;
+    std::vector<Range> touches = w.touches;
+    const Copy &c = w.copy;
+    if (w.what == Work::SET) touches = {{c.dst, c.width}};
+    if (w.what == Work::COPY)
+        touches = {{c.dst, (c.rows - 1) * c.dst_pitch + c.width}, {c.src, (c.rows - 1) * c.src_pitch + c.width}};
+    for (const Range &a : touches)
         for (const Range &b : ranges)
             if (a.p < b.p + b.bytes && b.p < a.p + a.bytes) return true;
     return false;
