@@ -111,7 +111,8 @@ static int next_step(Running *r, MPI_Comm comm, Err *failed) {
 static int advance(Running *r, MPI_Comm comm, Err *failed) {
     int all = 1;
     if (r->n) {
-        int rc = check(MPI_Testall(r->n, r->request, &all, MPI_STATUSES_IGNORE), failed);
+        MPI_Status status[2 * WINDOW];
+        int rc = check(MPI_Testall(r->n, r->request, &all, status), failed);
         if (rc < 0) return rc;
     }
     while (all) {

@@ -23,6 +23,8 @@ mpi_missing() {
         echo "no mpirun (apt-get install libopenmpi-dev openmpi-bin, or set MPI_HOME)"
     elif [ -z "$(mpi_kind)" ]; then
         echo "$MPIRUN is neither Open MPI's nor MPICH's"
+    elif [ -n "${1:-}" ] && [ ! -x "$1" ]; then
+        echo "$1 is not there: run make first"
     elif [ -n "${1:-}" ] && ! ldd "$1" 2>/dev/null | grep -q libmpi; then
         echo "$1 was built without MPI"
     else

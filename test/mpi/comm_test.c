@@ -247,8 +247,9 @@ int main(int argc, char **argv) {
             err_set(&err, !strcmp(mode, "usage") ? E_USAGE : E_FAIL, "the reason why");
             comm_die(&err);
         }
-        // mpirun sends SIGTERM when it notices; the watch must be there without.
+        // Launchers send SIGTERM or SIGUSR1 when they notice; the watch must be there without.
         signal(SIGTERM, SIG_IGN);
+        signal(SIGUSR1, SIG_IGN);
         if (computes)
             for (;;) usleep(100000);
         comm_wait(comm_all_gather(xmalloc((size_t)R), "x", 1));
