@@ -66,4 +66,13 @@ char *train_marker_to_json(const TrainMarker *m);                    // malloc'e
 // From outside: the checksum first, then every field's type and range. `what` names the file in messages.
 int train_marker_parse(TrainMarker *m, const char *text, size_t len, const char *what, Err *err);
 void train_marker_free(TrainMarker *m);
+
+// "rank-00002-of-00008" and `end`.
+void train_file_name(char *buf, size_t size, int rank, int ranks, const char *end);
+// What the file of a rank says of itself, besides its tensors: the writer's metadata. The reader makes the same texts
+// from the marker and compares. Texts are malloc'ed.
+enum { TRAIN_FILE_META = 7 };
+typedef struct { const char *key; char *text; } TrainFileMeta;
+void train_file_meta(TrainFileMeta meta[TRAIN_FILE_META], const TrainMarker *m, int rank);
+void train_file_meta_free(TrainFileMeta meta[TRAIN_FILE_META]);
 #endif
