@@ -38,7 +38,9 @@ typedef enum { Q_DEVICE, Q_HOST, QUEUES } Queue;
 uint64_t mpi_put(Queue q, const Transfer *t);            // its ticket: 1, 2, ...
 int mpi_wait(Queue q, uint64_t ticket, Err *err);        // until it and all before it are done
 double mpi_busy(Queue q);                                // seconds during which a transfer of the queue was under way
-extern size_t mpi_piece;             // bytes of the largest message; tests make it small
+// Bytes of the largest message, and ranks (at most 8) to which messages are under way at once; tests make them small.
+extern size_t mpi_piece;
+extern int mpi_window;
 
 // --- comm_guard.c ------------------------------------------------------------------------------------------------
 // Every rank keeps a TCP connection to rank 0. One that ends without a goodbye means that the process has died.

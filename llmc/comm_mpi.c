@@ -5,6 +5,7 @@
 #include "profile.h"
 
 size_t mpi_piece = (size_t)1 << 30;
+int mpi_window = 8;
 
 #ifdef HAVE_MPI
 #include <errno.h>
@@ -17,7 +18,7 @@ size_t mpi_piece = (size_t)1 << 30;
 
 const bool mpi_built = true;
 
-enum { RING = 256, WINDOW = 8 };        // transfers that wait in a queue; ranks to which messages are under way at once
+enum { RING = 256, WINDOW = 8 };        // transfers that wait in a queue; the most that mpi_window may be
 
 // A transfer goes in steps; the messages of a step are under way together.
 typedef struct {
@@ -84,7 +85,7 @@ static int next_step(Running *r, MPI_Comm comm, Err *failed) {
     case T_ALL_GATHER:
     case T_ALL_TO_ALL:
         if (!piece) break;
-        int end = r->round + WINDOW < R ? r->round + WINDOW : R;
+        int end = r->round + mpi_window < R ? r->round + mpi_window : R;
         for (int s = r->round; s < end && rc == MPI_SUCCESS; s++) {
             int from = (me + R - s) % R;
             if (s) rc = MPI_Irecv(recv + (size_t)from * t->bytes + r->offset, (int)piece, MPI_BYTE, from, 0, comm,
