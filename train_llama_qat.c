@@ -600,6 +600,8 @@ static int print_memory_plan(double *planned, Llama *m, bool ste_clip, const Tok
         {"working weights, " FLOATX_NAME, shard->weights, 0},
         {"on the way between ranks", shard->buffers, 0},
         {"activations and logits", a.bytes - per * run.B, per},
+        {"copy of the state while it is saved", device_is_host() && run.save_every && !run.no_save
+             ? (double)train_state_copy_bytes(&m->shard->own, run.optimizer == OPTIM_ADAMW ? 3 : 2) : 0, 0},
         {"tokens", data->owned && device_is_host() ? 4.0 * (double)data->n : 0, 0},
     };
     return memory_plan_print(planned, items, sizeof items / sizeof *items, run.B, stdout, err);
@@ -860,8 +862,8 @@ static int run_training(Err *err) {
         return 0;
     }
     // A stopped run leaves a checkpoint; a finished one leaves the checkpoint, model.bin and, if asked, the folder.
-    if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &shard.own, arrays, n_arrays, run.keep, err)) < 0) return rc;
-    if ((rc = train_state_finish(err)) < 0 || (rc = comm_barrier(err)) < 0) return rc;
+    rc = train_state_save_last(run.out, &p, &m.c, &m.plan, &shard.own, arrays, n_arrays, run.keep, err);
+    if (rc < 0 || (rc = comm_barrier(err)) < 0) return rc;
     if (stop && p.step < run.steps) {
         printf("stopped by a signal at step %lld; saved. The same command with --resume goes on.\n", (long long)p.step);
         jsonlog_close(&json);

@@ -282,20 +282,22 @@ static void copy_out(void *host, const void *dev, size_t bytes) {
         memcpy((uint8_t *)host + k, (const uint8_t *)dev + k, bytes - k < part ? bytes - k : part);
 }
 
-static void copy_arrays(const OwnTable *own, const StateArray *arrays, int n_arrays) {
+// in_place: the file is written from the arrays themselves.
+static void copy_arrays(const OwnTable *own, const StateArray *arrays, int n_arrays, bool in_place) {
     size_t *offset = xcalloc((size_t)own->own.n + 1, sizeof *offset), n = copy_layout(own, offset);
     save.stretches = xcalloc((size_t)n_arrays * (size_t)own->own.n + 1, sizeof *save.stretches);
     save.n_stretches = 0;
     for (int a = 0; a < n_arrays; a++) {
-        float *copy = (float *)save.copy + (size_t)a * n;
-        if (writes_all(own) && n) copy_out(copy, arrays[a].data, n * sizeof *copy);
+        float *copy = in_place ? NULL : (float *)save.copy + (size_t)a * n;
+        if (!in_place && writes_all(own) && n) copy_out(copy, arrays[a].data, n * sizeof *copy);
         for (int i = 0; i < own->own.n; i++) {
             const Param *p = &own->own.p[i];
             int64_t skip = split_begin(&own->split[i], own->rank) - own->row0[i];
             size_t bytes = (size_t)split_count(&own->split[i], own->rank) * (size_t)p->cols * sizeof *copy;
             if (!bytes) continue;
-            if (!writes_all(own)) copy_out(copy + offset[i], arrays[a].data + p->offset + skip * p->cols, bytes);
-            save.stretches[save.n_stretches++] = (Stretch){(const uint8_t *)(copy + offset[i]), bytes};
+            const float *rows = arrays[a].data + p->offset + skip * p->cols;
+            if (!in_place && !writes_all(own)) copy_out(copy + offset[i], rows, bytes);
+            save.stretches[save.n_stretches++] = (Stretch){(const uint8_t *)(in_place ? rows : copy + offset[i]), bytes};
         }
     }
     free(offset);
@@ -511,8 +513,8 @@ void train_state_abandon(void) {
     join();
 }
 
-int train_state_save(const char *out, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
-                     const OwnTable *own, const StateArray *arrays, int n_arrays, int keep, Err *err) {
+static int start_save(const char *out, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
+                      const OwnTable *own, const StateArray *arrays, int n_arrays, int keep, bool in_place, Err *err) {
     join();
     int rc = train_state_poll(err);
     if (rc < 0) return rc;
@@ -520,7 +522,7 @@ int train_state_save(const char *out, const TrainProgress *p, const LlamaConfig 
     if (save.saved_step == p->step && !strcmp(save.saved_out, out)) return 0;
     if (strlen(out) > MAX_OUT)
         return err_set(err, E_USAGE, "--out has a name of %zu bytes; %d are possible", strlen(out), MAX_OUT);
-    size_t bytes = train_state_copy_bytes(own, n_arrays);
+    size_t bytes = in_place ? 0 : train_state_copy_bytes(own, n_arrays);
     if (bytes > save.copy_bytes) {
         free(save.copy);
         save.copy = NULL;
@@ -529,7 +531,7 @@ int train_state_save(const char *out, const TrainProgress *p, const LlamaConfig 
         if (rc < 0) return rc;
         save.copy_bytes = bytes;
     }
-    copy_arrays(own, arrays, n_arrays);
+    copy_arrays(own, arrays, n_arrays, in_place);
     if ((rc = device_sync(err)) < 0) {
         free(save.stretches);
         save.stretches = NULL;
@@ -557,6 +559,17 @@ int train_state_save(const char *out, const TrainProgress *p, const LlamaConfig 
     }
     save.running = true;
     return 0;
+}
+
+int train_state_save(const char *out, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
+                     const OwnTable *own, const StateArray *arrays, int n_arrays, int keep, Err *err) {
+    return start_save(out, p, c, plan, own, arrays, n_arrays, keep, false, err);
+}
+
+int train_state_save_last(const char *out, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
+                          const OwnTable *own, const StateArray *arrays, int n_arrays, int keep, Err *err) {
+    int rc = start_save(out, p, c, plan, own, arrays, n_arrays, keep, device_is_host(), err);
+    return rc < 0 ? rc : train_state_finish(err);
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -30,6 +30,9 @@ void train_state_clean(const char *out);
 // the return.
 int train_state_save(const char *out, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
                      const OwnTable *own, const StateArray *arrays, int n_arrays, int keep, Err *err);
+// The same at the end of a run, and waits as train_state_finish does: on the CPU no copy is made.
+int train_state_save_last(const char *out, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
+                          const OwnTable *own, const StateArray *arrays, int n_arrays, int keep, Err *err);
 // 0, or the error that writing met (the run should stop: each later save would meet it too). Does not wait.
 int train_state_poll(Err *err);
 // Waits for the save under way: this rank's file, and on rank 0 the complete checkpoint. Call comm_barrier afterwards
