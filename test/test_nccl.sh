@@ -60,6 +60,20 @@ profiled() {    # both lanes stand in the file of each rank
 }
 wanted profiled && { profiled; say profiled $?; }
 
+# The trainer, which shards all there is: the weights are those of the way through MPI.
+train() {   # COMM OUT ORDER
+    CUDASIM_DEVICES=2 CUDASIM_ORDER=$3 mpi_run 2 "$sim/train_llama_qat" --init tiny --train-data "$work/text.txt" \
+        --scheme 8da4w-32 --batch 1 --seq-len 16 --lr 1e-3 --seed 5 --grad-accum 2 --steps 2 --shard full --device cuda \
+        --comm "$1" --out "$work/$2" >"$work/log" 2>&1
+}
+trained() {
+    cat "$here"/doc/*.md >"$work/text.txt"
+    train mpi mpi 0 && train nccl late 1 && train nccl random 9 || return
+    grep -q "NCCL 2" "$work/log" || { echo "NCCL was not taken" >>"$work/log"; return 1; }
+    cmp "$work/mpi/model.bin" "$work/late/model.bin" && cmp "$work/mpi/model.bin" "$work/random/model.bin"
+} 2>>"$work/log" >&2
+wanted trained && { trained; say trained $?; }
+
 for order in 0 1 5; do
     wanted rules_kept && { run 3 nccl_rules none $order; say rules_kept_$order $?; }
 done
