@@ -59,7 +59,9 @@ int quant_tensor(int16_t *codes, QParams *qp, const float *w, int64_t rows, int6
 }
 
 bool quant_works_as_codes(const QuantSpec *weight) {
-    return weight->bits && weight->gran == QG_CHANNEL && !weight->is_unsigned && !quant_has_zero(weight);
+    // A symmetric zero point is the middle of the range: an uneven range's is not zero.
+    return weight->bits && weight->gran == QG_CHANNEL && !weight->is_unsigned && !quant_has_zero(weight) &&
+           quant_mid(weight) == 0.0f;
 }
 
 bool quant_has_zero(const QuantSpec *s) { return s->zero == QZ_FLOAT || s->mapping == QM_ASYMMETRIC; }

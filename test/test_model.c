@@ -7,7 +7,7 @@
 #undef main
 #include "llmc/rng.h"
 
-typedef struct { Llama m; Acts s; int B, T; } Fixture;
+typedef struct { Llama m; Shard shard; Acts s; int B, T; } Fixture;
 
 static void setup_options(void) {
     Err err = {0};
@@ -25,21 +25,17 @@ static void fixture_init(Fixture *f, const LlamaConfig *c, const QuantPlan *plan
     m->c = *c;
     if (plan) m->plan = *plan; else quant_plan_none(&m->plan);
     if (param_table_build(&m->table, &m->c, &m->plan, &err) < 0) fail_msg("%s", err.text);
+    m->shard = &f->shard;
+    if (shard_plan(m->shard, &m->c, &m->plan, &m->table, SHARD_NONE, true, 1, 0, &err) < 0 ||
+        shard_alloc(m->shard, &err) < 0) fail_msg("%s", err.text);
     size_t n = m->table.n_elements;
     Arena a = {.err = &err};
     m->master = take(&a, n, 4, "");
-    m->grad = take(&a, n, 4, "");
     m->m = take(&a, n, 4, "");
     m->v = take(&a, n, 4, "");
-    m->work = take(&a, n, sizeof(floatX), "");
-    m->wscale = take(&a, m->table.n_rows, 4, "");
     m->cos_t = take(&a, (size_t)T * c->HS / 2, 4, "");
     m->sin_t = take(&a, (size_t)T * c->HS / 2, 4, "");
     llama_rope_table(m->cos_t, m->sin_t, c, T);
-    if (tied_views_differ(m)) m->head = take(&a, (size_t)c->V * c->C, sizeof(floatX), "");
-    else m->head = w(m, -1, c->tied ? ROLE_EMBED : ROLE_HEAD);
-    if (!c->tied && quant_works_as_codes(&param_get(&m->table, -1, ROLE_HEAD)->scheme.weight))
-        m->head_scale = m->wscale + param_get(&m->table, -1, ROLE_HEAD)->row_offset;
     take_acts(&a, &f->s, m, B, T, 1, recompute, clip);
     if (a.rc < 0) fail_msg("%s", err.text);
 }
@@ -47,7 +43,7 @@ static void fixture_init(Fixture *f, const LlamaConfig *c, const QuantPlan *plan
 static void fixture_free(Fixture *f) {
     Llama *m = &f->m;
     Acts *s = &f->s;
-    void *own[] = {m->master,  m->grad,  m->m,     m->v,     m->wscale, m->cos_t,   m->sin_t,  s->x_final,
+    void *own[] = {m->master,  m->m,     m->v,     m->cos_t,  m->sin_t,   s->x_final,
                    s->lnf,     s->rstdf, s->maskf, s->delta, s->logits, s->dlogits, s->losses, s->tokens,
                    s->targets, s->dres,  s->dc,    s->dwide, s->dffn,   s->scaled,  s->state};
     for (int l = 0; l < m->c.L; l++) {
@@ -59,20 +55,18 @@ static void fixture_free(Fixture *f) {
                      k->ffn, k->mask1, k->mask_att, k->mask2, k->mask_ffn};
         for (size_t i = 0; i < sizeof b / sizeof *b; i++) device_free(b[i]);
     }
-    if (tied_views_differ(m)) device_free(m->head);
-    device_free(m->work);
     for (size_t i = 0; i < sizeof own / sizeof *own; i++) device_free(own[i]);
     free(s->block);
+    shard_free(m->shard);
     param_table_free(&m->table);
 }
 
 static double fixture_loss(Fixture *f, bool backward) {
     Err err = {0};
     *f->s.state = (StepState){.t = 1};
-    if (backward) llama_zero_grad(&f->m);
     llama_forward(&f->m, &f->s);
-    llama_loss(&f->m, &f->s, backward, false);
-    if (backward) llama_backward(&f->m, &f->s, false);
+    llama_loss(&f->m, &f->s, backward, 0);
+    if (backward) llama_backward(&f->m, &f->s, 0, true);
     if (device_sync(&err) < 0) fail_msg("%s", err.text);
     return f->s.state->loss_sum / (double)f->s.state->tokens;
 }
@@ -158,7 +152,7 @@ static void golden(const char *path) {
         if (!t) fail_msg("golden %s has no %s", path, name);
         size_t n = (size_t)(p->rows * p->cols);
         float *g = xmalloc(n * 4);
-        for (size_t k = 0; k < n; k++) g[k] = f.m.grad[p->offset + k] / (float)f.s.state->tokens;
+        for (size_t k = 0; k < n; k++) g[k] = f.shard.grad[p->offset + k] / (float)f.s.state->tokens;
         check_tensor(name, g, (const float *)t->data, n);
         free(g);
     }
@@ -195,17 +189,17 @@ static void test_finite_differences(void **u) {
             memcpy(keep, at, n * 4);
             // Half random, half along the gradient, so that the derivative is not lost in noise.
             double gnorm = 0;
-            for (size_t k = 0; k < n; k++) gnorm += (double)f.m.grad[p->offset + k] * f.m.grad[p->offset + k];
+            for (size_t k = 0; k < n; k++) gnorm += (double)f.shard.grad[p->offset + k] * f.shard.grad[p->offset + k];
             gnorm = sqrt(gnorm / (double)n) + 1e-20;
             for (size_t k = 0; k < n; k++) {
                 d[k] = philox_uniform(philox(3, (uint64_t)i, k).v[0]) - 0.5f +
-                       0.5f * (float)(f.m.grad[p->offset + k] / gnorm);
+                       0.5f * (float)(f.shard.grad[p->offset + k] / gnorm);
                 norm += (double)d[k] * d[k];
             }
             norm = sqrt(norm);
             for (size_t k = 0; k < n; k++) {
                 d[k] = (float)(d[k] / norm);
-                dot += (double)d[k] * f.m.grad[p->offset + k] / tokens;
+                dot += (double)d[k] * f.shard.grad[p->offset + k] / tokens;
             }
             float e = 1e-2f;
             for (size_t k = 0; k < n; k++) at[k] = keep[k] + e * d[k];
@@ -253,7 +247,7 @@ static void test_recompute_equal(void **u) {
             llama_requantize(&a.m, true); llama_requantize(&b.m, true);
             double la = fixture_loss(&a, true), lb = fixture_loss(&b, true);
             assert_memory_equal(&la, &lb, sizeof la);
-            assert_memory_equal(a.m.grad, b.m.grad, a.m.table.n_elements * 4);
+            assert_memory_equal(a.shard.grad, b.shard.grad, a.m.table.n_elements * 4);
             fixture_free(&a); fixture_free(&b);
         }
 }
@@ -269,11 +263,11 @@ static void test_straight_through(void **u) {
     fixture_init(&b, &c, NULL, 2, 16, false, false);
     random_weights(&a, 4); random_tokens(&a); random_tokens(&b);
     llama_requantize(&a.m, true);
-    for (size_t i = 0; i < a.m.table.n_elements; i++) b.m.master[i] = x2f(a.m.work[i]);
+    for (size_t i = 0; i < a.m.table.n_elements; i++) b.m.master[i] = x2f(a.shard.work[i]);
     llama_requantize(&b.m, false);
     double la = fixture_loss(&a, true), lb = fixture_loss(&b, true);
     assert_memory_equal(&la, &lb, sizeof la);
-    assert_memory_equal(a.m.grad, b.m.grad, a.m.table.n_elements * 4);
+    assert_memory_equal(a.shard.grad, b.shard.grad, a.m.table.n_elements * 4);
     fixture_free(&a); fixture_free(&b);
 }
 
@@ -295,12 +289,12 @@ static void test_update_keeps_working_values(void **u) {
                                .weight_decay = 0.1f, .clip = 1, .ste_clip = true};
             llama_update(&f.m, f.s.state, &up);
             size_t n = f.m.table.n_elements * sizeof(floatX), rows = f.m.table.n_rows * 4;
-            floatX *work = memcpy(xmalloc(n), f.m.work, n);
-            float *scale = memcpy(xmalloc(rows), f.m.wscale, rows);
+            floatX *work = memcpy(xmalloc(n), f.shard.work, n);
+            float *scale = memcpy(xmalloc(rows), f.shard.wscale, rows);
             llama_requantize(&f.m, false);
             llama_requantize(&f.m, true);
-            assert_memory_equal(work, f.m.work, n);
-            assert_memory_equal(scale, f.m.wscale, rows);
+            assert_memory_equal(work, f.shard.work, n);
+            assert_memory_equal(scale, f.shard.wscale, rows);
             free(work); free(scale);
             fixture_free(&f);
         }
@@ -318,18 +312,17 @@ static void test_accumulation(void **u) {
     llama_requantize(&both.m, false); llama_requantize(&one.m, false);
     fixture_loss(&both, true);
     *one.s.state = (StepState){.t = 1};
-    llama_zero_grad(&one.m);
     for (int micro = 0; micro < 2; micro++) {
         memcpy(one.s.tokens, both.s.tokens + micro * 16, 64);
         memcpy(one.s.targets, both.s.targets + micro * 16, 64);
         llama_forward(&one.m, &one.s);
-        llama_loss(&one.m, &one.s, true, micro > 0);
-        llama_backward(&one.m, &one.s, micro > 0);
+        llama_loss(&one.m, &one.s, true, micro);
+        llama_backward(&one.m, &one.s, micro, micro == 1);
     }
     assert_int_equal(one.s.state->tokens, both.s.state->tokens);
     assert_true(fabs(one.s.state->loss_sum - both.s.state->loss_sum) < 1e-9 * both.s.state->loss_sum);
     // fp32 sums of 32 terms in another order: 32 * 2^-24 of the largest partial sum.
-    check_tensor("accumulated gradients", one.m.grad, both.m.grad, both.m.table.n_elements);
+    check_tensor("accumulated gradients", one.shard.grad, both.shard.grad, both.m.table.n_elements);
     fixture_free(&both); fixture_free(&one);
 }
 
@@ -343,16 +336,16 @@ static void test_skip_on_nan(void **u) {
     random_weights(&f, 4); random_tokens(&f);
     llama_requantize(&f.m, true);
     fixture_loss(&f, true);
-    f.m.grad[f.m.table.n_elements / 2] = NAN;
+    f.shard.grad[f.m.table.n_elements / 2] = NAN;
     f.s.state->lr = 1;
     size_t n = f.m.table.n_elements;
     float *master = memcpy(xmalloc(n * 4), f.m.master, n * 4);
-    floatX *work = memcpy(xmalloc(n * sizeof(floatX)), f.m.work, n * sizeof(floatX));
+    floatX *work = memcpy(xmalloc(n * sizeof(floatX)), f.shard.work, n * sizeof(floatX));
     UpdateParams up = {.kind = OPTIM_ADAMW, .adamw = {0.9, 0.999, 1e-8, 0}, .weight_decay = 0.1f, .clip = 1};
     llama_update(&f.m, f.s.state, &up);
     assert_int_equal(f.s.state->skip, 1);
     assert_memory_equal(master, f.m.master, n * 4);
-    assert_memory_equal(work, f.m.work, n * sizeof(floatX));
+    assert_memory_equal(work, f.shard.work, n * sizeof(floatX));
     for (size_t i = 0; i < n; i++) assert_true(f.m.m[i] == 0 && f.m.v[i] == 0);
     free(master); free(work);
     fixture_free(&f);

@@ -64,6 +64,7 @@ served_is_trained() {
     one_scheme general "--weight int4,group=32,symmetric-no-clip --activation int8,token,symmetric" || return 1
     one_scheme blocks "--weight int5,block=2x16,asymmetric" || return 1
     one_scheme tensor "--weight int8,tensor,symmetric" || return 1
+    one_scheme uneven "--weight int8,symmetric-no-clip,range=-100..127" || return 1
 }
 score() { "$bin/eval" "$1" --val-data "$tmp/val.txt" --seq-len 64 --batch 3 --arithmetic trained --json "$tmp/s.json" > "$tmp/e.txt" 2>&1 ||
     cat "$tmp/e.txt" >&2; sed -n 's/.*"val_loss": *\([^,}]*\).*/\1/p' "$tmp/s.json" | tail -n 1; }
