@@ -14,7 +14,7 @@ static MpiWorld self = {.size = 1, .local_size = 1, .machines = 1};
 static RankInfo *ranks;                 // (size), NULL for one rank
 static bool mpi_runs;
 static const CommWing *wing;            // NULL: MPI
-static char description[160];
+static char description[256];
 static CommTicket issued;               // collectives on device memory asked for
 static double blocked_seconds;
 static void *stage_in, *stage_out;      // host memory for a device whose memory MPI cannot read
@@ -51,13 +51,6 @@ static int launched(const char **by) {
     return getenv(*by) ? 0 : 1;
 }
 
-static void describe(const char *transport) {
-    if (self.size == 1 && !wing) description[0] = 0;
-    else
-        snprintf(description, sizeof description, "%d rank%s on %d machine%s, %s", self.size, self.size == 1 ? "" : "s",
-                 self.machines, self.machines == 1 ? "" : "s", transport);
-}
-
 static void know_each_other(RankInfo *own) {
     own->pid = (int32_t)getpid();
     own->machine = self.leader;
@@ -66,6 +59,40 @@ static void know_each_other(RankInfo *own) {
     if (sched_getaffinity(0, sizeof set, &set) == 0)
         for (int c = 0; c < CPU_SETSIZE && c < 1024; c++)
             if (CPU_ISSET(c, &set)) own->cores[c / 64] |= (uint64_t)1 << (c % 64);
+}
+
+// Cores that this rank may run on, and ranks of this machine that may run on some of them.
+static void count_cores(int *cores, int *sharing) {
+    const RankInfo *own = &ranks[self.rank];
+    *cores = *sharing = 0;
+    for (int w = 0; w < 16; w++) *cores += __builtin_popcountll(own->cores[w]);
+    for (int r = 0; r < self.size; r++) {
+        bool meets = false;
+        for (int w = 0; w < 16; w++) meets = meets || (own->cores[w] & ranks[r].cores[w]);
+        *sharing += ranks[r].machine == own->machine && meets;
+    }
+}
+
+int comm_default_threads(void) {
+    if (!ranks) return 0;
+    int cores, sharing;
+    count_cores(&cores, &sharing);
+    if (sharing <= 1) return 0;         // bound to cores of its own
+    return cores / sharing > 1 ? cores / sharing : 1;
+}
+
+static void describe(const char *transport) {
+    description[0] = 0;
+    if (self.size == 1 && !wing) return;
+    int n = snprintf(description, sizeof description, "%d rank%s on %d machine%s, %s", self.size, self.size == 1 ? "" : "s",
+                     self.machines, self.machines == 1 ? "" : "s", transport);
+    if (!ranks || n >= (int)sizeof description) return;
+    // Open MPI binds two ranks of a machine with many cores to one core each: a pity that should be seen.
+    int cores, sharing, all = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    count_cores(&cores, &sharing);
+    if (sharing == 1 && cores * self.local_size * 2 <= all)
+        snprintf(description + n, sizeof description - (size_t)n, "; bound to %d of %d cores each (mpirun --bind-to none: all)",
+                 cores, all);
 }
 
 int comm_init(int *argc, char ***argv, Err *err) {
@@ -139,21 +166,6 @@ void comm_die(const Err *err) {
     fprintf(stderr, "%s[rank %d]: %s\n", program_name, self.rank, err->text);
     mpi_abort(err->code == E_USAGE ? 2 : 1);
     _exit(err->code == E_USAGE ? 2 : 1);
-}
-
-int comm_default_threads(void) {
-    if (!ranks) return 0;
-    // Ranks that a launcher bound to cores of their own have masks that do not meet.
-    const RankInfo *own = &ranks[self.rank];
-    int cores = 0, sharing = 0;
-    for (int w = 0; w < 16; w++) cores += __builtin_popcountll(own->cores[w]);
-    for (int r = 0; r < self.size; r++) {
-        bool meets = false;
-        for (int w = 0; w < 16; w++) meets = meets || (own->cores[w] & ranks[r].cores[w]);
-        sharing += ranks[r].machine == own->machine && meets;
-    }
-    if (sharing <= 1) return 0;
-    return cores / sharing > 1 ? cores / sharing : 1;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -274,6 +286,7 @@ void comm_wait(CommTicket ticket) {
 void comm_times(double *busy, double *blocked) {
     *busy = mpi_runs ? mpi_busy(Q_DEVICE) : 0;
     *blocked = blocked_seconds;
+    if (wing) wing->times(busy, blocked);
 }
 
 // ---------------------------------------------------------------------------------------------

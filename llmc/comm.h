@@ -47,7 +47,8 @@ CommTicket comm_all_gather(void *recv, const void *send, size_t bytes);
 CommTicket comm_all_to_all(void *recv, const void *send, size_t bytes);
 // Failures are told through ops_set_error, so that device_sync returns them.
 void comm_wait(CommTicket ticket);
-// Seconds since the start of the process during which collectives were under way, and during which comm_wait blocked.
+// Seconds since the start of the process during which collectives were under way, and during which comm_wait blocked
+// the host, or on GPUs over NCCL the device.
 void comm_times(double *busy, double *blocked);
 
 // --- host memory, blocking: start, saves, exports ----------------------------------------------------------------
@@ -68,6 +69,7 @@ typedef struct {
     void (*all_gather)(CommTicket t, void *recv, const void *send, size_t bytes);
     void (*all_to_all)(CommTicket t, void *recv, const void *send, size_t bytes);
     void (*wait)(CommTicket t);
+    void (*times)(double *busy, double *blocked);
     void (*end)(void);
     void (*abort)(void);
     const char *(*description)(void);                                // "NCCL 2.27.3"

@@ -99,12 +99,17 @@ static bool load(char *why, size_t size) {
     return true;
 }
 
-#define RING 64                 // tickets that have an event of their own
+#define RING 256                // tickets that have events of their own
 static ncclComm_t comm;
 static int rank, R;
 static cudaStream_t stream;     // of the collectives
 static cudaEvent_t asked;       // on cuda_stream: where a collective begins
-static cudaEvent_t done[RING];
+// Of a ticket: from when to when it was under way, and cuda_stream waited for it. Their times are read when another
+// ticket takes the place, if the device has got there by then.
+typedef struct { cudaEvent_t begin, end; bool unread; } Interval;
+static Interval under_way[RING], waits[RING];
+typedef struct { double seconds; long n, read; } Spent;
+static Spent busy, blocked;
 static bool failed;             // an error was told: what follows is its consequence
 
 static const char *details(void) {
@@ -142,6 +147,32 @@ static const char *description(void) {
     return text;
 }
 
+static void read_interval(Interval *v, Spent *spent) {
+    float ms = 0.0f;
+    if (v->unread && cudaEventQuery(v->end) == cudaSuccess &&
+        cudaEventElapsedTime(&ms, v->begin, v->end) == cudaSuccess) {
+        spent->seconds += 1e-3 * (double)ms;
+        spent->read++;
+        v->unread = false;
+    }
+    (void)cudaGetLastError();          // that it is not there yet is no error
+}
+static void begin_interval(Interval *v, cudaStream_t s, Spent *spent) {
+    read_interval(v, spent);
+    CUDA_CHECK(cudaEventRecord(v->begin, s));
+    v->unread = true;
+    spent->n++;
+}
+// Those that were not read were like the others.
+static double total(Interval ring[RING], Spent *spent) {
+    for (int i = 0; i < RING; i++) read_interval(&ring[i], spent);
+    return spent->read ? spent->seconds * (double)spent->n / (double)spent->read : 0.0;
+}
+static void times(double *busy_seconds, double *blocked_seconds) {
+    *busy_seconds = total(under_way, &busy);
+    *blocked_seconds = total(waits, &blocked);
+}
+
 static int make_id(void *id, Err *err) {
     ncclUniqueId made;
     ncclResult_t result = nccl.ncclGetUniqueId(&made);
@@ -168,13 +199,18 @@ static int init(const void *id, int rank_, int R_, Err *err) {
     cudaError_t e = cudaDeviceGetStreamPriorityRange(&least, &greatest);
     if (e == cudaSuccess) e = cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest);
     if (e == cudaSuccess) e = cudaEventCreateWithFlags(&asked, cudaEventDisableTiming);
-    for (int i = 0; i < RING && e == cudaSuccess; i++) e = cudaEventCreateWithFlags(&done[i], cudaEventDisableTiming);
+    for (Interval *ring : {under_way, waits})
+        for (int i = 0; i < RING && e == cudaSuccess; i++) {
+            ring[i].unread = false;
+            e = cudaEventCreateWithFlags(&ring[i].begin, cudaEventDefault);
+            if (e == cudaSuccess) e = cudaEventCreateWithFlags(&ring[i].end, cudaEventDefault);
+        }
     if (e != cudaSuccess) return err_set(err, E_FAIL, "a stream for communication: %s", cudaGetErrorString(e));
     return 0;
 }
 
 // Before a collective: it comes after all that the device was asked for. False where it cannot be.
-static bool begin(int *mark) {
+static bool begin(CommTicket t, int *mark) {
     *mark = -1;
     if (failed || !comm) return false;
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -186,25 +222,26 @@ static bool begin(int *mark) {
     }
     CUDA_CHECK(cudaEventRecord(asked, cuda_stream));
     CUDA_CHECK(cudaStreamWaitEvent(stream, asked, 0));
+    begin_interval(&under_way[t % RING], stream, &busy);
     if (device_span) *mark = cuda_mark(stream);
     return true;
 }
 // And after it.
 static void end_of(CommTicket t, const char *what, int mark) {
     if (device_span) device_span(what, mark, cuda_mark(stream));
-    CUDA_CHECK(cudaEventRecord(done[t % RING], stream));
+    CUDA_CHECK(cudaEventRecord(under_way[t % RING].end, stream));
 }
 
 static void all_gather(CommTicket t, void *recv, const void *send, size_t bytes) {
     int mark;
-    if (!begin(&mark)) return;
+    if (!begin(t, &mark)) return;
     if (bytes) NCCL_CHECK(ncclAllGather, (send, recv, bytes, ncclUint8, comm, stream));
     end_of(t, "all_gather", mark);
 }
 
 static void all_to_all(CommTicket t, void *recv, const void *send, size_t bytes) {
     int mark;
-    if (!begin(&mark)) return;
+    if (!begin(t, &mark)) return;
     if (bytes) {
         const char *from = (const char *)send;
         char *to = (char *)recv;
@@ -225,7 +262,9 @@ static void all_to_all(CommTicket t, void *recv, const void *send, size_t bytes)
 // The event of a ticket RING ago was recorded anew by a later one: waiting for that is enough.
 static void wait(CommTicket t) {
     if (failed || !comm) return;
-    CUDA_CHECK(cudaStreamWaitEvent(cuda_stream, done[t % RING], 0));
+    begin_interval(&waits[t % RING], cuda_stream, &blocked);
+    CUDA_CHECK(cudaStreamWaitEvent(cuda_stream, under_way[t % RING].end, 0));
+    CUDA_CHECK(cudaEventRecord(waits[t % RING].end, cuda_stream));
     ncclResult_t state = ncclSuccess;
     if (NCCL_CHECK(ncclCommGetAsyncError, (comm, &state))) (void)nccl_check(state, "a collective under way", __LINE__);
 }
@@ -236,7 +275,11 @@ static void end(void) {
     CUDA_CHECK(cudaStreamSynchronize(stream));
     if (!failed) NCCL_CHECK(ncclCommDestroy, (comm));
     comm = nullptr;
-    for (int i = 0; i < RING; i++) CUDA_CHECK(cudaEventDestroy(done[i]));
+    for (Interval *ring : {under_way, waits})
+        for (int i = 0; i < RING; i++) {
+            CUDA_CHECK(cudaEventDestroy(ring[i].begin));
+            CUDA_CHECK(cudaEventDestroy(ring[i].end));
+        }
     CUDA_CHECK(cudaEventDestroy(asked));
     CUDA_CHECK(cudaStreamDestroy(stream));
 }
@@ -262,6 +305,7 @@ static int init(const void *, int, int, Err *err) { return err_set(err, E_FAIL, 
 static void all_gather(CommTicket, void *, const void *, size_t) {}
 static void all_to_all(CommTicket, void *, const void *, size_t) {}
 static void wait(CommTicket) {}
+static void times(double *, double *) {}
 static void end(void) {}
 static void give_up(void) {}
 static const char *description(void) { return "no NCCL"; }
@@ -269,6 +313,6 @@ static const char *description(void) { return "no NCCL"; }
 
 extern "C" {
 extern const CommWing comm_wing_nccl;
-const CommWing comm_wing_nccl = {available, id_bytes, make_id, init, all_gather, all_to_all, wait, end, give_up,
-                                 description};
+const CommWing comm_wing_nccl = {available, id_bytes, make_id, init, all_gather, all_to_all, wait, times, end,
+                                 give_up,   description};
 }

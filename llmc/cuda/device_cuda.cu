@@ -1,8 +1,8 @@
 // The GPU as device.h wants it: memory, copies, errors, and steps that become graphs.
 //
 // Everything but collectives (comm_nccl.cu) runs on one stream, cuda_stream, in the order in which it was asked for, so
-// operations need no events among themselves, and the host waits in device_copy_out and device_sync only, and in device_copy_in for what is
-// large.
+// operations need no events among themselves, and the host waits in device_copy_out and device_sync only, and in
+// device_copy_in for what is large.
 #include "cuda.cuh"
 #include "device.h"
 #include "matmul.cuh"

@@ -113,11 +113,12 @@ static void same(void) {
 
 // Several under way while others are consumed, as a model's blocks do; more of them than there are events.
 static void ahead(void) {
+    double begin = now_seconds();
     for (unsigned order : {1u, 7u}) {
         cudasim_set_order(order);
         Buffers b[2] = {make(640), make(640)};
         CommTicket t[2] = {0, 0};
-        const int n = 150;
+        const int n = 300;
         produce(&b[0], 0, true);
         t[0] = comm_all_to_all(b[0].recv, b[0].send, 640);
         CommTicket first = t[0];
@@ -134,6 +135,10 @@ static void ahead(void) {
         comm_wait(first);                                  // long done, its event used by others since
         for (Buffers &x : b) release(&x);
         synced();
+        double busy = 0, blocked = 0;
+        comm_times(&busy, &blocked);
+        CHECK(busy > 0 && busy < now_seconds() - begin, "under way: %g s", busy);
+        CHECK(blocked > 0 && blocked < now_seconds() - begin, "waited for: %g s", blocked);
     }
 }
 
