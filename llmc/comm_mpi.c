@@ -129,15 +129,16 @@ static int advance(Running *r, MPI_Comm comm, Err *failed) {
 // ---------------------------------------------------------------------------------------------
 // The lane
 
-static void sleep_microseconds(long us) {
-    struct timespec t = {0, us * 1000};
+static void sleep_seconds(double s) {       // less than one
+    struct timespec t = {0, (long)(s * 1e9)};
     nanosleep(&t, NULL);
 }
+static double between(double least, double x, double most) { return x < least ? least : x > most ? most : x; }
 
 static void *run_lane(void *unused) {
     (void)unused;
     prctl(PR_SET_TIMERSLACK, 1000UL, 0UL, 0UL, 0UL);      // sleeps of microseconds should be that
-    int fruitless = 0;
+    double moved = 0;
     pthread_mutex_lock(&lock);
     for (;;) {
         bool idle = true;
@@ -145,7 +146,7 @@ static void *run_lane(void *unused) {
             Running *r = &queues[q].run;
             if (!r->active && queues[q].taken < queues[q].put) {
                 *r = (Running){.t = queues[q].ring[queues[q].taken++ % RING], .active = true, .began = now_seconds()};
-                fruitless = 0;
+                moved = now_seconds();
             }
             idle = idle && !r->active;
         }
@@ -163,7 +164,6 @@ static void *run_lane(void *unused) {
             if (r->active)
                 over[q] = queues[q].failed.code || advance(r, queues[q].comm, &queues[q].failed) != 0;
         }
-        // A look that took long has moved bytes. Else something must come from another process: it gets the core.
         double now = now_seconds();
         bool ended = false;
         for (int q = 0; q < QUEUES; q++) ended = ended || over[q];
@@ -171,9 +171,11 @@ static void *run_lane(void *unused) {
             const Running *r = &queues[Q_DEVICE].run;
             profile_span(r->t.kind == T_ALL_GATHER ? "all_gather" : "all_to_all", PROFILE_COMMUNICATION, r->began, now);
         }
-        fruitless = ended || now - before > 20e-6 ? 0 : fruitless + 1;
-        if (fruitless > (awaited ? 200 : 20)) sleep_microseconds(awaited ? 20 : 100);
-        else if (fruitless) sched_yield();
+        // A look that took long has moved bytes. Else something must come from another process: it gets the core, and
+        // the longer that takes the less exact the end of it need be known.
+        if (ended || now - before > 20e-6) moved = now;
+        if (now - moved < (awaited ? 200e-6 : 20e-6)) sched_yield();
+        else sleep_seconds(awaited ? between(20e-6, (now - moved) / 16, 250e-6) : between(50e-6, (now - moved) / 8, 1e-3));
         pthread_mutex_lock(&lock);
         for (int q = 0; q < QUEUES; q++) {
             if (!over[q]) continue;
