@@ -34,6 +34,7 @@ int memory_plan_print(double *planned, const MemoryItem *items, int n, int B, FI
         double bytes = items[i].fixed + items[i].per_sequence * B;
         fixed += items[i].fixed;
         per_sequence += items[i].per_sequence;
+        if (bytes == 0) continue;
         fprintf(out, "  %-44s %12s\n", items[i].what, fmt_bytes(buf, bytes));
     }
     double total = fixed + per_sequence * B, available, all;

@@ -201,16 +201,13 @@ static void trainers_losses(float *losses, const Variant *v, const int32_t *toke
     Arena real = {.err = &err};
     must(param_table_build(&m.table, &m.c, &m.plan, &err), &err);
     m.master = take(&real, m.table.n_elements, 4, "");
-    m.work = take(&real, m.table.n_elements, sizeof(floatX), "");
-    m.wscale = take(&real, m.table.n_rows, 4, "");
+    Shard shard;
+    m.shard = &shard;
+    must(shard_plan(&shard, &m.c, &m.plan, &m.table, SHARD_NONE, true, 1, 0, &err), &err);
+    must(shard_alloc(&shard, &err), &err);
     m.cos_t = take(&real, (size_t)T_ALL * (size_t)m.c.HS / 2, 4, "");
     m.sin_t = take(&real, (size_t)T_ALL * (size_t)m.c.HS / 2, 4, "");
     llama_rope_table(m.cos_t, m.sin_t, &m.c, T_ALL);
-    if (tied_views_differ(&m)) m.head = take(&real, (size_t)m.c.V * (size_t)m.c.C, sizeof(floatX), "");
-    else m.head = w(&m, -1, m.c.tied ? ROLE_EMBED : ROLE_HEAD);
-    if (m.c.tied && quant_works_as_codes(&m.plan.tied_head)) m.head_scale = take(&real, (size_t)m.c.V, 4, "");
-    if (!m.c.tied && quant_works_as_codes(&param_get(&m.table, -1, ROLE_HEAD)->scheme.weight))
-        m.head_scale = m.wscale + param_get(&m.table, -1, ROLE_HEAD)->row_offset;
     take_acts(&real, &s, &m, BATCH, T_ALL, 1, false, false);
     must(real.rc, &err);
     for (int i = 0; i < m.table.n; i++) {
@@ -222,11 +219,12 @@ static void trainers_losses(float *losses, const Variant *v, const int32_t *toke
     memcpy(s.tokens, tokens, s.N * sizeof *tokens);
     memcpy(s.targets, targets, s.N * sizeof *targets);
     llama_forward(&m, &s);
-    llama_loss(&m, &s, false, false);
+    llama_loss(&m, &s, false, 0);
     must(device_sync(&err), &err);
     memcpy(losses, s.losses, s.N * sizeof *losses);
     while (n_taken > 0) device_free(taken[--n_taken]);
     free(s.block);
+    shard_free(&shard);
     param_table_free(&m.table);
 }
 

@@ -127,9 +127,9 @@ resume_refuses() {
     train e --steps 3 --scheme 8da4w-32 || return 1
     train e --steps 6 --scheme int4wo-32 --resume && { echo "resumed with another scheme"; return 1; }
     grep -q 'scheme' "$tmp/e.txt" || return 1
-    truncate -s -100 "$tmp/e/step-3/state.safetensors"
+    truncate -s -100 "$tmp/e/step-3/rank-00000-of-00001.safetensors"
     train e --steps 6 --scheme 8da4w-32 --resume && { echo "resumed from a truncated file"; return 1; }
-    grep -q 'state.safetensors' "$tmp/e.txt"
+    grep -q 'rank-00000-of-00001.safetensors' "$tmp/e.txt"
 }
 
 check two_runs_equal two_runs_equal
