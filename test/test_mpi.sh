@@ -63,14 +63,14 @@ at_most() {
     awk -v v="$2" -v b="$3" 'BEGIN { exit !(v + 0 <= b) }' || { echo "$1: $2, expected at most $3"; return 1; }
 }
 
-# What may differ from one rank's run. The first loss is a sum in another order: of doubles, printed to 1e-16; 1e-6 leaves
-# room for a matmul whose rows depend on their number. Gradients are f32 sums of some 1500 tokens in another order, 1e-7
-# to 1e-6 of their size apart. AdamW divides by that size, so a weight whose gradient cancels to nearly nothing may go
-# another way by up to two learning rates a step: the largest difference is bounded by 2.04 STEPS lr (and, exported as
-# bf16, a rounding of weights below 1). The mean, as a part of how far training moved the weights, says whether gradients
-# are right: 1e-6, and where a weight lies at the border of two bf16 values or two codes it falls to the other side, what
-# follows rounds differently, and some 1e-4 come of it. Of the losses, which a weight in 10^5 hardly moves, some 1e-6. A
-# rank's gradient lost or counted twice moves the mean by tenths and losses by 1e-3 and more.
+# What may differ from one rank's run. The first loss is a sum in another order: of doubles, printed to 1e-16; 1e-6
+# leaves room for a matmul whose rows depend on their number. Gradients are f32 sums of some 1500 tokens in another
+# order, 1e-7 to 1e-6 of their size apart. AdamW divides by that size, so a weight whose gradient cancels to nearly
+# nothing may go another way by up to two learning rates a step: the largest difference is bounded by 2.04 STEPS lr
+# (and, exported as bf16, a rounding of weights below 1). The mean, as a part of how far training moved the weights,
+# says whether gradients are right: 1e-6, and where a weight lies at the border of two bf16 values or two codes it falls
+# to the other side, what follows rounds differently, and some 1e-4 come of it. Of the losses, which a weight in 10^5
+# hardly moves, some 1e-6. A rank's gradient lost or counted twice moves the mean by tenths and losses by 1e-3 and more.
 case $precision in
 bf16) loss_bound=1e-4 mean_bound=5e-3 ;;
 *) loss_bound=1e-5 mean_bound=1e-3 ;;

@@ -25,6 +25,7 @@ check() { # check NAME: runs the function of that name
 mkdir -p "$tmp/bin"
 # A launcher: notes its arguments and what it has of the environment, then does what the next line of $FAKE/plan says:
 #   STATUS [LATEST]   completes checkpoint LATEST and ends with STATUS
+#   stuck LATEST      completes LATEST and waits for ever, without a child
 #   stop LATEST       waits for SIGUSR1, completes LATEST and ends with 0; other signals end it with 99
 cat >"$tmp/bin/mpirun" <<'F'
 #!/bin/bash
@@ -44,6 +45,11 @@ if [ "$status" = stop ]; then
     echo ready >"$FAKE/ready"
     for ((i = 0; i < 200; i++)); do sleep 0.05; done
     exit 98
+fi
+if [ "$status" = stuck ]; then
+    echo "$latest" >"$FAKE/out/latest"
+    mkfifo "$FAKE/fifo"
+    read -r _ <>"$FAKE/fifo"
 fi
 [ -z "$latest" ] || { mkdir -p "$FAKE/out" && echo "$latest" >"$FAKE/out/latest"; }
 exit "${status:-97}"
@@ -198,7 +204,9 @@ old_checkpoints() {
 }
 
 pauses_grow() {
-    printf '#!/bin/sh\necho "$1" >>"$FAKE/slept"\n' >"$FAKE/sleep" && chmod +x "$FAKE/sleep"
+    # The watch over the launcher sleeps a second at a time.
+    printf '#!/bin/sh\n[ "$1" = 1 ] && exec /bin/sleep 1\necho "$1" >>"$FAKE/slept"\n' >"$FAKE/sleep"
+    chmod +x "$FAKE/sleep"
     plan "1 a" "1 b" "1 c" "1 d" "1 e" "1 f" "0"
     PATH="$FAKE:$PATH" PAUSE=20 $one prog --out "$out" || return 1
     [ "$(paste -sd ' ' "$FAKE/slept")" = "20 40 80 160 300 300" ] || { cat "$FAKE/slept"; return 1; }
@@ -219,6 +227,13 @@ stops() {
         wait $pid || { echo "status $? after SIG$signal"; return 1; }
         [ "$(calls)" = 1 ] && [ "$(cat "$out/latest")" = step-9 ] || return 1
     done
+}
+
+# mpirun waits for ever although no rank is left: the run goes on.
+stuck_launcher() {
+    plan "stuck step-3" "0 step-9"
+    STUCK=2 $one prog --out "$out" >"$FAKE/said" 2>&1 || { cat "$FAKE/said"; return 1; }
+    [ "$(calls)" = 2 ] && grep -q 'the launcher has not' "$FAKE/said" && grep -q 'restart 1 of 10 .*step-3' "$FAKE/said"
 }
 
 slurm() {
@@ -306,7 +321,7 @@ F
 }
 
 for case in scripts_parse one_machine one_machine_mpich environment hostfiles restarts gives_up old_checkpoints \
-    pauses_grow stops slurm slurm_requeues usage_errors real_ranks real_stop; do
+    pauses_grow stops stuck_launcher slurm slurm_requeues usage_errors real_ranks real_stop; do
     check $case
 done
 exit $failed

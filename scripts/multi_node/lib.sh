@@ -93,6 +93,19 @@ has_option() { # has_option NAME COMMAND...
     return 1
 }
 
+# Ends a launcher that has had no living child for a minute: Open MPI's mpirun 4.1 may wait for itself for ever where a
+# rank died in the first moments of its life. Only for launchers whose children are the ranks.
+watch_launcher() {
+    local idle=0 seconds=${STUCK:-60}
+    while sleep 1 && kill -0 "$1" 2>/dev/null; do
+        if ps -o stat= --ppid "$1" | awk '!/Z/ { n++ } END { exit !n }'; then idle=0; else idle=$((idle + 1)); fi
+        if [ "$idle" -ge "$seconds" ]; then
+            note "all ranks have ended, the launcher has not: ending it"
+            kill -9 "$1"
+        fi
+    done
+}
+
 newest() { cat "$1/latest" 2>/dev/null; }      # the checkpoint to go on from; "" where there is none
 
 # multi_run COMMAND...: runs it to its end, with --resume after failures. Returns 0 when it is done, or was stopped and
@@ -116,6 +129,7 @@ multi_run() {
     while :; do
         (launch "$here/rank.sh" "$@" ${more[@]+"${more[@]}"}) </dev/null &
         pid=$!
+        [ "${ranks_are_children:-0}" = 0 ] || watch_launcher "$pid" &
         while :; do                                     # a trapped signal ends `wait`, not the launcher
             wait "$pid"
             status=$?

@@ -45,4 +45,5 @@ launch() {
     mpi_command "$ranks" "$ranks" "$cores" ""
     exec "${mpi[@]}" "$@"
 }
+ranks_are_children=1
 multi_run "$@" ${more[@]+"${more[@]}"}

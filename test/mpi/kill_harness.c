@@ -4,8 +4,8 @@
 // A campaign is one training run on one number of ranks and one sharding level (or, where `mixed`, on others at every
 // start), killed again and again at random moments, a third of them while a checkpoint is being written, and started
 // again with --resume until it is done. After each kill:
-//   - all processes of the run have ended within 30 seconds, and the status is not 0;
-//   - a message names the rank that was killed;
+//   - all ranks have ended within 30 seconds, and the status is not 0;
+//   - a message names the rank that was killed, once the ranks have met (before, in MPI_Init, only mpirun can);
 //   - `latest` names a checkpoint, no older than the one before the last that was begun;
 //   - the next start goes on from it;
 // and at the end the losses of all steps, of all starts, and the final weights are those of a run that nobody
@@ -30,7 +30,7 @@
 #include "llmc/common.h"
 #include "llmc/rng.h"
 
-enum { MAX_STEPS = 400, MAX_ARGS = 96, MAX_PIDS = 256, GLOBAL_BATCH = 12, END_SECONDS = 30 };
+enum { MAX_STEPS = 400, MAX_ARGS = 96, MAX_PIDS = 256, GLOBAL_BATCH = 12, END_SECONDS = 30, STUCK_SECONDS = 12 };
 // Of a run on other ranks, sums have another order, so f32 gradients differ by about 1e-7 of their size. AdamW divides
 // by the root of the second moment, which makes of that as much in units of the learning rate, except where a gradient
 // is nearly zero; a weight at the border of two codes then falls to the other side, a change of 1/15 of its group's
@@ -62,11 +62,11 @@ static void nap(double s) {
 // ---------------------------------------------------------------------------------------------
 // Processes
 
-typedef struct { int pid, rank; } Proc;
+typedef struct { int pid, rank; char name[32], state; } Proc;
 
-// The trainers among the descendants of this process, with their ranks as the launcher's environment says them.
-static int trainers(Proc *found) {
-    static struct { int pid, parent; bool ours, trainer; } p[8192];
+// The descendants of this process, or the trainers among them, with ranks as the launcher's environment says them.
+static int descendants(Proc *found, bool all) {
+    static struct { int pid, parent; bool ours; char name[32], state; } p[8192];
     int n = 0, k = 0;
     DIR *d = opendir("/proc");
     for (struct dirent *e; d && (e = readdir(d)) && n < 8192;) {
@@ -87,7 +87,8 @@ static int trainers(Proc *found) {
         *end = 0;
         p[n].pid = pid;
         p[n].parent = parent;
-        p[n].trainer = !strcmp(name + 1, "train_llama_qat") && state != 'Z';
+        snprintf(p[n].name, sizeof p[n].name, "%s", name + 1);
+        p[n].state = state;
         p[n++].ours = parent == getpid();
     }
     if (d) closedir(d);
@@ -98,7 +99,7 @@ static int trainers(Proc *found) {
                 if (p[j].ours && p[j].pid == p[i].parent) p[i].ours = more = true;
     }
     for (int i = 0; i < n && k < MAX_PIDS; i++) {
-        if (!p[i].ours || !p[i].trainer) continue;
+        if (!p[i].ours || p[i].state == 'Z' || (!all && strcmp(p[i].name, "train_llama_qat"))) continue;
         char path[300], env[65536];
         snprintf(path, sizeof path, "/proc/%d/environ", p[i].pid);
         FILE *f = fopen(path, "r");
@@ -106,7 +107,8 @@ static int trainers(Proc *found) {
         size_t len = fread(env, 1, sizeof env - 1, f);
         fclose(f);
         env[len] = 0;
-        found[k] = (Proc){p[i].pid, 0};
+        found[k] = (Proc){.pid = p[i].pid, .state = p[i].state};
+        snprintf(found[k].name, sizeof found[k].name, "%s", p[i].name);
         for (char *v = env; v < env + len; v += strlen(v) + 1) {
             if (!strncmp(v, "OMPI_COMM_WORLD_RANK=", 21)) found[k].rank = atoi(v + 21);
             if (!strncmp(v, "PMI_RANK=", 9)) found[k].rank = atoi(v + 9);
@@ -115,6 +117,8 @@ static int trainers(Proc *found) {
     }
     return k;
 }
+
+static int trainers(Proc *found) { return descendants(found, false); }
 
 static int split_words(char **out, int n, char *text) {
     for (char *w = strtok(text, " "); w && n < MAX_ARGS - 1; w = strtok(NULL, " ")) out[n++] = w;
@@ -172,22 +176,38 @@ static int start(int ranks, const char *level, const char *out, const char *opti
 }
 
 // Waits until no descendant is left. Returns the status of process `pid` (128 + signal if one ended it), or -1 if after
-// `limit` seconds some were left: these are killed.
+// `limit` seconds some were left: these are killed. Where a rank is killed in the first milliseconds of its life, Open
+// MPI's mpirun 4.1 may wait for itself for ever after all ranks have ended: it is ended, and counted.
+static int launchers_stuck;
 static int wait_all(int pid, double limit, double *took) {
-    double t0 = now_seconds();
+    double t0 = now_seconds(), alone = t0, looked = t0;
     int status = -1;
     for (;;) {
         int s, p = waitpid(-1, &s, WNOHANG);
         if (p == pid) status = WIFEXITED(s) ? WEXITSTATUS(s) : 128 + WTERMSIG(s);
         if (p < 0 && errno == ECHILD) break;
         if (p > 0) continue;
+        Proc left[MAX_PIDS];
+        if (limit > 0 && status < 0 && now_seconds() - looked > 0.5) {
+            looked = now_seconds();
+            if (trainers(left) > 0) alone = looked;
+            if (looked - alone > STUCK_SECONDS) {
+                launchers_stuck++;
+                kill(pid, SIGKILL);
+                alone = looked;
+            }
+        }
         if (now_seconds() - t0 > limit) {
-            Proc left[MAX_PIDS];
-            for (int n; (n = trainers(left)) > 0;) {
-                for (int i = 0; i < n; i++) kill(left[i].pid, SIGKILL);
+            bool told = limit <= 0;
+            for (int n; (n = descendants(left, true)) > 0; told = true) {
+                for (int i = 0; i < n; i++) {
+                    if (!told)
+                        printf("left: %s, pid %d, rank %d, state %c\n", left[i].name, left[i].pid, left[i].rank,
+                               left[i].state);
+                    kill(left[i].pid, SIGKILL);
+                }
                 nap(0.05);
             }
-            if (status < 0) kill(pid, SIGKILL);
             while (waitpid(-1, NULL, 0) > 0) {}
             status = -1;
             break;
@@ -323,10 +343,11 @@ typedef struct {
     double seconds;                // it took
 } Campaign;
 
-enum { AT_START, IN_STEPS, IN_SAVE, MOMENTS };
-static const char *const moment_name[MOMENTS] = {"before a first save", "between saves", "during a save"};
+enum { AT_START, BEFORE_STEPS, IN_STEPS, IN_SAVE, MOMENTS };
+static const char *const moment_name[MOMENTS] = {"in MPI_Init", "before the first step", "between saves",
+                                                 "during a save"};
 static struct {
-    int kills, by_program, by_launcher, lost_most;
+    int kills, alone, by_program, by_launcher, lost_most;
     double seconds_sum, seconds_most;
 } tally[MOMENTS];
 static int kills_done, kills_good, restarts_on_other_ranks;
@@ -349,21 +370,18 @@ static bool reference(Campaign *c) {
 }
 
 // Waits for the moment to kill at; false if the run has ended before.
-static bool wait_moment(int pid, const char *out, double length, int *moment) {
+static bool wait_moment(int pid, const char *out, double length) {
     double wait = draw_unit() * length, t0 = now_seconds();
-    bool in_save = draw(3) == 0, seen = false;
-    int had = newest(out);
+    bool in_save = draw(3) == 0;
     while (now_seconds() - t0 < (in_save ? 4 * length : wait)) {
         siginfo_t info = {0};
         if (waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid == pid) return false;
         if (in_save && now_seconds() - t0 > 0.5 * wait && saving(out)) {
-            seen = true;
             nap(draw_unit() * 0.01);
             break;
         }
         nap(in_save ? 0.0002 : 0.001);
     }
-    *moment = seen || saving(out) ? IN_SAVE : newest(out) == had ? AT_START : IN_STEPS;
     return true;
 }
 
@@ -371,6 +389,7 @@ static bool wait_moment(int pid, const char *out, double length, int *moment) {
 static int kill_once(const Campaign *c, const char *out, int number, double length) {
     char log[640], what[1024], why[1024] = "";
     int ranks = c->ranks, before = newest(out), moment = AT_START, victim = -1;
+    int stuck = launchers_stuck;
     const char *level = c->level;
     if (ranks < 0) {
         const int some[] = {1, 2, 3, 4};
@@ -383,7 +402,7 @@ static int kill_once(const Campaign *c, const char *out, int number, double leng
     int pid = start(ranks, level, out, "--resume --keep 2", log, 0);
     Proc p[MAX_PIDS];
     int n = 0;
-    if (!wait_moment(pid, out, length, &moment)) {
+    if (!wait_moment(pid, out, length)) {
         int status = wait_all(pid, END_SECONDS, NULL);
         if (status == 0) return 0;
         snprintf(why, sizeof why, "ended by itself with status %d", status);
@@ -399,12 +418,15 @@ static int kill_once(const Campaign *c, const char *out, int number, double leng
         Proc dead = p[draw((uint32_t)n)];
         victim = dead.rank;
         int at_least = newest(out);
+        bool save = saving(out);
         kill(dead.pid, SIGKILL);
         int status = wait_all(pid, END_SECONDS, &took);
         char name[32];
         snprintf(name, sizeof name, "rank %d", victim);
         bool by_program = false, by_launcher = false;
         char *text = slurp(log, NULL);
+        if (strstr(text, "memory plan")) moment = BEFORE_STEPS;
+        if (strstr(text, "\nstep ")) moment = save ? IN_SAVE : IN_STEPS;
         for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
             bool ours = !strncmp(line, "train_llama_qat", 15);
             const char *at = strstr(line, name);
@@ -416,23 +438,25 @@ static int kill_once(const Campaign *c, const char *out, int number, double leng
         int now = newest(out);
         Losses *l = xmalloc(sizeof *l);
         read_losses(l, out);
-        // Saves are one behind another: when the one of step s begins, that of step s - save_every is complete.
+        // At step s, where a save is due, the one before it may still be under way; the one before that is complete.
         int reached = l->last, lost = now < 0 ? reached : reached - now;
         free(l);
         if (status == 0 && (R == 1 || newest(out) < steps)) snprintf(why, sizeof why, "ended with status 0");
         else if (status < 0) snprintf(why, sizeof why, "some processes were there after %d s", END_SECONDS);
-        else if (R > 1 && !by_program && !by_launcher) snprintf(why, sizeof why, "no message names rank %d", victim);
+        else if (R > 1 && moment != AT_START && !by_program && !by_launcher)
+            snprintf(why, sizeof why, "no message names rank %d", victim);
         else if (now < at_least || now < before)
             snprintf(why, sizeof why, "latest went from %d back to %d", at_least, now);
         if (!*why) {
             tally[moment].kills++;
-            tally[moment].by_program += by_program;
-            tally[moment].by_launcher += !by_program && by_launcher;
-            tally[moment].seconds_sum += took;
-            if (took > tally[moment].seconds_most) tally[moment].seconds_most = took;
+            tally[moment].alone += R == 1;
+            tally[moment].by_program += R > 1 && by_program;
+            tally[moment].by_launcher += R > 1 && !by_program && by_launcher;
+            if (launchers_stuck == stuck) tally[moment].seconds_sum += took;
+            if (launchers_stuck == stuck && took > tally[moment].seconds_most) tally[moment].seconds_most = took;
             if (lost > tally[moment].lost_most) tally[moment].lost_most = lost;
         }
-        if (!*why && lost >= 2 * save_every)
+        if (!*why && lost > 2 * save_every)
             snprintf(why, sizeof why, "at step %d the newest checkpoint was of step %d", reached, now);
     }
     kills_done++;
@@ -750,13 +774,15 @@ int main(int argc, char **argv) {
     }
     printf("\n%d kills with seed %llu; %d starts on ranks and levels drawn anew, where losses differ by %.2g at most\n",
            kills_done, (unsigned long long)seed, restarts_on_other_ranks, widest_loss);
-    printf("%-22s %6s %12s %12s %10s %10s %10s\n", "killed", "kills", "named by us", "by mpirun", "seconds", "at most",
-           "steps lost");
+    printf("%-22s %6s %9s %12s %10s %9s %9s %8s %11s\n", "killed", "kills", "one rank", "named by us", "by mpirun",
+           "not named", "seconds", "at most", "steps lost");
     for (int m = 0; m < MOMENTS; m++)
         if (tally[m].kills)
-            printf("%-22s %6d %12d %12d %10.2f %10.2f %10d\n", moment_name[m], tally[m].kills, tally[m].by_program,
-                   tally[m].by_launcher, tally[m].seconds_sum / tally[m].kills, tally[m].seconds_most,
-                   tally[m].lost_most);
+            printf("%-22s %6d %9d %12d %10d %9d %9.2f %8.2f %11d\n", moment_name[m], tally[m].kills, tally[m].alone,
+                   tally[m].by_program, tally[m].by_launcher,
+                   tally[m].kills - tally[m].alone - tally[m].by_program - tally[m].by_launcher,
+                   tally[m].seconds_sum / tally[m].kills, tally[m].seconds_most, tally[m].lost_most);
+    if (launchers_stuck) printf("%d times mpirun waited for ever after all ranks had ended\n", launchers_stuck);
     printf("%d of %d kills as they should be; a checkpoint every %d steps; %.0f s\n", kills_good, kills_done,
            save_every, now_seconds() - t0);
     printf("%d passed, %d failed\n", passed, failed);
