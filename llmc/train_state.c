@@ -297,7 +297,8 @@ static void copy_arrays(const OwnTable *own, const StateArray *arrays, int n_arr
             if (!bytes) continue;
             const float *rows = arrays[a].data + p->offset + skip * p->cols;
             if (!in_place && !writes_all(own)) copy_out(copy + offset[i], rows, bytes);
-            save.stretches[save.n_stretches++] = (Stretch){(const uint8_t *)(in_place ? rows : copy + offset[i]), bytes};
+            const float *from = in_place ? rows : copy + offset[i];
+            save.stretches[save.n_stretches++] = (Stretch){(const uint8_t *)from, bytes};
         }
     }
     free(offset);
@@ -513,6 +514,20 @@ void train_state_abandon(void) {
     join();
 }
 
+// Memory for the copy. It is not cleared: the copy is what first touches it, with all threads.
+static int take_copy(size_t bytes, Err *err) {
+    const size_t page = 4096;
+    if (bytes <= save.copy_bytes) return 0;
+    free(save.copy);
+    save.copy_bytes = 0;
+    save.copy = bytes < SIZE_MAX - page ? aligned_alloc(page, (bytes + page - 1) & ~(page - 1)) : NULL;
+    if (!save.copy)
+        return err_set(err, E_NOMEM, "no memory for the copy of the state that a checkpoint is written from: %.2f GiB; "
+                       "take more ranks with --shard optim or above, or --save-every 0", (double)bytes / (1 << 30));
+    save.copy_bytes = bytes;
+    return 0;
+}
+
 static int start_save(const char *out, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
                       const OwnTable *own, const StateArray *arrays, int n_arrays, int keep, bool in_place, Err *err) {
     join();
@@ -523,14 +538,7 @@ static int start_save(const char *out, const TrainProgress *p, const LlamaConfig
     if (strlen(out) > MAX_OUT)
         return err_set(err, E_USAGE, "--out has a name of %zu bytes; %d are possible", strlen(out), MAX_OUT);
     size_t bytes = in_place ? 0 : train_state_copy_bytes(own, n_arrays);
-    if (bytes > save.copy_bytes) {
-        free(save.copy);
-        save.copy = NULL;
-        save.copy_bytes = 0;
-        rc = big_alloc((void **)&save.copy, bytes, "the copy of the state that a checkpoint is written from", err);
-        if (rc < 0) return rc;
-        save.copy_bytes = bytes;
-    }
+    if ((rc = take_copy(bytes, err)) < 0) return rc;
     copy_arrays(own, arrays, n_arrays, in_place);
     if ((rc = device_sync(err)) < 0) {
         free(save.stretches);

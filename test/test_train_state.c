@@ -185,7 +185,8 @@ static void *shared(size_t bytes) {
     return p;
 }
 
-// Saves with R processes; 0 if all of them saw no error. -9: one was killed.
+// Saves with R processes, some of them by way of a copy, some as at the end of a run; 0 if all of them saw no error.
+// -9: one was killed.
 static int save_ranks(int R, bool replicated, int64_t step, int keep) {
     if (!reports) reports = shared(64 * sizeof *reports);
     pid_t pids[64];
@@ -194,8 +195,15 @@ static int save_ranks(int R, bool replicated, int64_t step, int keep) {
         if (pids[r]) continue;
         Rank k;
         rank_open(&k, R, r, replicated);
-        reports[r].rc = rank_save(&k, step, keep, &reports[r].err);
-        if (reports[r].rc == 0) reports[r].rc = train_state_finish(&reports[r].err);
+        Err *err = &reports[r].err;
+        TrainProgress p = progress_of(step);
+        if ((r + step) % 2) {
+            reports[r].rc = rank_save(&k, step, keep, err);
+            if (reports[r].rc == 0) reports[r].rc = train_state_finish(err);
+        } else {
+            rank_values(&k, step, true);
+            reports[r].rc = train_state_save_last(out, &p, &config, &plan, &k.own, k.arrays, 3, keep, err);
+        }
         _exit(0);
     }
     int rc = 0;
