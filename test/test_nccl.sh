@@ -45,6 +45,7 @@ for R in 2 3; do
     wing unwaited_$R $R unwaited
 done
 wing recorded 2 recorded
+wing given_up 2 given_up
 NCCLSIM_ASYNC_ERROR=3 wing broken 2 broken
 GPUS=2 wing shares_2 3 shares
 GPUS=1 wing shares_1 2 shares

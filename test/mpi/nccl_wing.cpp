@@ -7,6 +7,8 @@
 #include <stdio.h>
 #include <vector>
 
+extern "C" const CommWing comm_wing_nccl;
+
 static int failures;
 #define CHECK(cond, ...) \
     do { \
@@ -201,6 +203,21 @@ static void broken(void) {
     synced();
 }
 
+// Given up with a collective under way, as before a process ends: the device is not waited for, and nothing is told.
+static void given_up(void) {
+    cudasim_set_order(1);
+    Buffers b = make(64);
+    produce(&b, 1, false);
+    CommTicket t = comm_all_gather(b.recv, b.send, b.bytes);
+    comm_wing_nccl.abort();
+    comm_wait(t);
+    comm_wait(comm_all_to_all(b.recv, b.send, b.bytes));
+    cudaDeviceSynchronize();
+    consume(&b);
+    CHECK(wrong(&b, 1, false) > 0, "it came all the same");
+    synced();
+}
+
 // Spans of communication stand in the timeline beside those of operations.
 static void profiled(const char *path) {
     Err err;
@@ -255,6 +272,7 @@ int main(int argc, char **argv) {
         else if (!strcmp(test, "unwaited")) unwaited();
         else if (!strcmp(test, "recorded")) recorded();
         else if (!strcmp(test, "broken")) broken();
+        else if (!strcmp(test, "given_up")) given_up();
         else if (!strcmp(test, "profiled") && argc > 2) profiled(argv[2]);
         else CHECK(false, "no such case: %s", test);
     }
