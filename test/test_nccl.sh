@@ -64,8 +64,8 @@ wanted profiled && { profiled; say profiled $?; }
 # The trainer, which shards all there is: the weights are those of the way through MPI.
 train() {   # COMM OUT ORDER
     CUDASIM_DEVICES=2 CUDASIM_ORDER=$3 mpi_run 2 "$sim/train_llama_qat" --init tiny --train-data "$work/text.txt" \
-        --scheme 8da4w-32 --batch 1 --seq-len 16 --lr 1e-3 --seed 5 --grad-accum 2 --steps 2 --shard full --device cuda \
-        --comm "$1" --out "$work/$2" >"$work/log" 2>&1
+        --scheme 8da4w-32 --batch 1 --seq-len 16 --lr 1e-3 --seed 5 --grad-accum 2 --steps 2 --shard full \
+        --device cuda --comm "$1" --out "$work/$2" >"$work/log" 2>&1
 }
 trained() {
     cat "$here"/doc/*.md >"$work/text.txt"
