@@ -1,4 +1,5 @@
 // The operations between ranks: all ranks' parts on one device, against the CPU wing, bit for bit.
+#include <algorithm>
 #include "cuda_test.h"
 
 // Calls an operation that may have nothing to do, and must not launch a kernel then.
@@ -187,7 +188,7 @@ static std::vector<uint8_t> one_nan(std::vector<uint8_t> wire, size_t stride, co
     return wire;
 }
 
-// Variants: 1 masters and working values unaligned, no row scales; 2 odd values.
+// Variants: 1 masters and working values unaligned, no row scales; 2 odd values; 3 all rows at once.
 static void check_weights(const char *text, int64_t rows, int64_t cols, int R, int variant, int orders) {
     QuantSpec s = spec(text, false);
     int64_t block[2];
@@ -204,6 +205,7 @@ static void check_weights(const char *text, int64_t rows, int64_t cols, int R, i
     ops_cpu.weight_fq(work.data(), wscale.data(), master.data(), &s, rows, cols);
     Device<float> dmaster(master, offset);
     for (int64_t kn : windows(&split)) {
+        if (variant == 3 && kn < split_most(&split)) continue;
         QuantWire at = quant_wire_layout(&s, kn, cols, block);
         size_t stride = at.bytes + (variant == 2 ? 16 : 0);
         for (int order = 0; order < orders; order++) {
@@ -276,6 +278,9 @@ CUDA_TEST(many_ranks) {
     for (size_t i = 0; i < tensor.size(); i++) tensor[i] = (uint8_t)philox(7, 86, i).v[0];
     Device<uint8_t> from(tensor), to(tensor.size()), wire(1024 * 16);
     OP(rows_pack)(wire.p, (size_t)16, from.p, &split, (int64_t)0, (int64_t)2, (size_t)4);
+    std::vector<uint8_t> want(1024 * 16, 0xff);
+    ops_cpu.rows_pack(want.data(), 16, tensor.data(), &split, 0, 2, 4);
+    check_bytes("wire", "1024 ranks", wire.host(), want);
     OP(rows_unpack)(to.p, wire.p, (size_t)16, &split, (int64_t)0, (int64_t)2, (size_t)4);
     check_bytes("rows", "1024 ranks", to.host(), tensor);
 }
@@ -284,8 +289,8 @@ CUDA_TEST(many_ranks) {
 // More than all blocks take in one turn (grid_for).
 CUDA_TEST(between_ranks_large) {
     if (small_run()) return;
-    check_weights("int4,group=136", 2113, 1088, 1, 0, 1);
-    check_weights("int4,group=3", 2060, 1032, 1, 0, 1);
+    check_weights("int4,group=136", 2113, 1088, 1, 3, 1);
+    check_weights("int4,group=3", 2060, 1032, 1, 3, 1);
     RowSplit split = {2100000, 1, 1, 0};
     std::vector<uint8_t> tensor(2 * 2100000);
     for (size_t i = 0; i < tensor.size(); i++) tensor[i] = (uint8_t)(i * 2654435761u >> 13);
