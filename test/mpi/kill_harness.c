@@ -40,7 +40,7 @@ enum { MAX_STEPS = 400, MAX_ARGS = 96, MAX_PIDS = 256, GLOBAL_BATCH = 12, END_SE
 #define LOSS_TOLERANCE 5e-2
 
 static const char *program, *data, *dir, *launcher;
-static int passed, failed, steps = 60, save_every = 4;
+static int passed, failed, starts_compared, steps = 60, save_every = 4;
 static uint64_t seed = 1, draws;
 
 static void outcome(bool good, const char *what, const char *why) {
@@ -383,7 +383,6 @@ static struct {
 } tally[MOMENTS];
 static int kills_done, kills_good, restarts_on_other_ranks;
 static double widest_loss, widest_first, widest_next;
-static int starts_compared;
 
 static const char *const levels[] = {"none", "optim", "grad", "full"};
 
