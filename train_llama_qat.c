@@ -847,9 +847,10 @@ static int run_training(Err *err) {
                 "or check the data; the last good weights are in the checkpoint before, if --save-every made one",
                 (long long)p.step, skips_in_a_row, loss, (double)state.norm);
 
-        if (last && run.profile && p.step > profile_from)
-            profile_print(stdout, (int)(p.step - profile_from), profile_seconds);
-        if (last && run.profile && (rc = profile_end(err)) < 0) return rc;
+        if ((last || stop) && run.profile) {
+            if (p.step > profile_from) profile_print(stdout, (int)(p.step - profile_from), profile_seconds);
+            if ((rc = profile_end(err)) < 0) return rc;
+        }
         if (run.val_data && !last && run.val_every && p.step % run.val_every == 0)
             if ((rc = validate_both(&m, &s, &val_dl, run.val_batches, (int)p.step, &json, err)) < 0) return rc;
         if (run.save_every && p.step % run.save_every == 0 && !last)
