@@ -1,7 +1,8 @@
 # qllm.c: make, make test, make quickstart. `make help` lists the targets.
 #
 # What is optional is found by compiling and linking a three-line program; what was found, and what it does, is printed.
-# Override the search with DNNL_HOME, MPI_HOME, CUDA_HOME, DEPS_HOME, or turn something off: NO_DNNL=1 NO_OMP=1 NO_MPI=1 NO_CUDA=1.
+# Override the search with DNNL_HOME, MPI_HOME, CUDA_HOME, DEPS_HOME, or turn something off: NO_DNNL=1 NO_OMP=1
+# NO_MPI=1 NO_CUDA=1.
 #   PRECISION=bf16|fp32   type of activations and working weights (default bf16)
 #   SANITIZE=1            AddressSanitizer and UndefinedBehaviorSanitizer
 #   ARCH=native           -march= of the CPU code
@@ -244,7 +245,7 @@ endif
 bench: $(PROGRAMS) $(BENCH)
 	@for b in $(filter $(OUT)/bench/bench_%,$(BENCH)); do echo "# $$b"; $$b || exit 1; done
 	@for b in $(sort $(wildcard dev/bench/bench_*.sh)); do \
-	    echo "# $$b"; sh $$b $(OUT)/bin $(OUT)/bench/random_shard || exit 1; \
+	    echo "# $$b"; bash $$b $(OUT)/bin $(OUT)/bench/random_shard || exit 1; \
 	done
 
 quickstart: $(PROGRAMS)
@@ -271,7 +272,8 @@ help:
 	@echo "make install         to PREFIX=/usr/local"
 	@echo "make clean           removes BUILD=build and the programs"
 	@sed -n 's/^#\(   [A-Z]\)/\1/p' Makefile
-	@echo "   NO_DNNL=1 NO_OMP=1 NO_MPI=1 NO_CUDA=1, DNNL_HOME= MPI_HOME= CUDA_HOME= DEPS_HOME=   turn off, or say where, what is optional"
+	@echo "   NO_DNNL=1 NO_OMP=1 NO_MPI=1 NO_CUDA=1   turn off what is optional"
+	@echo "   DNNL_HOME= MPI_HOME= CUDA_HOME= DEPS_HOME=   say where it is"
 
 -include $(shell find $(OUT) $(BUILD)/fuzz -name '*.d' 2>/dev/null)
 .PRECIOUS: $(OUT)/%.o $(BUILD)/fuzz/%.o

@@ -84,15 +84,15 @@ int comm_default_threads(void) {
 static void describe(const char *transport) {
     description[0] = 0;
     if (self.size == 1 && !wing) return;
-    int n = snprintf(description, sizeof description, "%d rank%s on %d machine%s, %s", self.size, self.size == 1 ? "" : "s",
-                     self.machines, self.machines == 1 ? "" : "s", transport);
+    int n = snprintf(description, sizeof description, "%d rank%s on %d machine%s, %s", self.size,
+                     self.size == 1 ? "" : "s", self.machines, self.machines == 1 ? "" : "s", transport);
     if (!ranks || n >= (int)sizeof description) return;
     // Open MPI binds two ranks of a machine with many cores to one core each: a pity that should be seen.
     int cores, sharing, all = (int)sysconf(_SC_NPROCESSORS_ONLN);
     count_cores(&cores, &sharing);
     if (sharing == 1 && cores * self.local_size * 2 <= all)
-        snprintf(description + n, sizeof description - (size_t)n, "; bound to %d of %d cores each (mpirun --bind-to none: all)",
-                 cores, all);
+        snprintf(description + n, sizeof description - (size_t)n,
+                 "; bound to %d of %d cores each (mpirun --bind-to none: all)", cores, all);
 }
 
 int comm_init(int *argc, char ***argv, Err *err) {
@@ -100,16 +100,16 @@ int comm_init(int *argc, char ***argv, Err *err) {
     int n = launched(&by);
     if (n == 1) return 0;
     if (!mpi_built)
-        return n == 0 ? 0 : err_set(err, E_FAIL, "started as one of %d ranks (%s), but this build has no MPI: each would "
-                                    "train alone; install it (apt-get install libopenmpi-dev openmpi-bin), or set "
-                                    "MPI_HOME, and make again", n, by);
+        return n == 0 ? 0 : err_set(err, E_FAIL, "started as one of %d ranks (%s), but this build has no MPI: each "
+                                    "would train alone; install it (apt-get install libopenmpi-dev openmpi-bin), or "
+                                    "set MPI_HOME, and make again", n, by);
     int rc = mpi_start(argc, argv, &self, err);
     mpi_runs = self.size > 0;
     if (rc < 0) return rc;
     if (self.size == 1) {
         if (n > 1)
-            return err_set(err, E_FAIL, "started as one of %d ranks (%s), but %s, which this program was built with, does "
-                           "not know that launcher: start with its own mpirun", n, by, self.library);
+            return err_set(err, E_FAIL, "started as one of %d ranks (%s), but %s, which this program was built with, "
+                           "does not know that launcher: start with its own mpirun", n, by, self.library);
         return 0;
     }
     RankInfo own = {0};
@@ -208,8 +208,9 @@ int comm_choose(const char *transport, Err *err) {
         for (int q = 0; q < r && all[r].able; q++) {
             if (ranks[q].machine != ranks[r].machine || all[q].device != all[r].device) continue;
             all[r].able = 0;
-            snprintf(all[r].why, sizeof all[r].why, "it shares GPU %d of %s with rank %d, and NCCL wants one GPU a rank",
-                     all[r].device, ranks[r].host, q);
+            snprintf(all[r].why, sizeof all[r].why,
+                     "it shares GPU %d of %s with rank %d, and NCCL wants one GPU a rank", all[r].device,
+                     ranks[r].host, q);
         }
         if (!all[r].able) unable = r;
     }
@@ -370,8 +371,8 @@ int comm_check_same(const char *what, const char *text, Err *err) {
         if (i == (bytes < own.bytes ? bytes : own.bytes) && strchr(", \n", longer[i])) i += strspn(longer + i, ", \n");
         item_at(first, bytes, i, there, sizeof there);
         item_at(text, own.bytes, i, here, sizeof here);
-        snprintf(told.text, sizeof told.text, "rank %d was started with other %s: rank 0 has %s, rank %d %s", other, what,
-                 there, other, here);
+        snprintf(told.text, sizeof told.text, "rank %d was started with other %s: rank 0 has %s, rank %d %s", other,
+                 what, there, other, here);
         free(first);
     }
     if (rc == 0) rc = comm_host_broadcast(&told, sizeof told, other, err);

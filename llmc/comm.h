@@ -13,9 +13,10 @@ extern "C" {
 
 // Takes part in the run that mpirun or srun started, as their environment says (a launcher's environment without MPI in
 // the build is E_FAIL: each process would train alone). Starts the watch over the other ranks: when a process dies, all
-// others print which one and end within seconds, nonzero. Call first of all in main; argc and argv may be changed.
+// others print which one and end within seconds, nonzero (QLLM_WATCH=off in the environment does without). Call first
+// of all in main; argc and argv may be changed.
 int comm_init(int *argc, char ***argv, Err *err);
-// Orderly end, after a last comm_barrier: waits for what is under way.
+// Orderly end, which all ranks come to: waits for what is under way, and for them.
 void comm_end(void);
 int comm_rank(void);
 int comm_size(void);
@@ -33,13 +34,13 @@ __attribute__((noreturn))
 void comm_die(const Err *err);
 
 // --- device memory, on the way while the device computes ---------------------------------------------------------
-// Which transport serves: "auto" (NCCL where the device is a GPU of this rank's own and the library is there, else MPI),
-// "mpi" or "nccl". Call after device_init.
+// Which transport serves: "auto" (NCCL where every rank's device is a GPU of its own and the library is there, else
+// MPI), "mpi" or "nccl". Call after device_init.
 int comm_choose(const char *transport, Err *err);
 
-// Collectives on device memory. All ranks call the same ones in the same order, with the same sizes. They begin when all
-// that was asked of the device before is done, run in the order of their calls, and are done for all that is asked of
-// the device after comm_wait(ticket); until then neither memory may be touched. Memory does not overlap.
+// Collectives on device memory. All ranks call the same ones in the same order, with the same sizes. They begin when
+// all that was asked of the device before is done, run in the order of their calls, and are done for all that is asked
+// of the device after comm_wait(ticket); until then neither memory may be touched. Memory does not overlap.
 typedef uint64_t CommTicket;                // tickets ascend; waiting for one waits for all before it
 // recv (R, bytes) <- everyone's send (bytes), in rank order. send may be this rank's own place in recv.
 CommTicket comm_all_gather(void *recv, const void *send, size_t bytes);

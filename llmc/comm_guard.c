@@ -1,9 +1,10 @@
-// The watch over the ranks: a star of TCP connections round rank 0, served by a thread in each process. The kernel closes
-// the connections of a process however it dies, so its end is seen at once; that of a machine by keepalive, within
-// DEAD_SECONDS. Neither MPI nor NCCL can be asked: their calls may hang when a peer is gone.
+// The watch over the ranks: a star of TCP connections round rank 0, served by a thread in each process. The kernel
+// closes the connections of a process however it dies, so its end is seen at once; that of a machine by keepalive,
+// within DEAD_SECONDS. Neither MPI nor NCCL can be asked: their calls may hang when a peer is gone.
 //
-// After a hello with the token (a random number that went round by MPI) only frames go over a connection: a goodbye, the
-// order to end, or the error of a rank that dies by its own decision, which rank 0 prints and passes on as the order.
+// After a hello with the token (a random number that went round by MPI) only frames go over a connection: a goodbye,
+// the order to end, or the error of a rank that dies by its own decision, which rank 0 prints and passes on as the
+// order.
 #include "comm_impl.h"
 #include <arpa/inet.h>
 #include <errno.h>
@@ -138,7 +139,8 @@ static int connect_to(const GuardAddress *a, int port, double deadline) {
     struct sockaddr_in6 a6 = {.sin6_family = AF_INET6, .sin6_port = htons((uint16_t)port)};
     memcpy(&a4.sin_addr, a->bytes, 4);
     memcpy(&a6.sin6_addr, a->bytes, 16);
-    int rc = a->family == 4 ? connect(fd, (struct sockaddr *)&a4, sizeof a4) : connect(fd, (struct sockaddr *)&a6, sizeof a6);
+    int rc = a->family == 4 ? connect(fd, (struct sockaddr *)&a4, sizeof a4)
+                            : connect(fd, (struct sockaddr *)&a6, sizeof a6);
     int error = rc < 0 ? errno : 0;
     socklen_t n = sizeof error;
     struct pollfd p = {fd, POLLOUT, 0};
@@ -201,12 +203,14 @@ static int meet_all(bool one_machine, Err *err) {
                 w[n_waiting].n = 0;
                 w[n_waiting++].until = now_seconds() + HELLO_SECONDS;
             } else if (errno == EMFILE || errno == ENFILE) {
-                return err_set(err, E_FAIL, "the watch over %d ranks needs as many open files: raise `ulimit -n`", n_ranks);
+                return err_set(err, E_FAIL, "the watch over %d ranks needs as many open files: raise `ulimit -n`",
+                               n_ranks);
             }
         }
         for (int i = before - 1; i >= 0; i--) {
             ssize_t k = recv(w[i].fd, (char *)&w[i].hello + w[i].n, sizeof(Hello) - w[i].n, MSG_DONTWAIT);
-            bool over = k == 0 || (k < 0 && errno != EAGAIN && errno != EINTR) || now_seconds() > w[i].until, in = false;
+            bool over = k == 0 || (k < 0 && errno != EAGAIN && errno != EINTR) || now_seconds() > w[i].until;
+            bool in = false;
             if (k > 0) w[i].n += (size_t)k;
             if (k > 0 && w[i].n == sizeof(Hello)) {
                 const Hello *h = &w[i].hello;
@@ -229,7 +233,8 @@ static int meet_all(bool one_machine, Err *err) {
     listener = -1;
     for (int r = 1; r < n_ranks; r++)
         if (links[r].fd < 0)
-            return err_set(err, E_FAIL, "rank %d of %d did not connect to rank 0 within %d s", r, n_ranks, MEET_SECONDS);
+            return err_set(err, E_FAIL, "rank %d of %d did not connect to rank 0 within %d s", r, n_ranks,
+                           MEET_SECONDS);
     return 0;
 }
 
@@ -321,11 +326,12 @@ static void ranks_are_gone(const int *gone, int n) {
     char names[512] = "";
     for (int i = 0; i < n && i < 4; i++) {
         size_t used = strlen(names);
-        snprintf(names + used, sizeof names - used, "%srank %d (pid %d on %s)", i ? ", " : "", gone[i], ranks[gone[i]].pid,
-                 ranks[gone[i]].host);
+        snprintf(names + used, sizeof names - used, "%srank %d (pid %d on %s)", i ? ", " : "", gone[i],
+                 ranks[gone[i]].pid, ranks[gone[i]].host);
     }
     if (n > 4) snprintf(names + strlen(names), sizeof names - strlen(names), " and %d more", n - 4);
-    dprintf(STDERR_FILENO, "%s: %s %s gone; ending all ranks. %s\n", program_name, names, n == 1 ? "is" : "are", resume);
+    dprintf(STDERR_FILENO, "%s: %s %s gone; ending all ranks. %s\n", program_name, names, n == 1 ? "is" : "are",
+            resume);
     if (my_rank == 0) end_all(1);
     _exit(1);
 }

@@ -1,4 +1,5 @@
-// What the files of comm share: comm.c (the interface), comm_mpi.c (MPI on a thread of its own), comm_guard.c (the watch).
+// What the files of comm share: comm.c (the interface), comm_mpi.c (MPI on a thread of its own), comm_guard.c (the
+// watch).
 #ifndef QLLM_COMM_IMPL_H
 #define QLLM_COMM_IMPL_H
 #include "comm.h"

@@ -1,6 +1,6 @@
-// MPI: all calls after MPI_Init are made by one thread, the lane, so that bytes move while the program computes, and any
-// MPI with MPI_THREAD_SERIALIZED will do. Transfers are nonblocking; between looks at them the lane sleeps, because the
-// core it runs on is usually one that computes.
+// MPI: all calls after MPI_Init are made by one thread, the lane, so that bytes move while the program computes, and
+// any MPI with MPI_THREAD_SERIALIZED will do. Transfers are nonblocking; between looks at them the lane sleeps, because
+// the core it runs on is usually one that computes.
 #include "comm_impl.h"
 #include "profile.h"
 
@@ -24,7 +24,7 @@ enum { RING = 256, WINDOW = 8 };        // transfers that wait in a queue; the m
 typedef struct {
     Transfer t;
     size_t offset;                      // of the piece
-    int round;                          // gather, all-to-all: the first of the step's rounds; round s: rank + s, rank - s
+    int round;                          // gather, all-to-all: first round of the step; s: rank + s, rank - s
     int n;                              // messages of the step
     bool active;
     double began;
@@ -175,7 +175,8 @@ static void *run_lane(void *unused) {
         // the longer that takes the less exact the end of it need be known.
         if (ended || now - before > 20e-6) moved = now;
         if (now - moved < (awaited ? 200e-6 : 20e-6)) sched_yield();
-        else sleep_seconds(awaited ? between(20e-6, (now - moved) / 16, 250e-6) : between(50e-6, (now - moved) / 8, 1e-3));
+        else if (awaited) sleep_seconds(between(20e-6, (now - moved) / 16, 250e-6));
+        else sleep_seconds(between(50e-6, (now - moved) / 8, 1e-3));
         pthread_mutex_lock(&lock);
         for (int q = 0; q < QUEUES; q++) {
             if (!over[q]) continue;

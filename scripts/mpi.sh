@@ -1,5 +1,6 @@
 # Starting ranks in tests and recipes, whatever MPI is there; read by `. scripts/mpi.sh` (bash or sh).
-#   mpi_missing [PROGRAM]     says why nothing can be started here, or fails: if why=$(mpi_missing "$p"); then echo "skip: $why"
+#   mpi_missing [PROGRAM]     says why nothing can be started here, or fails:
+#                             if why=$(mpi_missing "$p"); then echo "skip NAME: $why"
 #   mpi_run N COMMAND...      N ranks on this machine: also as root, also with more ranks than cores, threads not bound
 # MPI_ARGS are further arguments of mpirun. MPIRUN (or MPI_HOME/bin/mpirun) names the launcher,
 # MPI_TIMEOUT=120 the seconds after which it is ended.

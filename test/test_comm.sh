@@ -43,10 +43,12 @@ ends() {
     status=$?
     sed 's/^/| /' "$work/out"
     echo "status $status after $((SECONDS - start)) s"
-    [ $status -ne 0 ] && [ $status -ne 124 ] && [ $((SECONDS - start)) -le 10 ] && [ "${4:-$status}" = $status ] || return 1
-    [ "$(grep -c "$3" "$work/out")" = 1 ] && [ "$(grep -c '^comm_test' "$work/out")" = 1 ]
+    [ $status -ne 0 ] && [ $status -ne 124 ] && [ "${4:-$status}" = $status ] && [ $((SECONDS - start)) -le 10 ] &&
+        [ "$(grep -c "$3" "$work/out")" = 1 ] && [ "$(grep -c '^comm_test' "$work/out")" = 1 ]
 }
-gone() { echo "^comm_test: rank $1 (pid [0-9]* on .*) is gone; ending all ranks\\. The newest complete checkpoint is intact"; }
+gone() {
+    echo "^comm_test: rank $1 (pid [0-9]* on .*) is gone; ending all ranks\\. The newest complete checkpoint is intact"
+}
 
 exits() { ends exit 2 "$(gone 2)" && ends exit 0 "$(gone 0)"; }
 killed() { ends kill 1 "$(gone 1)" && computes=y ends kill 2 "$(gone 2)" && computes=y ends kill 0 "$(gone 0)"; }
@@ -61,15 +63,17 @@ all_die() { ends die -1 "^comm_test\\[rank 0\\]: the reason why$" 1; }
 # Ranks whose launcher does nothing when one dies: the watch alone must end them. Each is started by a shell that ends
 # well and writes down how its rank ended.
 unattended() {
-    local out=$work/unattended start=$SECONDS
+    local out=$work/unattended start=$SECONDS ended
     rm -f "$work"/ended-*
     # shellcheck disable=SC2016
-    MPI_ARGS=${patient:---enable-recovery} mpi_run 4 sh -c 'trap "" USR1; "$1" kill "$2" $3; s=$?; echo "status $s" >"$4-$$"' - "$test" "$1" "$2" "$work/ended" \
+    MPI_ARGS=${patient:---enable-recovery} mpi_run 4 sh -c \
+        'trap "" USR1; "$1" kill "$2" $3; s=$?; echo "status $s" >"$4-$$"' - "$test" "$1" "$2" "$work/ended" \
         >"$out" 2>&1
     sed 's/^/| /' "$out"
-    echo "after $((SECONDS - start)) s: $(cat "$work"/ended-* | sort | tr '\n' ' ')"
+    ended=$(cat "$work"/ended-* | sort | tr '\n' ' ')
+    echo "after $((SECONDS - start)) s: $ended"
     [ $((SECONDS - start)) -le 10 ] && [ "$(grep -c "$(gone "$1")" "$out")" = 1 ] &&
-        [ "$(grep -c '^comm_test' "$out")" = 1 ] && [ "$(cat "$work"/ended-* | sort | tr '\n' ' ')" = "status 1 status 1 status 1 status 137 " ]
+        [ "$(grep -c '^comm_test' "$out")" = 1 ] && [ "$ended" = "status 1 status 1 status 1 status 137 " ]
 }
 alone() { unattended 2 '' && unattended 2 computes && unattended 0 computes; }
 
@@ -81,7 +85,8 @@ foreign_launcher() {
     [ $? -eq 1 ] && grep -q "started as one of 4 ranks (PMI_SIZE), but " "$work/out" || { cat "$work/out"; return 1; }
 }
 no_watch() {    # by request; a death is then mpirun's to notice
-    QLLM_WATCH=off mpi_run 2 "$test" all >"$work/out" 2>&1 && [ "$(grep -c '^ok ' "$work/out")" -eq 9 ] || { cat "$work/out"; return 1; }
+    QLLM_WATCH=off mpi_run 2 "$test" all >"$work/out" 2>&1 && [ "$(grep -c '^ok ' "$work/out")" -eq 9 ] || {
+        cat "$work/out"; return 1; }
     QLLM_WATCH=off mpi_run 2 "$test" die 1 >"$work/out" 2>&1
     [ $? -eq 1 ] && grep -q '^comm_test\[rank 1\]: the reason why$' "$work/out" || { cat "$work/out"; return 1; }
 }

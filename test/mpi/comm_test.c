@@ -1,6 +1,6 @@
-// What goes between ranks (llmc/comm.h), run by test/test_comm.sh under mpirun: comm_test MODE. Every rank checks what it
-// receives; rank 0 prints "ok NAME" once all have said that it is right. The modes that end badly print nothing here:
-// the script looks at what the others do.
+// What goes between ranks (llmc/comm.h), run by test/test_comm.sh under mpirun: comm_test MODE. Every rank checks what
+// it receives; rank 0 prints "ok NAME" once all have said that it is right. The modes that end badly print nothing
+// here: the script looks at what the others do.
 #include <math.h>
 #include <pthread.h>
 #include <signal.h>
@@ -26,7 +26,8 @@ static void fill(uint8_t *p, size_t n, int from, int to, int k) {
 static void look(const uint8_t *p, size_t n, int from, int to, int k) {
     for (size_t i = 0; i < n; i++) {
         if (p[i] == pattern(from, to, k, i)) continue;
-        if (!wrong++) fprintf(stderr, "rank %d: byte %zu of %zu, %d to %d, round %d: %d\n", comm_rank(), i, n, from, to, k, p[i]);
+        if (!wrong++)
+            fprintf(stderr, "rank %d: byte %zu of %zu, %d to %d, round %d: %d\n", comm_rank(), i, n, from, to, k, p[i]);
         return;
     }
 }
@@ -152,7 +153,8 @@ static void messages(void) {
             must(comm_host_send(p, n, 0, &err));
         }
     }
-    wrong += comm_host_send(p, 1, R, &err) >= 0 || comm_host_recv(p, 1, -1, &err) >= 0 || comm_host_send(p, 1, me, &err) >= 0;
+    wrong += comm_host_send(p, 1, R, &err) >= 0 || comm_host_recv(p, 1, -1, &err) >= 0;
+    wrong += comm_host_send(p, 1, me, &err) >= 0;
     free(p);
     report("send_recv");
     // No rank leaves a barrier before the last one has come.
@@ -169,7 +171,8 @@ static void reduction(void) {
     size_t n = 1021;
     float *send = xmalloc((size_t)R * n * 4), *recv = xmalloc((size_t)R * n * 4), *sum = xmalloc(n * 4);
     for (int q = 0; q < R; q++)
-        for (size_t i = 0; i < n; i++) send[(size_t)q * n + i] = ldexpf((float)pattern(me, q, 3, i) - 127.5f, me * 3 % 17);
+        for (size_t i = 0; i < n; i++)
+            send[(size_t)q * n + i] = ldexpf((float)pattern(me, q, 3, i) - 127.5f, me * 3 % 17);
     comm_wait(comm_all_to_all(recv, send, n * 4));
     ops->sum_ranks(sum, recv, n, R, n, false);
     for (size_t i = 0; i < n; i++) {
@@ -192,12 +195,14 @@ static void same(void) {
     if (R > 1) {
         char want[256];
         int rc = comm_check_same("options", comm_rank() == last ? "--lr 0.01 --batch 8" : "--lr 0.001 --batch 8", &err);
-        snprintf(want, sizeof want, "rank %d was started with other options: rank 0 has --lr 0.001, rank %d --lr 0.01", last, last);
+        snprintf(want, sizeof want, "rank %d was started with other options: rank 0 has --lr 0.001, rank %d --lr 0.01",
+                 last, last);
         wrong += rc != E_USAGE || strcmp(err.text, want);
         rc = comm_check_same("data", comm_rank() == 1 ? "a.txt, 100 tokens" : "a.txt, 100 tokens, b.txt", &err);
         snprintf(want, sizeof want, "rank 1 was started with other data: rank 0 has b.txt, rank 1 nothing there");
         wrong += rc != E_USAGE || strcmp(err.text, want);
-        rc = comm_check_same("options", comm_rank() ? "{\"lr\": 0.1, \"batch\": 8}" : "{\"lr\": 0.1, \"batch\": 9}", &err);
+        const char *json = comm_rank() ? "{\"lr\": 0.1, \"batch\": 8}" : "{\"lr\": 0.1, \"batch\": 9}";
+        rc = comm_check_same("options", json, &err);
         wrong += rc != E_USAGE || !strstr(err.text, "rank 0 has \"batch\": 9, rank 1 \"batch\": 8");
         if (wrong) fprintf(stderr, "rank %d: %s\n", comm_rank(), err.text);
     }
@@ -213,8 +218,10 @@ static void who(void) {
     int cores = (int)sysconf(_SC_NPROCESSORS_ONLN), threads = comm_default_threads();
     wrong += R == 1 ? threads != 0 : threads < 1 || threads > cores || (threads > 1 && threads * R > cores);
     wrong += comm_choose("mpi", &err) < 0 || comm_choose("auto", &err) < 0;
-    wrong += comm_choose("nccl", &err) != E_FAIL || !strstr(err.text, "comm nccl: ") || comm_choose("x", &err) != E_USAGE;
-    if (wrong) fprintf(stderr, "rank %d of %d: %s, %d threads, %s\n", comm_rank(), R, comm_description(), threads, err.text);
+    wrong += comm_choose("nccl", &err) != E_FAIL || !strstr(err.text, "comm nccl: ");
+    wrong += comm_choose("x", &err) != E_USAGE;
+    if (wrong)
+        fprintf(stderr, "rank %d of %d: %s, %d threads, %s\n", comm_rank(), R, comm_description(), threads, err.text);
     report("who");
 }
 
