@@ -8,8 +8,8 @@
 //   - row_kernel    longer ones, and rows of any length: a block of threads each; the weights stay in shared memory as
 //                   the bf16 values that quantization sees
 //   - scale_kernel, code_kernel   everything else, which is rare (blocks of several rows, groups that end within eight
-//                   weights, one scale for the tensor): scales first, then codes, which read them from the wire. Weights
-//                   are read twice. Of a whole tensor, range_kernel takes the ranges of pieces before.
+//                   weights, one scale for the tensor): scales first, then codes, which read them from the wire; so
+//                   weights are read twice. Of a whole tensor, range_kernel takes the ranges of pieces before.
 //
 // weight_unpack reads those 0.56 bytes and writes sizeof(floatX), so what counts is the stores: a lane makes eight
 // weights (packed.cuh). One launch for all ranks: y of the grid is the rank, and short rows share a block of threads.
