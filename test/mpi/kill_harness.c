@@ -375,7 +375,7 @@ typedef struct {
 } Campaign;
 
 enum { AT_START, BEFORE_STEPS, IN_STEPS, IN_SAVE, MOMENTS };
-static const char *const moment_name[MOMENTS] = {"in MPI_Init", "before the first step", "between saves",
+static const char *const moment_name[MOMENTS] = {"starting", "before the first step", "between saves",
                                                  "during a save"};
 static struct {
     int kills, alone, by_program, by_launcher, lost_most;
@@ -520,28 +520,18 @@ static int resumed_from(const char *log) {
     return step;
 }
 
-static void campaign(Campaign *c, int kills) {
-    char out[600], log[640], why[1024] = "", what[64];
-    snprintf(out, sizeof out, "%s/run-%s", dir, c->name);
-    int number = 0;
-    while (number < kills) {
-        sh("rm -rf '%s'", out, "");
-        make_dir(out, NULL);
-        // Some steps a start, so that a run is killed several times before it is done.
-        int rc = 1;
-        while (number < kills && (rc = kill_once(c, out, number, 0.5 * c->seconds)) > 0) number++;
-        if (rc < 0) return;
-    }
-    int from = newest(out), differ;
-    snprintf(log, sizeof log, "%s/log-%s-last.txt", dir, c->name);
-    int ranks = c->ranks < 0 ? 3 : c->ranks;
-    int status = wait_all(start(ranks, c->ranks < 0 ? "full" : c->level, out, "--resume --keep 2", log, 0), 120, NULL);
+static double larger(double a, double b) { return b <= a ? a : b; }        // NaN counts as larger
+
+// A run that is done: its losses and weights. One that was given up on is not; log: of its last start.
+static bool check_end(const Campaign *c, const char *out, const char *log, int status, int from) {
+    char why[1024] = "", what[64];
+    int differ;
     double widest = compare_losses(out, &c->losses, &differ), first, next;
     compare_starts(out, &first, &next);
     Losses *l = xmalloc(sizeof *l);
     read_losses(l, out);
     if (status) snprintf(why, sizeof why, "the last start ended with status %d", status);
-    else if (resumed_from(log) != from)
+    else if (log && resumed_from(log) != from)
         snprintf(why, sizeof why, "latest is %d, it went on from %d", from, resumed_from(log));
     else if (l->last != steps) snprintf(why, sizeof why, "%d steps of %d are in the log", l->last, steps);
     else if (c->ranks < 0 && !(widest <= LOSS_TOLERANCE)) snprintf(why, sizeof why, "losses differ by %.2g", widest);
@@ -552,16 +542,39 @@ static void campaign(Campaign *c, int kills) {
         snprintf(why, sizeof why, "model.bin differs");
     free(l);
     if (c->ranks < 0) {
-        widest_loss = widest;
-        widest_first = first;
-        widest_next = next;
+        widest_loss = larger(widest_loss, widest);
+        widest_first = larger(widest_first, first);
+        widest_next = larger(widest_next, next);
     }
     snprintf(what, sizeof what, "%s, the end", c->name);
     outcome(!*why, what, why);
-    if (*why) show(log);
-    else if (c->ranks < 0)
-        printf("%-12s %3d kills; losses at a resume as before it, to rounding\n", c->name, kills);
-    else printf("%-12s %3d kills; losses and model.bin as undisturbed, bit for bit\n", c->name, kills);
+    if (*why && log) show(log);
+    return !*why;
+}
+
+static void campaign(const Campaign *c, int kills) {
+    char out[600], log[640];
+    snprintf(out, sizeof out, "%s/run-%s", dir, c->name);
+    snprintf(log, sizeof log, "%s/log-%s-last.txt", dir, c->name);
+    int number = 0, rc = 1, runs = 0;
+    bool mixed = c->ranks < 0, good = true;
+    for (; good && number < kills; runs++) {
+        sh("rm -rf '%s'", out, "");
+        make_dir(out, NULL);
+        // Some steps a start, so that a run is killed several times before it is done.
+        while (number < kills && (rc = kill_once(c, out, number, 0.5 * c->seconds)) > 0) number++;
+        if (rc < 0) return;
+        if (rc == 0) good = check_end(c, out, NULL, 0, 0);
+    }
+    if (rc > 0) {
+        int from = newest(out);
+        int pid = start(mixed ? 3 : c->ranks, mixed ? "full" : c->level, out, "--resume --keep 2", log, 0);
+        good = check_end(c, out, log, wait_all(pid, 120, NULL), from);
+    }
+    if (good)
+        printf("%-12s %3d kills in %d runs; %s\n", c->name, kills, runs,
+               mixed ? "losses at a resume as before it, to rounding"
+                     : "losses and model.bin as undisturbed, bit for bit");
     fflush(stdout);
 }
 
