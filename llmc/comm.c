@@ -172,7 +172,18 @@ void comm_die(const Err *err) {
 // Device memory
 
 // Which GPU a rank computes on, and whether NCCL can serve there.
-typedef struct { int32_t device, able; char why[160]; } Ability;
+typedef struct { int32_t device, able; uint64_t identity; char why[160]; } Ability;
+
+// How many ranks compute on this rank's GPU.
+static int count_sharers(Err *err) {
+    uint64_t *all = xcalloc((size_t)self.size, sizeof *all), *own = &all[self.rank];
+    *own = device_identity();
+    int rc = comm_host_all_gather(all, own, sizeof *own, err), n = 0;
+    for (int r = 0; r < self.size; r++) n += ranks[r].machine == ranks[self.rank].machine && all[r] == *own;
+    if (rc == 0 && *own) device_shared_by(n);
+    free(all);
+    return rc;
+}
 
 static int meet_over_nccl(Err *err) {
     int rc = 0;
@@ -194,19 +205,21 @@ int comm_choose(const char *transport, Err *err) {
     bool nccl = !strcmp(transport, "nccl"), automatic = !strcmp(transport, "auto");
     if (!nccl && !automatic && strcmp(transport, "mpi"))
         return err_set(err, E_USAGE, "comm %s: unknown; use auto, mpi or nccl", transport);
-    if (!nccl && (!automatic || self.size == 1)) return 0;
-    Ability own = {.device = device_index()}, *all = xcalloc((size_t)self.size, sizeof *all);
+    int rc = self.size > 1 ? count_sharers(err) : 0;
+    if (rc < 0 || (!nccl && (!automatic || self.size == 1))) return rc;
+    Ability own = {.device = device_index(), .identity = device_identity()}, *all = xcalloc((size_t)self.size, sizeof *all);
     if (device_is_host()) snprintf(own.why, sizeof own.why, "it computes on the CPU");
     else if (!&comm_wing_nccl) snprintf(own.why, sizeof own.why, "this build has no NCCL wing; build where nvcc is");
     else own.able = comm_wing_nccl.available(own.why, sizeof own.why);
-    int rc = comm_host_all_gather(all, &own, sizeof own, err), unable = -1;
+    int unable = -1;
+    rc = comm_host_all_gather(all, &own, sizeof own, err);
     if (rc < 0) {
         free(all);
         return rc;
     }
     for (int r = self.size - 1; r >= 0; r--) {
         for (int q = 0; q < r && all[r].able; q++) {
-            if (ranks[q].machine != ranks[r].machine || all[q].device != all[r].device) continue;
+            if (ranks[q].machine != ranks[r].machine || all[q].identity != all[r].identity) continue;
             all[r].able = 0;
             snprintf(all[r].why, sizeof all[r].why,
                      "it shares GPU %d of %s with rank %d, and NCCL wants one GPU a rank", all[r].device,

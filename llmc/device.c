@@ -123,7 +123,9 @@ int device_threads(void) { return threads_used; }
 const char *device_description(void) { return description; }
 bool device_is_host(void) { return !wing; }
 int device_index(void) { return index_used; }
+uint64_t device_identity(void) { return wing ? wing->identity() : 0; }
 int device_sharers(void) { return sharers; }
+void device_shared_by(int n) { sharers = n; }
 void device_enter_thread(void) {
     if (wing) wing->enter_thread();
 }

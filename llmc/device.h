@@ -15,7 +15,11 @@ void device_choose(int local_rank, int local_size);
 int device_init(const char *name, int threads, Err *err);
 int device_threads(void);
 int device_index(void);                                     // number of the GPU, -1 on the CPU
-int device_sharers(void);                                   // ranks that compute on this device, this one included
+uint64_t device_identity(void);                             // the same for the same GPU of a machine only; 0 on the CPU
+// Ranks that compute on this device, this one included: as device_choose lets it suppose, until they have told each other
+// (a launcher may show each rank another GPU as its only one).
+int device_sharers(void);
+void device_shared_by(int ranks);
 // A thread that did not call device_init calls this before it touches the device's memory.
 void device_enter_thread(void);
 const char *device_description(void);                       // "cpu: AMD EPYC ..., 2 threads, oneDNN 2.6.3 bf16"
@@ -62,6 +66,7 @@ typedef struct {
     bool (*available)(int index, char *why, size_t size);
     int (*init)(int index, char *description, size_t size, Err *err);
     void (*enter_thread)(void);
+    uint64_t (*identity)(void);
     void (*memory)(double *available, double *total);
     int (*alloc)(void **out, size_t bytes, const char *what, Err *err);
     void (*free)(void *p);

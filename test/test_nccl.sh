@@ -75,6 +75,18 @@ trained() {
 } 2>>"$work/log" >&2
 wanted trained && { trained; say trained $?; }
 
+# A launcher that shows each rank one GPU: another one each, or the same.
+one_visible() {
+    set -- "$sim/train_llama_qat" --init tiny --train-data "$here/README.md" --batch 1 --seq-len 16 --steps 1 --no-save \
+        --device cuda --comm nccl --out "$work/visible"
+    # shellcheck disable=SC2016
+    CUDASIM_DEVICES=1 mpi_run 2 sh -c 'CUDASIM_FIRST=${OMPI_COMM_WORLD_RANK:-${PMI_RANK}} exec "$@"' sh "$@" \
+        >"$work/log" 2>&1 || return
+    grep -q "NCCL 2" "$work/log" || return
+    ! CUDASIM_DEVICES=1 mpi_run 2 "$@" >"$work/log" 2>&1 && grep -q "2 ranks share GPU 0\|shares GPU 0" "$work/log"
+}
+wanted one_visible && { one_visible; say one_visible $?; }
+
 # The stand-in itself, which knows nothing of the precision.
 [ "${QLLM_PRECISION:-bf16}" = fp32 ] && [ -z "$only" ] && exit $failed
 for order in 0 1 5; do

@@ -845,6 +845,9 @@ cudaError_t cudaSetDevice(int device) {
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     *p = {};
     snprintf(p->name, sizeof p->name, n_devices() > 1 ? "cudasim %d" : "cudasim", device);
+    const char *first = getenv("CUDASIM_FIRST");
+    int64_t number = (first ? atoi(first) : 0) + device + 1;
+    memcpy(p->uuid.bytes, &number, sizeof number);
     p->major = capability() / 10;
     p->minor = capability() % 10;
     p->multiProcessorCount = 4;

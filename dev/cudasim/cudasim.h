@@ -88,8 +88,10 @@ const char *cudaGetErrorName(cudaError_t e);
 // The device: of compute capability 8.0, with few multiprocessors, so that kernels which fill the GPU with blocks loop in
 // tests. CUDASIM_DEVICES in the environment says how many there are, of which a process uses one; 0 takes it away.
 // CUDASIM_MEMORY sets a device's bytes (the machine's).
+struct cudaUUID_t { char bytes[16]; };
 struct cudaDeviceProp {
     char name[256];
+    cudaUUID_t uuid;                            // CUDASIM_FIRST (0) + index: as if CUDA_VISIBLE_DEVICES began there
     int major, minor, multiProcessorCount, l2CacheSize, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor;
     int regsPerBlock, regsPerMultiprocessor, memoryBusWidth, ECCEnabled, integrated;
     size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;

@@ -419,7 +419,9 @@ ncclResult_t ncclCommInitRank(ncclComm_t *comm, int R, ncclUniqueId id, int rank
     auto *c = new NcclSimComm{LIVE, MPI_COMM_NULL, rank, R, 0, 0, {}, {}, {}, nullptr};
     MPI_Comm_dup(MPI_COMM_WORLD, &c->mpi);
     // Everyone's id, host and device.
-    struct Who { ncclUniqueId id; char host[64]; int device; } own = {id, {}, device};
+    cudaDeviceProp prop;
+    if (cudaGetDeviceProperties(&prop, device) != cudaSuccess) return ncclUnhandledCudaError;
+    struct Who { ncclUniqueId id; char host[64]; int device; cudaUUID_t uuid; } own = {id, {}, device, prop.uuid};
     gethostname(own.host, sizeof own.host - 1);
     vector<Who> all((size_t)R);
     MPI_Allgather(&own, sizeof own, MPI_BYTE, all.data(), sizeof own, MPI_BYTE, c->mpi);
@@ -428,7 +430,7 @@ ncclResult_t ncclCommInitRank(ncclComm_t *comm, int R, ncclUniqueId id, int rank
         if (memcmp(&all[(size_t)q].id, &id, sizeof id))
             violation(text("ncclCommInitRank with another id than rank %d's", q));
         for (int p = 0; p < q; p++)
-            if (all[(size_t)p].device == all[(size_t)q].device && !strcmp(all[(size_t)p].host, all[(size_t)q].host)) {
+            if (!memcmp(&all[(size_t)p].uuid, &all[(size_t)q].uuid, sizeof prop.uuid) && !strcmp(all[(size_t)p].host, all[(size_t)q].host)) {
                 last_error = text("Duplicate GPU detected : rank %d and rank %d both on CUDA device %d", q, p,
                                   all[(size_t)q].device);
                 shared = true;
