@@ -207,7 +207,8 @@ int comm_choose(const char *transport, Err *err) {
         return err_set(err, E_USAGE, "comm %s: unknown; use auto, mpi or nccl", transport);
     int rc = self.size > 1 ? count_sharers(err) : 0;
     if (rc < 0 || (!nccl && (!automatic || self.size == 1))) return rc;
-    Ability own = {.device = device_index(), .identity = device_identity()}, *all = xcalloc((size_t)self.size, sizeof *all);
+    Ability own = {.device = device_index(), .identity = device_identity()}, *all;
+    all = xcalloc((size_t)self.size, sizeof *all);
     if (device_is_host()) snprintf(own.why, sizeof own.why, "it computes on the CPU");
     else if (!&comm_wing_nccl) snprintf(own.why, sizeof own.why, "this build has no NCCL wing; build where nvcc is");
     else own.able = comm_wing_nccl.available(own.why, sizeof own.why);

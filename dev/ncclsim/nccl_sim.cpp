@@ -430,7 +430,8 @@ ncclResult_t ncclCommInitRank(ncclComm_t *comm, int R, ncclUniqueId id, int rank
         if (memcmp(&all[(size_t)q].id, &id, sizeof id))
             violation(text("ncclCommInitRank with another id than rank %d's", q));
         for (int p = 0; p < q; p++)
-            if (!memcmp(&all[(size_t)p].uuid, &all[(size_t)q].uuid, sizeof prop.uuid) && !strcmp(all[(size_t)p].host, all[(size_t)q].host)) {
+            if (!memcmp(&all[(size_t)p].uuid, &all[(size_t)q].uuid, sizeof prop.uuid) &&
+                !strcmp(all[(size_t)p].host, all[(size_t)q].host)) {
                 last_error = text("Duplicate GPU detected : rank %d and rank %d both on CUDA device %d", q, p,
                                   all[(size_t)q].device);
                 shared = true;
