@@ -10,15 +10,18 @@
 //   - activations: the operation that produces a linear's input writes it fake-quantized (rmsnorm_fq, swiglu_fq; the
 //     attention output, whose blocks never see a whole token, takes fakequant_forward).
 //   - gradients pass straight through both (--ste clip zeroes them where a value was clipped).
-// With several ranks the model asks for a block's weights (shard_forward, shard_backward) and hands over its gradients
-// (shard_gradients); llmc/shard.h says who holds what meanwhile.
 // So QAT costs what plain training costs, plus arithmetic on data that is in cache anyway.
+//
+// With several ranks the model asks for a unit's weights (shard_forward, shard_backward) and hands over its gradients
+// (shard_gradients); units are the embedding, the blocks 0 .. L-1, and L, the final norm and the head. llmc/shard.h says
+// who holds what meanwhile.
 //
 // Letters: B batch, T sequence length, N = B*T tokens, C width, NH query heads, NKV key/value heads, HS head size,
 // FF feed-forward width, V vocabulary, L layers. d before a name is its gradient, l_ its slice for one layer.
 // floatX is bf16, or fp32 when built with PRECISION=fp32.
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #include "llmc/checkpoint.h"
 #include "llmc/cli.h"
 #include "llmc/comm.h"
@@ -48,7 +51,7 @@ typedef struct {
     // The working weights (floatX: fake-quantized values, or codes whose row scale is applied after) and the gradients
     // (f32, summed over the tokens of a step) of whole tensors are with the shard: always, or when asked for.
     Shard *shard;
-    // What this rank updates, f32, laid out by shard->own.own: all rows of every parameter, or its share of them.
+    // What this rank updates, f32, laid out by shard->own.held: all rows of every parameter, or its share of them.
     float *master;
     float *m, *v;            // AdamW's moments (SGD: m is the momentum buffer, v is not there)
 
@@ -265,7 +268,9 @@ static void llama_forward(const Llama *m, const Acts *s) {
 // dc = gradient of lnf, in micro-step `micro`. The gradients are sums over tokens; the update divides by their number.
 static void llama_loss(const Llama *m, const Acts *s, bool backward, int micro) {
     const LlamaConfig *c = &m->c;
+    // Whether gradients of earlier micro-steps are there to be added to.
     bool accumulate = backward && shard_backward(m->shard, c->L, micro);
+    // A tied table's gradient begins here; embedding_backward adds to it at the end of the backward.
     float *dhead = dw(m, -1, c->tied ? ROLE_EMBED : ROLE_HEAD);
     const float *scale = head_scale(m);
     for (size_t i = 0; i < s->N; i += (size_t)s->chunk) {
@@ -303,6 +308,7 @@ static void llama_backward(const Llama *m, const Acts *s, int micro, bool last) 
     shard_gradients(m->shard, c->L, micro, last);
     for (int l = c->L - 1; l >= 0; l--) {
         const BlockActs *k = &s->block[l];
+        // Under --shard grad and full the shard takes a block's gradients away each time, so that they begin anew.
         bool accumulate = shard_backward(m->shard, l, micro);
         if (s->recompute && l < c->L - 1) block_forward(m, s, l, NULL, false);
 
@@ -341,7 +347,7 @@ typedef struct {
 // Gradient norm and clipping, then one pass over each parameter that updates the master and writes its working values
 // (or, where other ranks wait for them, leaves that to shard_weights_changed).
 static void llama_update(const Llama *m, StepState *state, const UpdateParams *u) {
-    const ParamTable *own = &m->shard->own.own;
+    const ParamTable *own = &m->shard->own.held;
     shard_finish_gradients(m->shard);
     if (u->ste_clip && m->fake_quant)
         for (int i = 0; i < own->n; i++) {
@@ -350,12 +356,13 @@ static void llama_update(const Llama *m, StepState *state, const UpdateParams *u
                 ops->weight_ste_mask(shard_own_gradient(m->shard, i), m->master + p->offset, &p->scheme.weight, p->rows,
                                      p->cols);
         }
+    // From here on every rank has the losses, tokens and squared gradients of all, and clips or skips alike.
     shard_sum_state(m->shard, state, true);
     ops->global_norm(state, u->clip);
+    bool writes = shard_updates_weights(m->shard);
     for (int i = 0; i < own->n; i++) {
         const Param *p = &own->p[i];
         size_t o = p->offset;
-        bool writes = shard_updates_weights(m->shard);
         floatX *work = writes ? shard_weight(m->shard, i) : NULL;
         float *scale = writes ? shard_weight_scale(m->shard, i) : NULL, *grad = shard_own_gradient(m->shard, i);
         const QuantSpec *wq = m->fake_quant ? &p->scheme.weight : NULL;
@@ -496,6 +503,7 @@ static int validate(Llama *m, Acts *s, DataLoader *dl, int max_batches, double *
 static int validate_both(Llama *m, Acts *s, DataLoader *dl, int max_batches, int step, JsonLog *json, Err *err) {
     double loss_fq = NAN, loss_float = NAN, t0 = now_seconds();
     bool was = m->fake_quant, quantized = !quant_plan_is_none(&m->plan);
+    WireBytes training = m->shard->wire;
     int rc = 0;
     if (quantized) {
         if (!was) llama_requantize(m, true);
@@ -504,6 +512,7 @@ static int validate_both(Llama *m, Acts *s, DataLoader *dl, int max_batches, int
     }
     if (rc == 0) rc = validate(m, s, dl, max_batches, &loss_float, err);
     if (m->fake_quant != was) llama_requantize(m, was);
+    m->shard->wire = training;                 // what training sends is counted
     if (rc < 0) return rc;
     printf("val  %5d | ", step);
     if (quantized) printf("%s loss %.9f ppl %.4f | ", m->plan.name, loss_fq, exp(loss_fq));
@@ -521,7 +530,7 @@ static int validate_both(Llama *m, Acts *s, DataLoader *dl, int max_batches, int
 static int load_masters(Llama *m, const ModelFile *file, Err *err) {
     const OwnTable *o = &m->shard->own;
     for (int i = 0; i < m->table.n; i++) {
-        const Param *p = &m->table.p[i], *own = &o->own.p[i];
+        const Param *p = &m->table.p[i], *own = &o->held.p[i];
         int64_t tile = (1 << 20) / p->cols + 1;
         float *rows = xmalloc((size_t)tile * (size_t)p->cols * sizeof *rows);
         int rc = 0;
@@ -580,7 +589,7 @@ static int load_tokenizer(Tokenizer **tok, ModelFile *file, Err *err) {
 // Prints the memory plan. Activations are counted by the function that allocates them, for one sequence and for two.
 static int print_memory_plan(double *planned, Llama *m, bool ste_clip, const TokenData *data, Err *err) {
     const ShardMemory *shard = &m->shard->memory;
-    double n = (double)m->shard->own.own.n_elements, b1, b2;
+    double n = (double)m->shard->own.held.n_elements, b1, b2;
     Acts s = {0};
     Arena a = {.plan = true};
     take_acts(&a, &s, m, 1, run.T, run.grad_accum, run.recompute, ste_clip);
@@ -609,13 +618,43 @@ static int print_memory_plan(double *planned, Llama *m, bool ste_clip, const Tok
 
 static const char *const level_names[] = {"none", "optim", "grad", "full"};
 
+// Rank 0 leaves a file in --out that all others must see: checkpoints are made of the files of all ranks.
+static int check_out_is_shared(Err *err) {
+    char path[1100];
+    int64_t token = (int64_t)getpid();
+    int rc = comm_host_broadcast(&token, sizeof token, 0, err);
+    if (rc < 0 || comm_size() == 1) return rc;
+    snprintf(path, sizeof path, "%s/ranks-%lld.tmp", run.out, (long long)token);
+    if (comm_rank() == 0) {
+        AtomicFile f;
+        if ((rc = atomic_open(&f, path, err)) < 0 || (rc = atomic_commit(&f, err)) < 0) return rc;
+    }
+    if ((rc = comm_barrier(err)) < 0) return rc;
+    if (!path_exists(path))
+        return err_set(err, E_USAGE, "this rank does not see in --out %s what rank 0 wrote there; name a folder on a file "
+                                     "system that all ranks share", run.out);
+    rc = comm_barrier(err);
+    if (comm_rank() == 0) remove(path);
+    return rc;
+}
+
 // Ranks that were started with different models or data would train nonsense together.
-static int check_ranks_agree(const Llama *m, const char *plan_json, const TokenData *train, const TokenData *val,
-                             Err *err) {
-    char *config = llama_config_to_json(&m->c, FLOATX_NAME), text[160];
-    snprintf(text, sizeof text, "train_llama_qat " QLLM_VERSION " " FLOATX_NAME ", training data %016llx, validation "
-             "data %016llx", (unsigned long long)train->hash, (unsigned long long)val->hash);
-    int rc = comm_check_same("program and data", text, err);
+static int check_ranks_agree(const Llama *m, const ModelFile *file, const char *plan_json, const TokenData *train,
+                             const TokenData *val, Err *err) {
+    char *config = llama_config_to_json(&m->c, FLOATX_NAME), text[200];
+    uint64_t weights = 14695981039346656037u;              // FNV-1a of a row of each tensor
+    int rc = 0;
+    for (int i = 0; i < m->table.n && file && rc == 0; i++) {
+        const Param *p = &m->table.p[i];
+        float *row = xmalloc((size_t)p->cols * sizeof *row);
+        rc = model_read_rows(file, p, p->rows / 2, 1, row, err);
+        for (int64_t k = 0; k < p->cols && rc == 0; k++) weights = (weights ^ f32_bits(row[k])) * 1099511628211u;
+        free(row);
+    }
+    snprintf(text, sizeof text, "train_llama_qat " QLLM_VERSION " " FLOATX_NAME " on %s, weights %016llx, training data "
+             "%016llx, validation data %016llx", ops->name, (unsigned long long)weights, (unsigned long long)train->hash,
+             (unsigned long long)val->hash);
+    if (rc == 0) rc = comm_check_same("program, model and data", text, err);
     if (rc == 0) rc = comm_check_same("model configuration", config, err);
     if (rc == 0) rc = comm_check_same("quantization scheme", plan_json, err);
     free(config);
@@ -632,11 +671,9 @@ static int sum_over_ranks(double *x, Err *err) {
 }
 
 // What a rank received, a step, and how long it waited for it.
-static void print_wire(const Llama *m, int64_t steps, JsonLog *json) {
-    const WireBytes *b = &m->shard->wire;
-    double n = steps ? (double)steps : 1, busy, blocked;
+static void print_wire(const WireBytes *b, double busy, double blocked, int64_t steps, JsonLog *json) {
+    double n = steps ? (double)steps : 1;
     char linears[32], others[32], gradients[32];
-    comm_times(&busy, &blocked);
     printf("wire    a step, received by a rank: linears %s, other weights %s, gradients %s; %.1f ms on the way, %.1f ms "
            "waited for\n", fmt_bytes(linears, b->linears / n), fmt_bytes(others, b->others / n),
            fmt_bytes(gradients, b->gradients / n), 1e3 * busy / n, 1e3 * blocked / n);
@@ -663,6 +700,7 @@ static int run_training(Err *err) {
     if ((rc = make_dir(run.out, err)) < 0) return rc;
     bool first = comm_rank() == 0;
     int R = comm_size();
+    if ((rc = check_out_is_shared(err)) < 0) return rc;
 
     // The model file: configuration, scheme and tokenizer now, weights when their place is allocated. What is static
     // here lives as long as the process.
@@ -708,7 +746,7 @@ static int run_training(Err *err) {
         dataloader_ranks(&val_dl, comm_rank(), R);
     }
     char *plan_json = quant_plan_to_json(&m.plan);
-    if ((rc = check_ranks_agree(&m, plan_json, &train, &val, err)) < 0) return rc;
+    if ((rc = check_ranks_agree(&m, run.model ? &file : NULL, plan_json, &train, &val, err)) < 0) return rc;
 
     const char *peak_source;
     double peak = device_peak_flops(&peak_source);
@@ -731,7 +769,7 @@ static int run_training(Err *err) {
     fflush(stdout);
 
     // Allocate; masters first, so that the mapped model file is gone before the rest is touched.
-    size_t n = shard.own.own.n_elements;
+    size_t n = shard.own.held.n_elements;
     if ((rc = device_alloc((void **)&m.master, n * 4, "master weights", err)) < 0) return rc;
     if ((rc = load_masters(&m, run.model ? &file : NULL, err)) < 0) return rc;
     if (run.model) model_close(&file);
@@ -755,10 +793,18 @@ static int run_training(Err *err) {
     TrainProgress p = {.data_hash = train.hash, .seed = (uint64_t)run.seed, .T = run.T};
     bool resumed = false;
     if (first) train_state_clean(run.out);
+    snprintf(cache, sizeof cache, "%s/latest", run.out);
+    if (!run.resume && path_exists(cache) && !run.no_save)
+        printf("note    %s holds checkpoints of an earlier run, which this one replaces; --resume would go on from them\n",
+               run.out);
     if ((rc = comm_barrier(err)) < 0) return rc;
     if (run.resume) {
         if ((rc = train_state_load(run.out, &p, &m.c, &m.plan, &shard.own, arrays, n_arrays, err)) < 0) return rc;
         resumed = rc == 1;
+        char found[96];
+        snprintf(found, sizeof found, "%s step %lld, update %lld, window %llu", resumed ? "a checkpoint of" : "none,",
+                 (long long)p.step, (long long)p.t, (unsigned long long)p.loader_position);
+        if ((rc = comm_check_same("checkpoint in --out", found, err)) < 0) return rc;
         if (resumed) printf("resume  from step %lld\n", (long long)p.step);
         else printf("resume  %s has no checkpoint; starting at step 0\n", run.out);
         dataloader_seek(&train_dl, p.loader_position);
@@ -807,12 +853,14 @@ static int run_training(Err *err) {
     int64_t profile_from = p.step + 2;             // the first steps build the matmul primitives
     double profile_seconds = 0;
     int64_t wire_from = p.step;
+    double on_the_way = 0, waited = 0;
     bool stop = false;
     while (p.step < run.steps && !stop) {
         if ((rc = train_state_poll(err)) < 0) return rc;
         if (quantized && !m.fake_quant && p.step >= run.fake_quant_after) llama_requantize(&m, true);
         if (p.step == profile_from) profile_reset();
-        double t0 = now_seconds();
+        double t0 = now_seconds(), busy0, blocked0, busy1, blocked1;
+        comm_times(&busy0, &blocked0);
         StepState state = {
             .t = (int32_t)p.t + 1, .lr = (float)schedule_lr(&sched, (int)p.step), .seed = (uint64_t)run.seed,
             .stop = trainer_signal() != 0};
@@ -821,13 +869,13 @@ static int run_training(Err *err) {
             dataloader_next(&train_dl, tokens + (size_t)micro * s.N, targets + (size_t)micro * s.N);
         device_copy_in(s.tokens, tokens, s.N * (size_t)run.grad_accum * 4);
         device_copy_in(s.targets, targets, s.N * (size_t)run.grad_accum * 4);
-        // Not recorded where each operation is timed, and where ranks wait for each other.
+        // device_step records a step and replays it; not where each operation is timed, nor where ranks wait for others.
         if (run.profile || R > 1 || level != SHARD_NONE) train_step(&step);
         else device_step(m.fake_quant, train_step, &step);
         if ((rc = device_sync(err)) < 0) return rc;
         device_copy_out(&state, s.state, sizeof state);
 
-        stop = state.stop || (R == 1 && trainer_signal());       // ranks leave after the same step
+        stop = state.stop || (R == 1 && trainer_signal());       // every rank has the signals of all: they leave together
         p.step++;
         p.t += !state.skip;
         p.skipped += state.skip;
@@ -837,6 +885,9 @@ static int run_training(Err *err) {
         double loss = state.tokens ? state.loss_sum / (double)state.tokens : NAN;
         bool last = p.step == run.steps;
         double seconds = now_seconds() - t0;
+        comm_times(&busy1, &blocked1);
+        on_the_way += busy1 - busy0;
+        waited += blocked1 - blocked0;
         if (p.step > profile_from) profile_seconds += seconds;
         steplog_print(&log, &(StepReport){(int)p.step, loss, state.norm, state.lr, seconds, state.tokens, state.skip},
                       p.step % run.log_every == 0 || last || p.step == 1);
@@ -851,13 +902,13 @@ static int run_training(Err *err) {
             if (p.step > profile_from) profile_print(stdout, (int)(p.step - profile_from), profile_seconds);
             if ((rc = profile_end(err)) < 0) return rc;
         }
-        if (run.val_data && !last && run.val_every && p.step % run.val_every == 0)
+        if (run.val_data && !last && !stop && run.val_every && p.step % run.val_every == 0)
             if ((rc = validate_both(&m, &s, &val_dl, run.val_batches, (int)p.step, &json, err)) < 0) return rc;
-        if (run.save_every && p.step % run.save_every == 0 && !last)
+        if (run.save_every && !run.no_save && p.step % run.save_every == 0 && !last && !stop)
             if ((rc = train_state_save(run.out, &p, &m.c, &m.plan, &shard.own, arrays, n_arrays, run.keep, err)) < 0)
                 return rc;
     }
-    if (R > 1) print_wire(&m, p.step - wire_from, &json);
+    if (R > 1) print_wire(&shard.wire, on_the_way, waited, p.step - wire_from, &json);
     if (run.no_save) {
         jsonlog_close(&json);
         return 0;
@@ -880,7 +931,10 @@ static int run_training(Err *err) {
 int main(int argc, char **argv) {
     program_name = "train_llama_qat";
     Err err = {0};
-    if (comm_init(&argc, &argv, &err) < 0) comm_die(&err);
+    bool asks = false;
+    for (int i = 1; i < argc; i++)
+        asks = asks || !strcmp(argv[i], "--help") || !strcmp(argv[i], "-h") || !strcmp(argv[i], "--version");
+    if (!asks && comm_init(&argc, &argv, &err) < 0) comm_die(&err);     // answers need no other ranks
     // One rank speaks for all.
     if (comm_rank() > 0 && !freopen("/dev/null", "w", stdout)) perror("/dev/null");
     if (cli_parse(options, N_OPTIONS,

@@ -28,12 +28,12 @@ int own_table_build(OwnTable *o, const ParamTable *table, const QuantSpec *tied_
     *o = (OwnTable){.table = table, .R = R, .rank = rank, .replicated = replicated};
     o->row0 = xcalloc(n, sizeof *o->row0);
     o->split = xcalloc(n, sizeof *o->split);
-    o->own = *table;
-    o->own.p = xcalloc(n, sizeof *o->own.p);
-    memcpy(o->own.p, table->p, n * sizeof *o->own.p);
-    if (!replicated) o->own.n_elements = o->own.n_rows = o->own.n_params = 0;
+    o->held = *table;
+    o->held.p = xcalloc(n, sizeof *o->held.p);
+    memcpy(o->held.p, table->p, n * sizeof *o->held.p);
+    if (!replicated) o->held.n_elements = o->held.n_rows = o->held.n_params = 0;
     for (int i = 0; i < table->n; i++) {
-        Param *p = &o->own.p[i];
+        Param *p = &o->held.p[i];
         int64_t unit;
         int rc = rows_of_unit(&unit, p, tied_head, err);
         if (rc < 0) {
@@ -44,18 +44,18 @@ int own_table_build(OwnTable *o, const ParamTable *table, const QuantSpec *tied_
         if (replicated) continue;
         o->row0[i] = split_begin(&o->split[i], rank);
         p->rows = split_count(&o->split[i], rank);
-        p->offset = o->own.n_elements;
-        p->row_offset = o->own.n_rows;
+        p->offset = o->held.n_elements;
+        p->row_offset = o->held.n_rows;
         size_t size = (size_t)p->rows * (size_t)p->cols;
-        o->own.n_params += size;
-        o->own.n_elements += (size + 15) & ~(size_t)15;
-        o->own.n_rows += (size_t)p->rows;
+        o->held.n_params += size;
+        o->held.n_elements += (size + 15) & ~(size_t)15;
+        o->held.n_rows += (size_t)p->rows;
     }
     return 0;
 }
 
 void own_table_free(OwnTable *o) {
-    free(o->own.p);
+    free(o->held.p);
     free(o->row0);
     free(o->split);
     *o = (OwnTable){0};
@@ -91,6 +91,11 @@ static bool in_block(const Param *p) { return p->layer >= 0; }
 static const QuantSpec *spec_of(const Shard *s, const Part *p) {
     return p->head ? &s->plan->tied_head : &whole(s, p)->scheme.weight;
 }
+// A fused linear (q, k, v; gate, up) reads the row scales of all its tensors if one works as codes: those of the others,
+// which are 1, must be there too.
+static bool has_scales(const Shard *s, const Part *p) {
+    return quant_works_as_codes(spec_of(s, p)) || (s->block_scales && in_block(whole(s, p)));
+}
 // Codes go on the wire where fake quantization makes codes.
 static bool as_codes(const Shard *s, const Part *p, bool fake_quant) {
     return s->gather_quantized && fake_quant && spec_of(s, p)->bits;
@@ -111,7 +116,7 @@ static size_t part_bytes(const Shard *s, const Part *p, int64_t rows, bool codes
     int64_t block[2];
     if (codes && quant_block_shape(spec, w->rows, w->cols, block, NULL) == 0)
         return quant_wire_layout(spec, rows, w->cols, block).bytes;
-    return up16((size_t)rows * (size_t)w->cols * sizeof(floatX)) + up16((size_t)rows * 4 * quant_works_as_codes(spec));
+    return up16((size_t)rows * (size_t)w->cols * sizeof(floatX)) + up16((size_t)rows * 4 * has_scales(s, p));
 }
 
 static void lay_out_chunk(Shard *s, ShardUnit *u, Chunk *k) {
@@ -166,11 +171,12 @@ static void lay_out_units(Shard *s) {
     ShardUnit *embed = &s->unit[unit_of(SHARD_EMBED)], *head = &s->unit[unit_of(t->L)];
     add_part(embed, t, -1, ROLE_EMBED, false);
     add_windows(s, embed, 0, target);
-    add_part(head, t, -1, ROLE_FINAL_NORM, false);
-    add_chunk(s, head, (Chunk){.n = 1});
+    // The table first: its first window is what is gathered ahead.
     if (!s->c->tied) add_part(head, t, -1, ROLE_HEAD, false);
     else if (second_view(s)) add_part(head, t, -1, ROLE_EMBED, true);
-    if (head->n_parts > 1) add_windows(s, head, 1, target);
+    if (head->n_parts) add_windows(s, head, 0, target);
+    add_part(head, t, -1, ROLE_FINAL_NORM, false);
+    add_chunk(s, head, (Chunk){.first = head->n_parts - 1, .n = 1});
 }
 
 // Places of whole tensors: those of the table, or, where blocks come and go, one place for all blocks.
@@ -208,6 +214,8 @@ int shard_plan(Shard *s, const LlamaConfig *c, const QuantPlan *plan, const Para
     int rc = own_table_build(&s->own, table, c->tied ? &plan->tied_head : NULL, R, rank, level == SHARD_NONE, err);
     if (rc < 0) return rc;
     size_t n = (size_t)table->n;
+    for (int i = 0; i < table->n; i++)
+        s->block_scales = s->block_scales || (in_block(&table->p[i]) && quant_works_as_codes(&table->p[i].scheme.weight));
     s->work_place = xcalloc(n, sizeof *s->work_place);
     s->row_place = xcalloc(n, sizeof *s->row_place);
     s->grad_place = xcalloc(n, sizeof *s->grad_place);
@@ -221,7 +229,7 @@ int shard_plan(Shard *s, const LlamaConfig *c, const QuantPlan *plan, const Para
     s->memory = (ShardMemory){
         .weights = (double)sizeof(floatX) * (double)s->n_work + 4.0 * (double)s->n_rows + view,
         .gradients = 4.0 * (double)s->n_grad,
-        .own_gradients = level >= SHARD_GRAD ? 4.0 * (double)s->own.own.n_elements : 0,
+        .own_gradients = level >= SHARD_GRAD ? 4.0 * (double)s->own.held.n_elements : 0,
         .buffers = (double)s->own_bytes + (double)s->all_bytes + 2.0 * (double)s->grad_bytes,
     };
     return 0;
@@ -244,7 +252,7 @@ int shard_alloc(Shard *s, Err *err) {
     if (rc == 0) rc = take(&s->head, V * (size_t)s->c->C, sizeof *s->head, "head", err);
     if (rc == 0) rc = take(&s->head_scale, codes ? V : 0, sizeof *s->head_scale, "head scales", err);
     if (rc == 0) rc = take(&s->grad, s->n_grad, sizeof *s->grad, "gradients", err);
-    size_t own = s->level >= SHARD_GRAD ? s->own.own.n_elements : 0;
+    size_t own = s->level >= SHARD_GRAD ? s->own.held.n_elements : 0;
     if (rc == 0) rc = take(&s->own_grad, own, sizeof *s->own_grad, "gradients", err);
     if (rc == 0) rc = take(&s->wire_own, s->own_bytes, 1, "packed weights", err);
     if (rc == 0) rc = take(&s->wire_all, s->all_bytes, 1, "packed weights of all ranks", err);
@@ -277,7 +285,7 @@ void shard_free(Shard *s) {
 static void pack_chunk(Shard *s, ShardUnit *u, const Chunk *k, const float *master) {
     for (int j = k->first; j < k->first + k->n; j++) {
         const Part *p = &u->part[j];
-        const Param *own = &s->own.own.p[p->i];
+        const Param *own = &s->own.held.p[p->i];
         const QuantSpec *spec = s->fake_quant ? spec_of(s, p) : NULL;
         int64_t rows = rank_rows(s, k, p, s->own.rank), most = part_rows(s, k, p), cols = own->cols;
         uint8_t *wire = s->wire_own + k->own + p->at[s->fake_quant];
@@ -286,7 +294,7 @@ static void pack_chunk(Shard *s, ShardUnit *u, const Chunk *k, const float *mast
         if (as_codes(s, p, s->fake_quant)) {
             ops->weight_pack(wire, from, spec, rows, cols, most);
         } else {
-            bool scaled = quant_works_as_codes(spec_of(s, p));
+            bool scaled = has_scales(s, p);
             float *scale = (float *)(void *)(wire + up16((size_t)most * (size_t)cols * sizeof(floatX)));
             ops->weight_fq((floatX *)(void *)wire, scaled ? scale : NULL, from, spec, rows, cols);
         }
@@ -310,7 +318,7 @@ static void unpack_chunk(Shard *s, ShardUnit *u, const Chunk *k) {
         }
         size_t row_bytes = (size_t)w->cols * sizeof(floatX);
         ops->rows_unpack(work, wire, stride, split, k->k0, most, row_bytes);
-        if (quant_works_as_codes(spec_of(s, p)))
+        if (has_scales(s, p))
             ops->rows_unpack(scale, wire + up16((size_t)most * row_bytes), stride, split, k->k0, most, 4);
     }
 }
@@ -403,7 +411,7 @@ bool shard_backward(Shard *s, int l, int micro) {
     bool adds = micro > 0 && !reduced_each_micro_step(s, l);
     for (int j = 0; j < u->n_parts && !adds; j++) {
         const Param *w = whole(s, &u->part[j]);
-        // Norms' and an embedding's gradients are added to; those of linears, a tied table's among them, are overwritten.
+        // Norms' and an embedding's gradients are added to; those of linears, also a tied table's, are overwritten.
         if (is_norm(w) || (w->role == ROLE_EMBED && !s->c->tied))
             device_zero(shard_gradient(s, u->part[j].i), (size_t)w->rows * (size_t)w->cols * sizeof(float));
     }
@@ -412,13 +420,13 @@ bool shard_backward(Shard *s, int l, int micro) {
 
 float *shard_own_gradient(const Shard *s, int i) {
     const Param *p = &s->own.table->p[i];
-    if (s->own_grad) return s->own_grad + s->own.own.p[i].offset;
+    if (s->own_grad) return s->own_grad + s->own.held.p[i].offset;
     return shard_gradient(s, i) + (size_t)s->own.row0[i] * (size_t)p->cols;
 }
 
 // This rank's rows of tensor i in whole gradients, or in own_grad, whoever else holds them.
 static float *summed_rows(const Shard *s, int i) {
-    if (s->own_grad) return s->own_grad + s->own.own.p[i].offset;
+    if (s->own_grad) return s->own_grad + s->own.held.p[i].offset;
     return shard_gradient(s, i) + (size_t)split_begin(&s->own.split[i], s->own.rank) * (size_t)s->own.table->p[i].cols;
 }
 
@@ -449,7 +457,7 @@ static void pack_gradients(const Shard *s, const ShardUnit *u, const Chunk *k) {
 void shard_gradients(Shard *s, int l, int micro, bool last) {
     if (!s->grad_bytes || (!last && !reduced_each_micro_step(s, l))) return;
     ShardUnit *u = &s->unit[unit_of(l)];
-    for (int i = 0; i < u->n_chunks; i++) {
+    for (int i = u->n_chunks - 1; i >= 0; i--) {         // what is large last: nothing waits for it at once
         const Chunk *k = &u->chunk[i];
         if (!k->grad_stride) continue;
         reduce_end(s);
@@ -497,7 +505,7 @@ void shard_finish_gradients(Shard *s) {
 
 void shard_sum_state(Shard *s, StepState *state, bool with_gradients) {
     if (with_gradients && s->own_grad) {
-        ops->sum_squares(state, s->own_grad, s->own.own.n_elements);
+        ops->sum_squares(state, s->own_grad, s->own.held.n_elements);
     } else if (with_gradients && s->own.R == 1) {
         ops->sum_squares(state, s->grad, s->n_grad);
     } else if (with_gradients) {
@@ -530,7 +538,8 @@ static WireBytes unit_bytes(const Shard *s, int l) {
     return w;
 }
 
-void shard_plan_unit(const Shard *s, int l, double *gather, double *gradients) {
+void shard_plan_unit(const Shard *s, int l, double *gather, double *gradients, int *collectives) {
+    *collectives = s->unit[unit_of(l)].n_chunks;
     WireBytes w = unit_bytes(s, l);
     *gather = s->level == SHARD_NONE ? 0 : w.linears + w.others;
     *gradients = w.gradients;
@@ -566,7 +575,7 @@ int shard_rows(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, E
     size_t cols = (size_t)p->cols;
     for (int64_t row = row0; row < row0 + n;) {
         int q = o->rank;
-        int64_t begin = o->row0[i], end = begin + o->own.p[i].rows;
+        int64_t begin = o->row0[i], end = begin + o->held.p[i].rows;
         for (int k = 0; k < o->R && !(row >= begin && row < end); k++) {
             q = k;
             begin = split_begin(&o->split[i], k);
@@ -576,7 +585,7 @@ int shard_rows(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, E
         float *to = out + (size_t)(row - row0) * cols;
         size_t bytes = (size_t)want.n * cols * sizeof *to;
         if (q == o->rank) {
-            device_copy_out(to, r->master + o->own.p[i].offset + (size_t)(row - begin) * cols, bytes);
+            device_copy_out(to, r->master + o->held.p[i].offset + (size_t)(row - begin) * cols, bytes);
         } else {
             int rc = comm_host_send(&want, sizeof want, q, err);
             if (rc == 0) rc = comm_host_recv(to, bytes, q, err);
@@ -595,7 +604,7 @@ int shard_lend_rows(const ShardRows *r, Err *err) {
         int rc = comm_host_recv(&want, sizeof want, 0, err);
         if (rc < 0) return rc;
         if (!want.n) return 0;
-        const Param *own = &o->own.p[want.tensor];
+        const Param *own = &o->held.p[want.tensor];
         size_t n = (size_t)want.n * (size_t)own->cols;
         float *rows = xmalloc(n * sizeof *rows);
         device_copy_out(rows, r->master + own->offset + (size_t)(want.row0 - o->row0[want.tensor]) * (size_t)own->cols,

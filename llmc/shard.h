@@ -1,5 +1,5 @@
-// Sharding of parameters, gradients and optimizer state over ranks, by rows (FSDP, ZeRO). The model asks for the weights
-// of a unit and hands over its gradients; whether they are gathered, kept, or were always there is settled here. Units
+// Sharding of parameters, gradients and optimizer state over ranks, by rows (FSDP, ZeRO). The model asks for a unit's
+// weights and hands over its gradients; whether they are gathered, kept, or were always there is settled here. Units
 // are the embedding (SHARD_EMBED), the blocks 0 .. L-1, and the head with the final norm (L).
 //
 //   level   each rank keeps whole                  and its own rows of
@@ -8,8 +8,8 @@
 //   grad    weights                                gradients, optimizer state  (ZeRO 2)
 //   full    embedding, head and one block          weights too                 (ZeRO 3)
 //
-// Weights travel once after each update (full: each time a block is needed), one all-gather a block: as codes and scales
-// where they are fake-quantized, which lose nothing, else as floatX. Gradients travel as f32, one all-to-all a block,
+// Weights travel once after each update (full: each time a block is needed), one all-gather a block: as codes and
+// scales where they are fake-quantized, which lose nothing, else as floatX. Gradients travel as f32, one all-to-all a block,
 // and are added in rank order: after the last micro-step under none and optim, after each under grad and full; those of
 // embedding, head and final norm always after the last. While a block is computed the next one's weights and the one
 // before's gradients are on their way.
@@ -26,11 +26,11 @@ typedef enum { SHARD_NONE, SHARD_OPTIM, SHARD_GRAD, SHARD_FULL } ShardLevel;
 // The rows of every tensor that one rank holds of masters and optimizer state, in arenas of its own.
 typedef struct {
     const ParamTable *table;   // the whole tensors
-    ParamTable own;            // the same tensors with the rows held: rows (may be 0), offset, row_offset
+    ParamTable held;           // the same tensors with the rows held: rows (may be 0), offset, row_offset
     int64_t *row0;             // (table->n) the first row held
     RowSplit *split;           // (table->n) whose rows are whose, also where every rank holds all
     int R, rank;
-    bool replicated;           // every rank holds every row: own equals table
+    bool replicated;           // every rank holds every row: held equals table
 } OwnTable;
 
 // tied_head: a second quantized view of a tied table (NULL: none), whose blocks must stay on one rank too.
@@ -56,18 +56,19 @@ typedef struct {
     ShardMemory memory;
     WireBytes wire;            // received since the start
 
-    // What is private follows. Whole tensors lie at place[i] in work and grad; under full all blocks at the same places.
+    // What is private follows. Whole tensors lie at place[i] in work and grad, under full all blocks at the same.
     floatX *work;
     float *wscale, *grad;
     size_t *work_place, *row_place, *grad_place;    // (table->n)
     floatX *head;              // a tied table's second view, if it has one
     float *head_scale;
-    float *own_grad;           // laid out by own.own; NULL where own rows are summed in place in grad
+    float *own_grad;           // laid out by own.held; NULL where own rows are summed in place in grad
     ShardUnit *unit;           // (L + 2)
     uint8_t *wire_own, *wire_all;
     float *send, *receive;
     size_t n_work, n_rows, n_grad, own_bytes, all_bytes, grad_bytes;
     bool fake_quant;
+    bool block_scales;         // some linear works as codes, so blocks' row scales are written and sent for all
     int held;                  // full: the block that lies in the blocks' place, or -1
     struct { int unit, chunk; CommTicket ticket; } gathering, reducing;   // unit -1: none
     bool reduce_adds;
@@ -79,8 +80,9 @@ int shard_plan(Shard *s, const LlamaConfig *c, const QuantPlan *plan, const Para
                bool gather_quantized, int R, int rank, Err *err);
 // Bytes that a rank receives in one step of grad_accum micro-steps, with fake quantization on.
 WireBytes shard_plan_wire(const Shard *s, int grad_accum);
-// Of it, bytes of unit l each time it is gathered, and each time its gradients are summed (none: once more to spread).
-void shard_plan_unit(const Shard *s, int l, double *gather, double *gradients);
+// Of it, bytes of unit l each time it is gathered, and each time its gradients are summed (none: once more to spread),
+// and in how many collectives.
+void shard_plan_unit(const Shard *s, int l, double *gather, double *gradients, int *collectives);
 int shard_alloc(Shard *s, Err *err);
 void shard_free(Shard *s);
 
@@ -101,21 +103,21 @@ static inline float *shard_gradient(const Shard *s, int i) { return s->grad + s-
 // --- what the update calls ---------------------------------------------------------------------------------------
 // After the last micro-step: gradients of own rows are sums over all ranks.
 void shard_finish_gradients(Shard *s);
-// The gradient of own rows of tensor i, (own.own.p[i].rows, cols).
+// The gradient of own rows of tensor i, (own.held.p[i].rows, cols).
 float *shard_own_gradient(const Shard *s, int i);
 // state->grad_squares over all ranks, and their losses, tokens and wishes to stop.
 void shard_sum_state(Shard *s, StepState *state, bool with_gradients);
 // Whether the update is to write working weights itself, at shard_weight: no other rank waits for them.
 static inline bool shard_updates_weights(const Shard *s) { return s->level == SHARD_NONE; }
-// Masters (laid out by own.own) have changed: whole weights are gathered anew when they are next asked for.
+// Masters (laid out by own.held) have changed: whole weights are gathered anew when they are next asked for.
 void shard_weights_changed(Shard *s, const float *master, bool fake_quant);
 // The same, with all working values made again from masters: fake quantization was switched on or off.
 void shard_requantize(Shard *s, const float *master, bool fake_quant);
 
 // --- export: one rank writes whole tensors, the others lend it their rows -------------------------------------------
 typedef struct { const Shard *s; const float *master; } ShardRows;
-// RowSource (checkpoint.h) on rank 0; ctx is a ShardRows. The other ranks are in shard_lend_rows meanwhile, until rank 0
-// calls shard_rows_end.
+// RowSource (checkpoint.h) on rank 0; ctx is a ShardRows. The other ranks are in shard_lend_rows meanwhile, until rank
+// 0 calls shard_rows_end.
 int shard_rows(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err);
 int shard_lend_rows(const ShardRows *r, Err *err);
 int shard_rows_end(const ShardRows *r, Err *err);

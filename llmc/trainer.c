@@ -1,5 +1,6 @@
 #include "trainer.h"
 #include <signal.h>
+#include <time.h>
 #include <unistd.h>
 #include "device.h"
 
@@ -8,8 +9,14 @@
 
 static volatile sig_atomic_t caught;
 
+static volatile time_t caught_at;
+
+// A launcher and a terminal may hand on the same signal twice within moments: only a later one is impatience.
 static void on_signal(int sig) {
-    if (caught) _exit(128 + sig);
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (caught && now.tv_sec - caught_at >= 2) _exit(128 + sig);
+    if (!caught) caught_at = now.tv_sec;
     caught = sig;
 }
 
@@ -51,7 +58,8 @@ int memory_plan_print(double *planned, const MemoryItem *items, int n, int B, FI
     fmt_bytes(have, available);
     if (largest < 1)
         return err_set(err, E_NOMEM, "the memory plan needs %s and %s are available, too little for one sequence: use a "
-                                     "smaller model, a shorter --seq-len or --recompute block", need, have);
+                                     "smaller model, a shorter --seq-len, --recompute block, or more ranks with "
+                                     "--shard full", need, have);
     return err_set(err, E_NOMEM, "the memory plan needs %s and %s are available: the largest batch that fits is --batch "
                                  "%.0f; or use --recompute block", need, have, largest);
 }

@@ -6,8 +6,9 @@
 #include "logger.h"
 #include "quant.h"
 
-// SIGINT, SIGTERM and SIGUSR1 ask the loop to save and leave; a second one ends the process at once. SIGUSR1 is what
-// mpirun and srun hand on to the ranks; told to end by another signal, they end the ranks within a second.
+// SIGINT, SIGTERM and SIGUSR1 ask the loop to save and leave; another one, two seconds later or more, ends the process
+// at once. SIGUSR1 is what mpirun and srun hand on to the ranks; told to end by another signal, they end the ranks
+// within a second.
 void trainer_catch_signals(void);
 int trainer_signal(void);                      // the signal that came, or 0
 

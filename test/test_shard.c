@@ -10,24 +10,28 @@
 typedef struct { LlamaConfig c; QuantPlan plan; ParamTable table; } Model;
 
 static void make_model(Model *m, const char *shape, const char *scheme, const char *weight, const char *embedding,
-                       const char *head) {
+                       const char *head, const char *rule) {
     Err err;
     assert_int_equal(llama_config_named(&m->c, shape, &err), 0);
-    assert_int_equal(quant_plan_from_options(&m->plan, NULL, scheme, weight, NULL, embedding, head, NULL, 0, &err), 0);
+    assert_int_equal(quant_plan_from_options(&m->plan, NULL, scheme, weight, NULL, embedding, head, &rule, rule != NULL,
+                                             &err), 0);
     assert_int_equal(param_table_build(&m->table, &m->c, &m->plan, &err), 0);
 }
 
-static const struct { const char *shape, *scheme, *weight, *embedding, *head; } models[] = {
-    {"tiny", "none", NULL, NULL, NULL},
-    {"tiny-untied", "8da4w-32", NULL, NULL, NULL},
-    {"tiny", "int8wo", NULL, "int4,group=32", "int8,channel"},
-    {"tiny-untied", NULL, "int5,block=2x16,asymmetric", "int8,channel", NULL},
-    {"tiny", NULL, "int8,tensor,symmetric", "int4,block=3x32", "int8,block=2x16"},
-    {"tiny", "int4wo-32", NULL, NULL, NULL},
+static const struct { const char *shape, *scheme, *weight, *embedding, *head, *rule; } models[] = {
+    {"tiny", "none", NULL, NULL, NULL, NULL},
+    {"tiny-untied", "8da4w-32", NULL, NULL, NULL, NULL},
+    {"tiny", "int8wo", NULL, "int4,group=32", "int8,channel", NULL},
+    {"tiny-untied", NULL, "int5,block=2x16,asymmetric", "int8,channel", NULL, NULL},
+    {"tiny", NULL, "int8,tensor,symmetric", "int4,block=3x32", "int8,block=2x16", NULL},
+    {"tiny", "int4wo-32", NULL, NULL, NULL, NULL},
+    {"tiny", "int8wo", NULL, NULL, NULL, "*layers.1.self_attn.k_proj*=none"},
+    {"tiny-untied", "int8wo", NULL, NULL, NULL, "*.up_proj*=int4wo-32"},
 };
 #define N_MODELS ((int)(sizeof models / sizeof *models))
 static void make(Model *m, int i) {
-    make_model(m, models[i].shape, models[i].scheme, models[i].weight, models[i].embedding, models[i].head);
+    make_model(m, models[i].shape, models[i].scheme, models[i].weight, models[i].embedding, models[i].head,
+               models[i].rule);
 }
 
 // Every row of every tensor belongs to one rank, in rank order, and no block of a scale to two.
@@ -43,18 +47,18 @@ static void test_rows_are_dealt_out(void **state) {
                 OwnTable o;
                 assert_int_equal(own_table_build(&o, &m.table, &m.plan.tied_head, R, r, false, &err), 0);
                 for (int i = 0; i < m.table.n; i++) {
-                    const Param *p = &o.own.p[i];
+                    const Param *p = &o.held.p[i];
                     int64_t block[2] = {1, 1};
                     if (p->scheme.weight.bits)
                         assert_int_equal(quant_block_shape(&p->scheme.weight, m.table.p[i].rows, p->cols, block, &err),
                                          0);
                     assert_int_equal(o.row0[i], next[i]);
                     assert_int_equal(p->rows % block[0], 0);
-                    assert_true(p->offset % 16 == 0 && p->offset + (size_t)(p->rows * p->cols) <= o.own.n_elements);
+                    assert_true(p->offset % 16 == 0 && p->offset + (size_t)(p->rows * p->cols) <= o.held.n_elements);
                     next[i] += p->rows;
                 }
-                if ((int64_t)o.own.n_params < smallest) smallest = (int64_t)o.own.n_params;
-                if ((int64_t)o.own.n_params > largest) largest = (int64_t)o.own.n_params;
+                if ((int64_t)o.held.n_params < smallest) smallest = (int64_t)o.held.n_params;
+                if ((int64_t)o.held.n_params > largest) largest = (int64_t)o.held.n_params;
                 own_table_free(&o);
             }
             for (int i = 0; i < m.table.n; i++) assert_int_equal(next[i], m.table.p[i].rows);
@@ -71,7 +75,7 @@ static void test_bytes_on_the_wire(void **state) {
     (void)state;
     Model m;
     Err err;
-    make_model(&m, "1M", "8da4w-32", NULL, NULL, NULL);
+    make_model(&m, "1M", "8da4w-32", NULL, NULL, NULL, NULL);
     for (int R = 2; R <= 8; R++) {
         Shard quant, full;
         assert_int_equal(shard_plan(&quant, &m.c, &m.plan, &m.table, SHARD_FULL, true, R, R - 1, &err), 0);
@@ -100,7 +104,7 @@ static void test_memory(void **state) {
     (void)state;
     Model m;
     Err err;
-    make_model(&m, "8B-4", "8da4w-32", NULL, NULL, NULL);
+    make_model(&m, "8B-4", "8da4w-32", NULL, NULL, NULL, NULL);
     double block = 0, ends = 0;
     for (int i = 0; i < m.table.n; i++) {
         double n = (double)m.table.p[i].rows * (double)m.table.p[i].cols;
@@ -111,7 +115,7 @@ static void test_memory(void **state) {
         Shard s;
         assert_int_equal(shard_plan(&s, &m.c, &m.plan, &m.table, SHARD_FULL, true, R, 0, &err), 0);
         double n = (double)m.table.n_params;
-        assert_true((double)s.own.own.n_elements <= n / R * 1.001 + 40 * 14336);
+        assert_true((double)s.own.held.n_elements <= n / R * 1.001 + 40 * 14336);
         assert_true(s.memory.weights <= (block + ends) * sizeof(floatX) * 1.01);
         assert_true(s.memory.gradients <= (block + ends) * 4 * 1.001);
         // To send and to receive: a block's gradients each; packed: own rows, and a block of floats.
@@ -133,11 +137,11 @@ static void one_model_weights(Model *m, ShardLevel level, bool quantized) {
     assert_int_equal(shard_plan(&s, &m->c, &m->plan, &m->table, level, quantized, 1, 0, &err), 0);
     assert_int_equal(shard_alloc(&s, &err), 0);
     size_t most = (size_t)m->c.V * (size_t)m->c.C;
-    float *master = xcalloc(s.own.own.n_elements, 4), *scale = xcalloc((size_t)m->c.V, 4);
+    float *master = xcalloc(s.own.held.n_elements, 4), *scale = xcalloc((size_t)m->c.V, 4);
     floatX *want = xcalloc(most > 65536 ? most : 65536, sizeof *want);
     for (int round = 0; round < 3; round++) {
         bool fq = round != 1;
-        random_values(master, s.own.own.n_elements, (uint64_t)round);
+        random_values(master, s.own.held.n_elements, (uint64_t)round);
         shard_requantize(&s, master, fq);
         for (int pass = 0; pass < 2; pass++)
             for (int k = 0; k < m->c.L + 2; k++) {
@@ -148,15 +152,18 @@ static void one_model_weights(Model *m, ShardLevel level, bool quantized) {
                     const Param *p = &m->table.p[i];
                     int unit = p->role == ROLE_EMBED ? SHARD_EMBED : p->layer < 0 ? m->c.L : p->layer;
                     if (unit != l) continue;
-                    const float *rows = master + s.own.own.p[i].offset;
+                    const float *rows = master + s.own.held.p[i].offset;
                     ops->weight_fq(want, scale, rows, fq ? &p->scheme.weight : NULL, p->rows, p->cols);
                     assert_memory_equal(shard_weight(&s, i), want, (size_t)(p->rows * p->cols) * sizeof *want);
-                    if (quant_works_as_codes(&p->scheme.weight))
+                    // Where one linear works as codes, others fused with it have scales too: ones.
+                    bool scales = quant_works_as_codes(&p->scheme.weight) ||
+                                  (p->layer >= 0 && p->decay && quant_works_as_codes(&m->plan.linear.weight));
+                    if (scales)
                         assert_memory_equal(shard_weight_scale(&s, i), scale, (size_t)p->rows * 4);
                 }
             }
         if (s.head) {
-            ops->weight_fq(want, scale, master + s.own.own.p[0].offset, fq ? &m->plan.tied_head : NULL, m->c.V, m->c.C);
+            ops->weight_fq(want, scale, master + s.own.held.p[0].offset, fq ? &m->plan.tied_head : NULL, m->c.V, m->c.C);
             assert_memory_equal(s.head, want, most * sizeof *want);
             if (s.head_scale) assert_memory_equal(s.head_scale, scale, (size_t)m->c.V * 4);
         }
@@ -187,7 +194,7 @@ static void test_gradients(void **state) {
             make(&m, k);
             assert_int_equal(shard_plan(&s, &m.c, &m.plan, &m.table, (ShardLevel)level, true, 1, 0, &err), 0);
             assert_int_equal(shard_alloc(&s, &err), 0);
-            float *master = xcalloc(s.own.own.n_elements, 4);
+            float *master = xcalloc(s.own.held.n_elements, 4);
             shard_requantize(&s, master, true);
             for (int step = 0; step < 2; step++) {
                 double squares = 0;

@@ -37,6 +37,14 @@ static const Option options[] = {
 typedef struct { double compute, wire; } Clocks;               // when each is free, in seconds
 typedef struct { double step, alone, waited; } StepTime;
 
+typedef struct { double gather, gradients; int n; } Unit;     // bytes, and in how many collectives
+
+static Unit unit(const Shard *s, int l) {
+    Unit u;
+    shard_plan_unit(s, l, &u.gather, &u.gradients, &u.n);
+    return u;
+}
+
 // A collective of `bytes` begins when both clocks are free and ends after its time; it does not hold up the computing.
 static double send(Clocks *c, double bytes, double link) {
     double start = c->wire > c->compute ? c->wire : c->compute;
@@ -55,41 +63,44 @@ static StepTime step_time(const Shard *s, const LlamaConfig *c, double link) {
     double tokens = (double)run.B * run.T, flops = llama_train_flops_per_token(c, run.T) * tokens;
     double head = 2.0 * (double)c->V * c->C * tokens / (run.tflops * 1e12);
     double block = (flops / (run.tflops * 1e12) - 3 * head) / (3.0 * c->L);          // forward; the backward is twice that
-    double gather[2], gradients[2], ends_gather[2], ends_gradients[2];
-    shard_plan_unit(s, 0, &gather[0], &gradients[0]);
-    shard_plan_unit(s, SHARD_EMBED, &ends_gather[0], &ends_gradients[0]);
-    shard_plan_unit(s, c->L, &ends_gather[1], &ends_gradients[1]);
+    Unit blocks = unit(s, 0), embed = unit(s, SHARD_EMBED), ends = unit(s, c->L);
     bool full = s->level == SHARD_FULL, each = s->level >= SHARD_GRAD;
     Clocks k = {0};
     StepTime st = {0};
     double reduced = 0;                                                              // when the sum under way is there
     for (int micro = 0; micro < run.grad_accum; micro++) {
         bool first = micro == 0, last = micro == run.grad_accum - 1, gathers = full || first;
-        if (first) wait_until(&k, send(&k, ends_gather[0], link), &st);
-        double there = gathers && first ? send(&k, gather[0], link) : 0;             // block 0 stays from micro-step on
+        for (int i = 0; i < embed.n && first; i++) wait_until(&k, send(&k, embed.gather / embed.n, link), &st);
+        double there = gathers && first ? send(&k, blocks.gather, link) : 0;             // block 0 stays from micro-step on
         for (int l = 0; l < c->L; l++) {
             wait_until(&k, there, &st);
             there = 0;
-            if (l + 1 < c->L && gathers) there = send(&k, gather[0], link);
-            else if (l + 1 == c->L && first) there = send(&k, ends_gather[1], link);
+            if (l + 1 < c->L && gathers) there = send(&k, blocks.gather, link);
+            else if (l + 1 == c->L && first) there = send(&k, ends.gather / ends.n, link);
             k.compute += block;
         }
         wait_until(&k, there, &st);
+        for (int i = 1; i < ends.n && first; i++) wait_until(&k, send(&k, ends.gather / ends.n, link), &st);
         k.compute += 3 * head;
-        if (last) reduced = send(&k, ends_gradients[1], link);
+        for (int i = 0; i < ends.n && last; i++) {
+            wait_until(&k, reduced, &st);
+            reduced = send(&k, ends.gradients / ends.n, link);
+        }
         there = 0;
         for (int l = c->L - 1; l >= 0; l--) {
             wait_until(&k, there, &st);
-            if (full && l > 0) there = send(&k, gather[0], link);
+            if (full && l > 0) there = send(&k, blocks.gather, link);
             k.compute += 2 * block;
             wait_until(&k, reduced, &st);
-            if (each || last) reduced = send(&k, gradients[0], link);
+            if (each || last) reduced = send(&k, blocks.gradients, link);
         }
     }
-    wait_until(&k, reduced, &st);
-    wait_until(&k, send(&k, ends_gradients[0], link), &st);
+    for (int i = 0; i <= embed.n; i++) {
+        wait_until(&k, reduced, &st);
+        if (i < embed.n) reduced = send(&k, embed.gradients / embed.n, link);
+    }
     if (s->level == SHARD_NONE)                                                      // spread to all
-        wait_until(&k, send(&k, gradients[0] * c->L + ends_gradients[0] + ends_gradients[1], link), &st);
+        wait_until(&k, send(&k, blocks.gradients * c->L + embed.gradients + ends.gradients, link), &st);
     st.step = k.compute;
     st.alone = run.grad_accum * (3.0 * c->L * block + 3 * head);
     return st;
@@ -102,7 +113,7 @@ static int plan(const LlamaConfig *c, const QuantPlan *q, const ParamTable *tabl
     for (int r = R - 1; r >= 0; r--) {
         int rc = shard_plan(&s, c, q, table, (ShardLevel)run.shard, run.gather == 0, R, r, err);
         if (rc < 0) return rc;
-        double state = 12.0 * (double)s.own.own.n_elements;                          // master, m, v
+        double state = 12.0 * (double)s.own.held.n_elements;                          // master, m, v
         own = fmax(own, state);
         most = fmax(most, state + s.memory.weights + s.memory.gradients + s.memory.own_gradients + s.memory.buffers);
         if (r > 0) shard_free(&s);

@@ -20,7 +20,7 @@ fail() { note "$@"; exit 2; }
 gpus_here() {
     local n=0
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        n=$(printf '%s' "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .)
+        n=$(printf '%s' "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | sed '/^ *-/,$d' | grep -c .)    # the driver stops at -1
     elif command -v nvidia-smi >/dev/null 2>&1; then
         n=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
     fi
@@ -30,7 +30,7 @@ gpus_here() {
 # Cores that this shell may use: hyperthreads do not count, they have no matrix unit of their own.
 cores_here() {
     local physical may
-    may=$(nproc)
+    may=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)      # which would obey them
     physical=$(lscpu -p=CORE,SOCKET 2>/dev/null | grep -v '^#' | sort -u | wc -l)
     if [ "$physical" -gt 0 ] && [ "$physical" -lt "$may" ]; then echo "$physical"; else echo "$may"; fi
 }
@@ -97,6 +97,7 @@ has_option() { # has_option NAME COMMAND...
 # rank died in the first moments of its life. Only for launchers whose children are the ranks.
 watch_launcher() {
     local idle=0 seconds=${STUCK:-60}
+    ps -o stat= --ppid $$ >/dev/null 2>&1 || return 0      # a ps that cannot tell would say that none is alive
     while sleep 1 && kill -0 "$1" 2>/dev/null; do
         if ps -o stat= --ppid "$1" | awk '!/Z/ { n++ } END { exit !n }'; then idle=0; else idle=$((idle + 1)); fi
         if [ "$idle" -ge "$seconds" ]; then
@@ -129,6 +130,7 @@ multi_run() {
     while :; do
         (launch "$here/rank.sh" "$@" ${more[@]+"${more[@]}"}) </dev/null &
         pid=$!
+        [ "$stopped" = 0 ] || kill -USR1 "$pid" 2>/dev/null       # the signal came while nothing ran
         [ "${ranks_are_children:-0}" = 0 ] || watch_launcher "$pid" &
         while :; do                                     # a trapped signal ends `wait`, not the launcher
             wait "$pid"
