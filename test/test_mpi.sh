@@ -203,6 +203,22 @@ val_losses() { # with fake quantization and without, of steps 2, 4 and 6
     grep '"event": "val"' "$tmp/$1/log.jsonl" | grep -o '"loss[_fq]*": [^,}]*' | cut -d ' ' -f 2
 }
 
+# Ranks that do not see the same folder, or not the same checkpoint in it, are told so at the start.
+apart() { # apart WORD ARGUMENTS...: rank 0 in one folder, rank 1 in another
+    local word=$1
+    shift
+    # shellcheck disable=SC2016
+    if mpi_run 2 sh -c 'cd "$0/folder-${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" && exec "$@"' "$tmp" "$bin/train_llama_qat" \
+        --init tiny --train-data "$tmp/train.txt" --seq-len 32 --steps 2 --threads 1 "$@"; then
+        echo "it ran"
+        return 1
+    fi >"$tmp/apart.txt" 2>&1
+    grep -q "$word" "$tmp/apart.txt" || { cat "$tmp/apart.txt"; return 1; }
+}
+folders_apart() {
+    mkdir -p "$tmp/folder-0" "$tmp/folder-1" && apart "does not see in --out" --out run
+}
+
 if [ -n "${FULL:-}" ]; then
     for scheme in 8da4w-32 none; do
         for accum in 1 2; do check "matrix_${scheme}_$accum" matrix $scheme $accum 1 2 3 4 8; done
@@ -220,6 +236,8 @@ check untied variant untied 3 full 2 --init tiny-untied --scheme 8da4w-32
 check embedding_and_head variant emb 3 full 2 --scheme 8da4w-32 --embedding int4,group=32 --head int8,channel
 check blocks variant blocks 3 full 2 --weight int5,block=2x16,asymmetric
 check recompute recompute
+check mixed_rules variant mixed 3 full 2 --scheme int8wo --rule '*layers.0*k_proj*=none' --rule '*up_proj*=int4wo-32'
+check folders_apart folders_apart
 if [ -n "${FULL:-}" ]; then
     check eight_ranks_sgd sgd 8 grad
     check ste_clip variant clip 4 full 1 --scheme 8da4w-32 --ste clip
