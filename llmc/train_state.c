@@ -256,12 +256,12 @@ static bool writes_all(const OwnTable *own) { return !own->replicated || own->R 
 static size_t copy_layout(const OwnTable *own, size_t *offset) {
     size_t n = 0;
     if (writes_all(own)) {
-        for (int i = 0; offset && i < own->own.n; i++) offset[i] = own->own.p[i].offset;
-        return own->own.n_elements;
+        for (int i = 0; offset && i < own->held.n; i++) offset[i] = own->held.p[i].offset;
+        return own->held.n_elements;
     }
-    for (int i = 0; i < own->own.n; i++) {
+    for (int i = 0; i < own->held.n; i++) {
         if (offset) offset[i] = n;
-        n += (size_t)split_count(&own->split[i], own->rank) * (size_t)own->own.p[i].cols;
+        n += (size_t)split_count(&own->split[i], own->rank) * (size_t)own->held.p[i].cols;
     }
     return n;
 }
@@ -284,14 +284,14 @@ static void copy_out(void *host, const void *dev, size_t bytes) {
 
 // in_place: the file is written from the arrays themselves.
 static void copy_arrays(const OwnTable *own, const StateArray *arrays, int n_arrays, bool in_place) {
-    size_t *offset = xcalloc((size_t)own->own.n + 1, sizeof *offset), n = copy_layout(own, offset);
-    save.stretches = xcalloc((size_t)n_arrays * (size_t)own->own.n + 1, sizeof *save.stretches);
+    size_t *offset = xcalloc((size_t)own->held.n + 1, sizeof *offset), n = copy_layout(own, offset);
+    save.stretches = xcalloc((size_t)n_arrays * (size_t)own->held.n + 1, sizeof *save.stretches);
     save.n_stretches = 0;
     for (int a = 0; a < n_arrays; a++) {
         float *copy = in_place ? NULL : (float *)save.copy + (size_t)a * n;
         if (!in_place && writes_all(own) && n) copy_out(copy, arrays[a].data, n * sizeof *copy);
-        for (int i = 0; i < own->own.n; i++) {
-            const Param *p = &own->own.p[i];
+        for (int i = 0; i < own->held.n; i++) {
+            const Param *p = &own->held.p[i];
             int64_t skip = split_begin(&own->split[i], own->rank) - own->row0[i];
             size_t bytes = (size_t)split_count(&own->split[i], own->rank) * (size_t)p->cols * sizeof *copy;
             if (!bytes) continue;
@@ -632,7 +632,7 @@ static int check_run(const TrainMarker *m, const TrainMarker *mine, const char *
 // The rows of tensor i that file `rank` has and this rank holds: *begin and their number.
 static int64_t shared_rows(const TrainMarker *m, const OwnTable *own, int i, int rank, int64_t *begin) {
     const RowSplit *s = &m->tensors[i].split;
-    int64_t b = split_begin(s, rank), e = b + split_count(s, rank), ob = own->row0[i], oe = ob + own->own.p[i].rows;
+    int64_t b = split_begin(s, rank), e = b + split_count(s, rank), ob = own->row0[i], oe = ob + own->held.p[i].rows;
     *begin = b > ob ? b : ob;
     e = e < oe ? e : oe;
     return e > *begin ? e - *begin : 0;
@@ -684,7 +684,7 @@ static int load_file(const char *path, const TrainMarker *m, int rank, const Own
     if (rc == 0) rc = check_header(&st, m, own->table, rank, err);
     for (int a = 0; a < m->n_arrays && rc == 0; a++)
         for (int i = 0; i < m->n_tensors; i++) {
-            const Param *p = &own->own.p[i];
+            const Param *p = &own->held.p[i];
             int64_t begin, rows = shared_rows(m, own, i, rank, &begin);
             if (!rows) continue;
             char name[128];

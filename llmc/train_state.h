@@ -17,7 +17,7 @@ typedef struct {
     int T;
 } TrainProgress;
 
-// Masters and optimizer state: f32 in device memory, laid out by OwnTable.own. AdamW has master, m, v; SGD master, m.
+// Masters and optimizer state: f32 in device memory, laid out by OwnTable.held. AdamW has master, m, v; SGD master, m.
 typedef struct { const char *name; float *data; } StateArray;
 
 // Before the first save or load of a run: rank 0 removes what a killed run left half written in OUT. No other rank may

@@ -144,7 +144,7 @@ static void rank_open(Rank *k, int R, int rank, bool replicated) {
     Err err = {0};
     if (own_table_build(&k->own, &table, NULL, R, rank, replicated, &err)) fail_msg("%s", err.text);
     for (int a = 0; a < 3; a++)
-        k->arrays[a] = (StateArray){array_names[a], calloc(k->own.own.n_elements + 1, sizeof(float))};
+        k->arrays[a] = (StateArray){array_names[a], calloc(k->own.held.n_elements + 1, sizeof(float))};
 }
 
 static void rank_close(Rank *k) {
@@ -157,7 +157,7 @@ static int64_t rank_values(const Rank *k, int64_t step, bool write) {
     int64_t wrong = 0;
     for (int a = 0; a < 3; a++)
         for (int i = 0; i < table.n; i++) {
-            const Param *p = &k->own.own.p[i];
+            const Param *p = &k->own.held.p[i];
             uint32_t *x = (uint32_t *)(k->arrays[a].data + p->offset);
             for (int64_t r = 0; r < p->rows; r++)
                 for (int64_t c = 0; c < p->cols; c++, x++) {
@@ -394,8 +394,8 @@ static void folder_contents(void **state) {
     Rank own, all;
     rank_open(&own, 3, 1, false);
     rank_open(&all, 3, 1, true);
-    assert_int_equal(train_state_copy_bytes(&own.own, 3), 12 * own.own.own.n_elements);
-    assert_int_equal(train_state_copy_bytes(&all.own, 2), 8 * own.own.own.n_params);
+    assert_int_equal(train_state_copy_bytes(&own.own, 3), 12 * own.own.held.n_elements);
+    assert_int_equal(train_state_copy_bytes(&all.own, 2), 8 * own.own.held.n_params);
     rank_close(&own);
     rank_close(&all);
 }
@@ -843,11 +843,11 @@ static void one_process(void **state) {
 
     // No memory for the copy; no such folder; a file where the folder should be.
 #ifndef __SANITIZE_ADDRESS__
-    size_t n = k.own.own.n_elements;
-    k.own.own.n_elements = (size_t)1 << 50;
+    size_t n = k.own.held.n_elements;
+    k.own.held.n_elements = (size_t)1 << 50;
     TrainProgress p = progress_of(8);
     assert_int_equal(train_state_save(out, &p, &config, &plan, &k.own, k.arrays, 3, 0, &err), E_NOMEM);
-    k.own.own.n_elements = n;
+    k.own.held.n_elements = n;
 #endif
     write_whole(in_out("step-8.tmp"), "x", 1);
     assert_int_equal(rank_save(&k, 8, 0, &err), 0);
