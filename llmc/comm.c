@@ -7,6 +7,8 @@
 #include <time.h>
 #include <unistd.h>
 
+enum { END_SECONDS = 60 };              // for MPI_Finalize
+
 // NCCL's wing is linked into a program or it is not: a weak symbol is NULL where it is missing.
 extern const CommWing comm_wing_nccl __attribute__((weak));
 
@@ -95,7 +97,7 @@ static void describe(const char *transport) {
                  "; bound to %d of %d cores each (mpirun --bind-to none: all)", cores, all);
 }
 
-int comm_init(int *argc, char ***argv, Err *err) {
+static int join(int *argc, char ***argv, Err *err) {
     const char *by;
     int n = launched(&by);
     if (n == 1) return 0;
@@ -122,14 +124,21 @@ int comm_init(int *argc, char ***argv, Err *err) {
     if (self.rank == 0 && !off) guard_listen(&place, self.machines == 1);
     if (off) place.port = -1;
     if ((rc = comm_host_broadcast(&place, sizeof place, 0, err)) < 0) return rc;
+    guard_deadline(0, NULL, 0);         // the guard has its own
     if (place.port >= 0) {
         if ((rc = guard_connect(&place, self.rank, self.size, err)) < 0) return rc;
-        guard_watch(ranks, self.local_rank);
+        if ((rc = guard_watch(ranks, self.local_rank, err)) < 0) return rc;
     }
     char transport[80];
     snprintf(transport, sizeof transport, "MPI (%s)", self.library);
     describe(transport);
     return 0;
+}
+
+int comm_init(int *argc, char ***argv, Err *err) {
+    int rc = join(argc, argv, err);
+    guard_deadline(0, NULL, 0);         // mpi_start has set it
+    return rc;
 }
 
 void comm_end(void) {
@@ -143,7 +152,11 @@ void comm_end(void) {
             comm_barrier(NULL);
             guard_goodbye();
         }
+        // All work is done, and nothing watches any more: should a rank die in MPI_Finalize, the others end well.
+        fflush(stdout);
+        guard_deadline(END_SECONDS, NULL, 0);
         mpi_stop();
+        guard_deadline(0, NULL, 0);
     }
     free(ranks);
     free(stage_in);
@@ -159,9 +172,9 @@ void comm_end(void) {
 
 void comm_die(const Err *err) {
     if (self.size == 1) die(err);
-    fflush(stdout);
     if (guard_watching()) guard_die(err);
     // Without the watch: as quietly as can be, but certainly.
+    fflush(stdout);
     if (self.rank > 0) nanosleep(&(struct timespec){0, 300000000}, NULL);
     fprintf(stderr, "%s[rank %d]: %s\n", program_name, self.rank, err->text);
     mpi_abort(err->code == E_USAGE ? 2 : 1);

@@ -146,7 +146,10 @@ static int connect_to(const GuardAddress *a, int port, double deadline) {
     struct pollfd p = {fd, POLLOUT, 0};
     double left = deadline - now_seconds();
     if (error == EINPROGRESS) {
-        error = left > 0 && poll(&p, 1, (int)(left * 1000) + 1) > 0 ? 0 : ETIMEDOUT;
+        int k = 0;
+        while (left > 0 && (k = poll(&p, 1, (int)(left * 1000) + 1)) < 0 && errno == EINTR)
+            left = deadline - now_seconds();
+        error = k > 0 ? 0 : ETIMEDOUT;
         if (!error && getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &n)) error = errno;
     }
     if (!error) return fd;
@@ -158,6 +161,7 @@ static int connect_to(const GuardAddress *a, int port, double deadline) {
 static int meet_rank_0(const GuardPlace *place, Err *err) {
     Hello hello = {token, my_rank, (int32_t)getpid()};
     char tried[256] = "", why[128] = "it has no address";
+    double last = now_seconds() + MEET_SECONDS;
     for (int i = 0; i < place->n; i++) {
         const GuardAddress *a = &place->address[i];
         int fd = connect_to(a, place->port, now_seconds() + 3);
@@ -165,9 +169,12 @@ static int meet_rank_0(const GuardPlace *place, Err *err) {
         if (fd < 0) {
             snprintf(why, sizeof why, "%s", strerror(errno));
         } else {
-            // Another process may have that address in this network; only rank 0 knows the answer.
+            // Another process may have that address in this network; only rank 0 knows the answer. One that says
+            // nothing must leave time for the other addresses.
+            double until = now_seconds() + MEET_SECONDS / 4;
+            if (until > last) until = last;
             if (transfer_exactly(fd, &hello, sizeof hello, true, now_seconds() + HELLO_SECONDS) &&
-                transfer_exactly(fd, &answer, sizeof answer, false, now_seconds() + MEET_SECONDS) && answer == ~token) {
+                transfer_exactly(fd, &answer, sizeof answer, false, until) && answer == ~token) {
                 set_options(fd, a->bytes[0] == 127);
                 links[0].fd = fd;
                 return 0;
@@ -273,9 +280,28 @@ static void flush_output(void) {
     }
 }
 
-static void print_error(int rank, const char *text) {
+enum { LINE = sizeof(((Err *)0)->text) + 256, STUCK_SECONDS = 5 };
+
+// Prints a line of text; false if whoever reads stderr takes nothing for so many seconds.
+static bool say(const char *line, int seconds) {
+    struct pollfd p = {STDERR_FILENO, POLLOUT, 0};
+    double left = seconds, until = now_seconds() + left;
+    int k;
     flush_output();
-    dprintf(STDERR_FILENO, "%s[rank %d]: %s\n", program_name, rank, text);
+    while ((k = poll(&p, 1, (int)(left * 1000))) < 0 && errno == EINTR)
+        left = until > now_seconds() ? until - now_seconds() : 0;
+    if (k == 0) return false;
+    dprintf(STDERR_FILENO, "%s\n", line);
+    return true;
+}
+
+static void word_error(char line[LINE], int rank, const char *text) {
+    snprintf(line, LINE, "%.200s[rank %d]: %s", program_name, rank, text);
+}
+static void print_error(int rank, const char *text) {
+    char line[LINE];
+    word_error(line, rank, text);
+    say(line, STUCK_SECONDS);
 }
 
 static bool send_frame(int fd, FrameKind kind, int status, const char *text) {
@@ -288,17 +314,21 @@ static bool send_frame(int fd, FrameKind kind, int status, const char *text) {
     return send(fd, bytes, (size_t)n, MSG_NOSIGNAL | MSG_DONTWAIT) == n;
 }
 
-// Rank 0, after claim(): all others end, then this process.
+// Rank 0, after claim(): tells why, then all others end, then this process.
 #if defined(__GNUC__)
 __attribute__((noreturn))
 #endif
-static void end_all(int status) {
+static void end_all(int status, const char *line) {
+    // First the line, because a launcher may end this process as soon as another has ended; but a line that must wait
+    // for its reader does not hold up the order.
+    bool said = say(line, 0);
     struct pollfd *p = calloc((size_t)n_ranks, sizeof *p);
     for (int r = 1; r < n_ranks; r++) {
         if (links[r].fd >= 0) send_frame(links[r].fd, F_END, status, NULL);
         if (links[r].fd >= 0) shutdown(links[r].fd, SHUT_WR);
         if (p) p[r] = (struct pollfd){links[r].fd, POLLIN, 0};
     }
+    if (!said) say(line, STUCK_SECONDS);
     // Were this process gone before they have read the order, the connections might be reset and the order lost.
     if (p) p[0].fd = -1;
     for (double until = now_seconds() + 1; p;) {
@@ -317,12 +347,7 @@ static void end_all(int status) {
 
 static const char resume[] = "The newest complete checkpoint is intact: start again with --resume";
 
-#if defined(__GNUC__)
-__attribute__((noreturn))
-#endif
-static void ranks_are_gone(const int *gone, int n) {
-    if (!claim()) wait_for_the_end();
-    flush_output();
+static void word_gone(char line[LINE], const int *gone, int n) {
     char names[512] = "";
     for (int i = 0; i < n && i < 4; i++) {
         size_t used = strlen(names);
@@ -330,32 +355,62 @@ static void ranks_are_gone(const int *gone, int n) {
                  ranks[gone[i]].pid, ranks[gone[i]].host);
     }
     if (n > 4) snprintf(names + strlen(names), sizeof names - strlen(names), " and %d more", n - 4);
-    dprintf(STDERR_FILENO, "%s: %s %s gone; ending all ranks. %s\n", program_name, names, n == 1 ? "is" : "are",
-            resume);
-    if (my_rank == 0) end_all(1);
-    _exit(1);
+    snprintf(line, LINE, "%.200s: %s %s gone; ending all ranks. %s", program_name, names, n == 1 ? "is" : "are",
+             resume);
 }
 
-// Rank 0 is gone. One rank on each machine says so.
+// Whether the process of a rank on this machine is there and more than a zombie.
+static bool is_alive(int rank) {
+    char path[40], text[512], *name_end;
+    snprintf(path, sizeof path, "/proc/%d/stat", ranks[rank].pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
+    if (fd >= 0) close(fd);
+    if (n <= 0) return false;
+    text[n] = 0;
+    name_end = strrchr(text, ')');          // "pid (name) state ..."
+    return name_end && strlen(name_end) > 2 && name_end[2] != 'Z' && name_end[2] != 'X';
+}
+
+// Rank 0 is gone. One rank on each machine says so: the lowest that lives. It then stays until the others, which ask
+// for TELL_SECONDS at most whether it lives, have seen that it does; they ask one after the other.
+#define TELL_SECONDS 1.5
+#if defined(__GNUC__)
+__attribute__((noreturn))
+#endif
 static void rank_0_is_gone(void) {
     int teller = ranks[my_rank].machine == 0 ? 1 : 0, zero = 0;
+    if (!claim()) wait_for_the_end();
     if (atomic_load(&has_own_error)) print_error(my_rank, own_error.text);
-    if (my_local_rank == teller) ranks_are_gone(&zero, 1);
+    double until = now_seconds() + TELL_SECONDS, turn = 0.1 * (my_local_rank - teller);
+    sleep_seconds(turn < 1 ? turn : 1);
+    for (bool below = true; below && now_seconds() < until; sleep_seconds(below ? 0.1 : 0)) {
+        below = false;
+        for (int r = 1; r < my_rank && !below; r++)
+            below = ranks[r].machine == ranks[my_rank].machine && is_alive(r);
+        if (below) continue;
+        char line[LINE];
+        word_gone(line, &zero, 1);
+        say(line, STUCK_SECONDS);
+        sleep_seconds(TELL_SECONDS + 0.5);
+    }
     _exit(1);
 }
 
 void guard_die(const Err *err) {
     int status = err->code == E_USAGE ? 2 : 1;
+    char line[LINE];
     if (my_rank == 0) {
         if (!claim()) wait_for_the_end();
-        print_error(0, err->text);
-        end_all(status);
+        word_error(line, 0, err->text);
+        end_all(status, line);
     }
     // An error that all ranks meet is told by rank 0; its order to end arrives meanwhile.
     sleep_seconds(0.3);
     own_error = *err;
     atomic_store(&has_own_error, true);
     if (send_frame(links[0].fd, F_ERROR, status, err->text)) sleep_seconds(5);
+    if (!claim()) wait_for_the_end();           // the watch has seen that rank 0 is gone
     print_error(my_rank, err->text);
     _exit(status);
 }
@@ -381,12 +436,12 @@ static Reading read_link(Connection *c, int from) {
         if (f.kind == F_GOODBYE) return R_GOODBYE;
         if (f.kind == F_END && my_rank > 0) _exit(f.status ? f.status : 1);
         if (f.kind == F_ERROR && my_rank == 0) {
-            char text[sizeof(((Err *)0)->text)];
+            char text[sizeof(((Err *)0)->text)], line[LINE];
             memcpy(text, c->bytes + sizeof f, f.length);
             text[f.length] = 0;
             if (!claim()) wait_for_the_end();
-            print_error(from, text);
-            end_all(f.status ? f.status : 1);
+            word_error(line, from, text);
+            end_all(f.status ? f.status : 1, line);
         }
         return R_LOST;
     }
@@ -412,21 +467,28 @@ static void *watch(void *unused) {
             p[i].fd = links[i].fd = -1;
             open--;
         }
-        if (n_gone) ranks_are_gone(gone, n_gone);
+        if (!n_gone) continue;
+        if (!claim()) wait_for_the_end();
+        char line[LINE];
+        word_gone(line, gone, n_gone);
+        end_all(1, line);
     }
     free(p);
     free(gone);
     return NULL;
 }
 
-void guard_watch(const RankInfo *who, int local_rank) {
+int guard_watch(const RankInfo *who, int local_rank, Err *err) {
     ranks = who;
     my_local_rank = local_rank;
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, &before);          // signals are for the main thread
-    watching = pthread_create(&thread, NULL, watch, NULL) == 0;
+    int e = pthread_create(&thread, NULL, watch, NULL);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    watching = e == 0;
+    return e ? err_set(err, E_FAIL, "no thread for the watch over the ranks: %s; raise `ulimit -u`, or set "
+                                    "QLLM_WATCH=off to go without the watch", strerror(e)) : 0;
 }
 
 bool guard_watching(void) { return watching; }
@@ -438,4 +500,38 @@ void guard_goodbye(void) {
     watching = false;
     free(links);
     links = NULL;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Deadlines
+
+static const char *deadline_line;
+static int deadline_status;
+
+// Only what a signal handler may do.
+static void deadline_is_over(int signal) {
+    (void)signal;
+    if (deadline_line) {
+        struct pollfd p = {STDERR_FILENO, POLLOUT, 0};
+        const char *parts[] = {program_name, ": ", deadline_line, "\n"};
+        for (size_t i = 0; i < sizeof parts / sizeof *parts && poll(&p, 1, 0) == 1; i++)
+            if (write(STDERR_FILENO, parts[i], strlen(parts[i])) < 0) break;
+    }
+    _exit(deadline_status);
+}
+
+void guard_deadline(unsigned seconds, const char *line, int status) {
+    static struct sigaction before;
+    static bool set;
+    if (set) {
+        alarm(0);
+        sigaction(SIGALRM, &before, NULL);
+        set = false;
+    }
+    deadline_line = line;
+    deadline_status = status;
+    struct sigaction sa = {.sa_handler = deadline_is_over};
+    if (!seconds || sigaction(SIGALRM, &sa, &before)) return;
+    set = true;
+    alarm(seconds);
 }

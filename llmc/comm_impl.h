@@ -55,7 +55,7 @@ typedef struct {
 
 void guard_listen(GuardPlace *place, bool one_machine);                         // rank 0
 int guard_connect(const GuardPlace *place, int rank, int size, Err *err);       // rank 0 waits for all others
-void guard_watch(const RankInfo *who, int local_rank);                          // starts the thread
+int guard_watch(const RankInfo *who, int local_rank, Err *err);                 // starts the thread
 bool guard_watching(void);
 void guard_goodbye(void);            // all ranks call it after a barrier; returns when the watch is over
 // Tells err, once among all ranks that meet an error now, and ends all of them.
@@ -63,4 +63,7 @@ void guard_goodbye(void);            // all ranks call it after a barrier; retur
 __attribute__((noreturn))
 #endif
 void guard_die(const Err *err);
+// Where no watch is, at the start and at the very end: the process ends with `status` in so many seconds, after `line`
+// (lasting; NULL: silently), unless this is called again before. 0 s: it does not.
+void guard_deadline(unsigned seconds, const char *line, int status);
 #endif

@@ -58,6 +58,13 @@ static int check(int rc, Err *failed) {
     return err_set(failed, E_FAIL, "MPI: %s", text);
 }
 
+// Like check, for a call on n requests: where only their statuses tell, the first of them that has failed.
+static int check_all(int rc, const MPI_Status *status, int n, Err *failed) {
+    for (int i = 0; i < n && rc == MPI_ERR_IN_STATUS; i++)
+        if (status[i].MPI_ERROR != MPI_SUCCESS && status[i].MPI_ERROR != MPI_ERR_PENDING) rc = status[i].MPI_ERROR;
+    return check(rc, failed);
+}
+
 // Starts messages of the next step; n = 0 if there are none left.
 static int next_step(Running *r, MPI_Comm comm, Err *failed) {
     const Transfer *t = &r->t;
@@ -113,7 +120,7 @@ static int advance(Running *r, MPI_Comm comm, Err *failed) {
     int all = 1;
     if (r->n) {
         MPI_Status status[2 * WINDOW];
-        int rc = check(MPI_Testall(r->n, r->request, &all, status), failed);
+        int rc = check_all(MPI_Testall(r->n, r->request, &all, status), status, r->n, failed);
         if (rc < 0) return rc;
     }
     while (all) {
@@ -139,6 +146,7 @@ static void *run_lane(void *unused) {
     (void)unused;
     prctl(PR_SET_TIMERSLACK, 1000UL, 0UL, 0UL, 0UL);      // sleeps of microseconds should be that
     double moved = 0;
+    Err failed[QUEUES] = {{0}};           // the lane's own: others may read what queues[] has meanwhile
     pthread_mutex_lock(&lock);
     for (;;) {
         bool idle = true;
@@ -161,8 +169,7 @@ static void *run_lane(void *unused) {
         double before = now_seconds();
         for (int q = 0; q < QUEUES; q++) {
             Running *r = &queues[q].run;
-            if (r->active)
-                over[q] = queues[q].failed.code || advance(r, queues[q].comm, &queues[q].failed) != 0;
+            if (r->active) over[q] = failed[q].code || advance(r, queues[q].comm, &failed[q]) != 0;
         }
         double now = now_seconds();
         bool ended = false;
@@ -182,6 +189,7 @@ static void *run_lane(void *unused) {
             if (!over[q]) continue;
             queues[q].run.active = false;
             queues[q].busy += now - queues[q].run.began;
+            if (failed[q].code) queues[q].failed = failed[q];
             queues[q].done++;
         }
         if (ended) pthread_cond_broadcast(&finished);
@@ -241,10 +249,15 @@ static void library_name(char *out, size_t size) {
     }
 }
 
+enum { START_SECONDS = 60 };            // from MPI_Init, which waits for all, until comm_init knows all ranks
+static const char no_start[] = "the ranks did not find each other within 60 s of MPI's start: one of them may have "
+                               "died, or the network between the machines does not carry MPI; start again";
+
 int mpi_start(int *argc, char ***argv, MpiWorld *out, Err *err) {
     int provided = MPI_THREAD_SINGLE, leader = 0, is_leader;
     if (MPI_Init_thread(argc, argv, MPI_THREAD_SERIALIZED, &provided) != MPI_SUCCESS)
         return err_set(err, E_FAIL, "MPI does not start");
+    guard_deadline(START_SECONDS, no_start, 1);
     MPI_Comm_rank(MPI_COMM_WORLD, &world.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &world.size);
     library_name(world.library, sizeof world.library);
