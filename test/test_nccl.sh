@@ -46,7 +46,11 @@ for R in 2 3; do
 done
 wing recorded 2 recorded
 wing given_up 2 given_up
-NCCLSIM_ASYNC_ERROR=3 wing broken 2 broken
+# Who does not see the error is stuck.
+NCCLSIM_ASYNC_ERROR=3 MPI_TIMEOUT=20 wing broken 2 broken
+for how in late copy; do
+    NCCLSIM_ASYNC_ERROR=3 NCCLSIM_ASYNC_AFTER=0.05 MPI_TIMEOUT=20 wing broken_$how 2 broken_$how
+done
 GPUS=2 wing shares_2 3 shares
 GPUS=1 wing shares_1 2 shares
 GPUS=4 wing shares_4 3 shares

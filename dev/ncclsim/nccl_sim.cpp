@@ -49,6 +49,7 @@ struct NcclSimComm {
     int rank, R;
     uint64_t calls;                    // made so far
     int waiting;                       // in streams
+    double failed_at;                  // when the network's failure was first asked for, 0: not yet
     vector<Sent *> sent;
     // The group that is open: what it holds, and where.
     vector<Op> ops;
@@ -238,8 +239,15 @@ vector<Range> touched(const NcclSimComm *c, const Op &op, const Buffers &b) {
     return ranges;
 }
 
+// NCCLSIM_ASYNC_ERROR: the number of calls that are made before the network fails.
+bool broken(uint64_t calls) {
+    const char *from = getenv("NCCLSIM_ASYNC_ERROR");
+    return from && calls >= (uint64_t)atoll(from);
+}
+
 void arrive(NcclSimComm *c, const Call &call) {
     c->waiting--;
+    while (c->state == LIVE && broken(call.number + 1)) usleep(1000);      // a kernel that waits for the other side
     if (c->state != LIVE) return;                      // aborted: whatever was under way is given up
     vector<Received> from((size_t)c->R);
     for (int q = 0; q < c->R; q++)
@@ -416,7 +424,7 @@ ncclResult_t ncclCommInitRank(ncclComm_t *comm, int R, ncclUniqueId id, int rank
     if (R != size || rank != world_rank())
         violation(text("ncclCommInitRank as rank %d of %d, and MPI says %d of %d", rank, R, world_rank(), size));
     if (cudaGetDevice(&device) != cudaSuccess) return ncclUnhandledCudaError;
-    auto *c = new NcclSimComm{LIVE, MPI_COMM_NULL, rank, R, 0, 0, {}, {}, {}, nullptr};
+    auto *c = new NcclSimComm{LIVE, MPI_COMM_NULL, rank, R, 0, 0, 0.0, {}, {}, {}, nullptr};
     MPI_Comm_dup(MPI_COMM_WORLD, &c->mpi);
     // Everyone's id, host and device.
     cudaDeviceProp prop;
@@ -469,9 +477,13 @@ ncclResult_t ncclCommAbort(ncclComm_t comm) {
     return ncclSuccess;
 }
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *state) {
-    const char *from = getenv("NCCLSIM_ASYNC_ERROR");
+    const char *late = getenv("NCCLSIM_ASYNC_AFTER");
     NcclSimComm *c = live(comm, "ncclCommGetAsyncError");
-    *state = from && c->calls >= (uint64_t)atoll(from) ? ncclRemoteError : ncclSuccess;
+    *state = ncclSuccess;
+    if (broken(c->calls)) {
+        if (c->failed_at <= 0) c->failed_at = now();
+        if (now() - c->failed_at >= (late ? atof(late) : 0)) *state = ncclRemoteError;
+    }
     if (*state != ncclSuccess) last_error = "NCCLSIM_ASYNC_ERROR asks for it";
     return ncclSuccess;
 }

@@ -42,7 +42,9 @@ ncclResult_t ncclGetUniqueId(ncclUniqueId *id);
 ncclResult_t ncclCommInitRank(ncclComm_t *comm, int R, ncclUniqueId id, int rank);
 ncclResult_t ncclCommDestroy(ncclComm_t comm);
 ncclResult_t ncclCommAbort(ncclComm_t comm);
-// NCCLSIM_ASYNC_ERROR=n in the environment: an error of the network from call n on.
+// NCCLSIM_ASYNC_ERROR=n in the environment: the network fails with the n-th call. Streams stick there until
+// ncclCommAbort (the thread that runs them, that is: CUDASIM_ORDER=1 comes there last), and from that call on it is
+// told here, NCCLSIM_ASYNC_AFTER seconds (0) after it was first asked for.
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *state);
 ncclResult_t ncclGroupStart(void);
 ncclResult_t ncclGroupEnd(void);

@@ -5,6 +5,10 @@
 // fills it. Each begins when what cuda_stream was asked for before is done, and cuda_stream waits by an event for those
 // whose results it needs; the host waits for nothing.
 //
+// Errors. When the network fails, NCCL says so to whoever asks, and its kernels go on waiting for the other side, and
+// cuda_stream with them. So it is asked before each wait and, through cuda_while_waiting, as long as the host waits for
+// the device; the first error is kept for device_sync and ends the communicator, which lets the streams run on.
+//
 // Settings of NCCL's worth knowing: NCCL_DEBUG=WARN or INFO says what goes wrong and which way the bytes take,
 // NCCL_SOCKET_IFNAME=eth0 picks the network that ranks meet on, NCCL_IB_HCA=mlx5_0,mlx5_1 the InfiniBand adapters, and
 // NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1 leaves out what hangs on a machine set up badly.
@@ -16,12 +20,9 @@
 #include <dlfcn.h>
 #include <stdlib.h>
 #define HAVE_NCCL 1
-#if __has_include(<nccl.h>)
-#include <nccl.h>
-#else
-// All that is used, as nccl.h has it. Every libnccl.so.2 since 2.7, which brought ncclSend, takes calls compiled
-// against any older header of version 2: the numbers of types and errors and the 128 bytes of an id are part of what
-// "so.2" means.
+// All that is used, as nccl.h has it, whether one is installed or not: an older one lacks some of it. Every
+// libnccl.so.2 since 2.7, which brought ncclSend, takes calls compiled against any older header of version 2: the
+// numbers of types and errors and the 128 bytes of an id are part of what "so.2" means.
 typedef struct ncclComm *ncclComm_t;
 typedef struct { char internal[128]; } ncclUniqueId;
 typedef enum { ncclSuccess = 0, ncclInProgress = 7 } ncclResult_t;
@@ -43,13 +44,13 @@ ncclResult_t ncclSend(const void *send, size_t count, ncclDataType_t type, int p
                       cudaStream_t stream);
 ncclResult_t ncclRecv(void *recv, size_t count, ncclDataType_t type, int peer, ncclComm_t comm, cudaStream_t stream);
 }
-#endif
 #elif defined(HAVE_MPI)
 #include "nccl_sim.h"
 #define HAVE_NCCL 1
 #endif
 
 #ifdef HAVE_NCCL
+extern "C" void (*cuda_while_waiting)(void);                   // device_cuda.cu
 #define FUNCTIONS(X) \
     X(ncclGetVersion) X(ncclGetErrorString) X(ncclGetUniqueId) X(ncclCommInitRank) X(ncclCommDestroy) \
     X(ncclCommAbort) X(ncclCommGetAsyncError) X(ncclGroupStart) X(ncclGroupEnd) X(ncclAllGather) X(ncclSend) X(ncclRecv)
@@ -126,6 +127,24 @@ static bool nccl_check(ncclResult_t result, const char *call, int line) {
 }
 #define NCCL_CHECK(name, args) nccl_check(nccl.name args, #name, __LINE__)
 
+// What the GPU waits for comes to an end.
+static void give_up(void) {
+    ncclComm_t c = comm;
+    failed = true;
+    comm = nullptr;
+    if (c) (void)nccl.ncclCommAbort(c);
+}
+// Whether something went wrong under way; then the communicator is given up. On the thread that made it, and makes all
+// calls: others that wait for the device go on when that one has looked.
+static thread_local bool is_ours;
+static void look(void) {
+    if (!comm || !is_ours) return;
+    ncclResult_t state = ncclSuccess;
+    if (!failed && NCCL_CHECK(ncclCommGetAsyncError, (comm, &state)))
+        (void)nccl_check(state, "a collective under way", __LINE__);
+    if (failed) give_up();
+}
+
 static bool available(char *why, size_t size) {
     if (device_is_host()) {
         snprintf(why, size, "NCCL moves bytes between GPUs, and the device is the CPU");
@@ -149,13 +168,15 @@ static const char *description(void) {
 
 static void read_interval(Interval *v, Spent *spent) {
     float ms = 0.0f;
-    if (v->unread && cudaEventQuery(v->end) == cudaSuccess &&
-        cudaEventElapsedTime(&ms, v->begin, v->end) == cudaSuccess) {
+    cudaError_t e = v->unread ? cudaEventQuery(v->end) : cudaErrorNotReady;
+    if (e == cudaSuccess) e = cudaEventElapsedTime(&ms, v->begin, v->end);
+    if (e == cudaSuccess) {
         spent->seconds += 1e-3 * (double)ms;
         spent->read++;
         v->unread = false;
+    } else if (cudaPeekAtLastError() == cudaErrorNotReady) {
+        (void)cudaGetLastError();      // that it is not there yet is no error; others stay
     }
-    (void)cudaGetLastError();          // that it is not there yet is no error
 }
 static void begin_interval(Interval *v, cudaStream_t s, Spent *spent) {
     read_interval(v, spent);
@@ -189,6 +210,7 @@ static int init(const void *id, int rank_, int R_, Err *err) {
     rank = rank_;
     R = R_;
     failed = false;
+    is_ours = true;
     ncclResult_t result = nccl.ncclCommInitRank(&comm, R, made, rank);
     if (result != ncclSuccess) {
         comm = nullptr;
@@ -206,6 +228,7 @@ static int init(const void *id, int rank_, int R_, Err *err) {
             if (e == cudaSuccess) e = cudaEventCreateWithFlags(&ring[i].end, cudaEventDefault);
         }
     if (e != cudaSuccess) return err_set(err, E_FAIL, "a stream for communication: %s", cudaGetErrorString(e));
+    cuda_while_waiting = look;
     return 0;
 }
 
@@ -226,10 +249,11 @@ static bool begin(CommTicket t, int *mark) {
     if (device_span) *mark = cuda_mark(stream);
     return true;
 }
-// And after it.
+// And after it, when no group is open that a communicator must outlive.
 static void end_of(CommTicket t, const char *what, int mark) {
     if (device_span) device_span(what, mark, cuda_mark(stream));
     CUDA_CHECK(cudaEventRecord(under_way[t % RING].end, stream));
+    if (failed) give_up();
 }
 
 static void all_gather(CommTicket t, void *recv, const void *send, size_t bytes) {
@@ -261,19 +285,20 @@ static void all_to_all(CommTicket t, void *recv, const void *send, size_t bytes)
 
 // The event of a ticket RING ago was recorded anew by a later one: waiting for that is enough.
 static void wait(CommTicket t) {
+    look();
     if (failed || !comm) return;
     begin_interval(&waits[t % RING], cuda_stream, &blocked);
     CUDA_CHECK(cudaStreamWaitEvent(cuda_stream, under_way[t % RING].end, 0));
     CUDA_CHECK(cudaEventRecord(waits[t % RING].end, cuda_stream));
-    ncclResult_t state = ncclSuccess;
-    if (NCCL_CHECK(ncclCommGetAsyncError, (comm, &state))) (void)nccl_check(state, "a collective under way", __LINE__);
 }
 
+// An orderly end waits for the others, who may be gone: not after an error.
 static void end(void) {
-    if (!comm) return;
-    if (failed) (void)nccl.ncclCommAbort(comm);        // an orderly end waits for the others, who may be gone
+    if (!cuda_while_waiting) return;
+    device_wait();                     // it looks, and cuda_stream waits for what was asked for last
+    cuda_while_waiting = nullptr;
     CUDA_CHECK(cudaStreamSynchronize(stream));
-    if (!failed) NCCL_CHECK(ncclCommDestroy, (comm));
+    if (comm) NCCL_CHECK(ncclCommDestroy, (comm));
     comm = nullptr;
     for (Interval *ring : {under_way, waits})
         for (int i = 0; i < RING; i++) {
@@ -284,16 +309,9 @@ static void end(void) {
     CUDA_CHECK(cudaStreamDestroy(stream));
 }
 
-// On any thread: what the GPU waits for comes to an end.
-static void give_up(void) {
-    ncclComm_t c = comm;
-    failed = true;
-    comm = nullptr;
-    if (c) (void)nccl.ncclCommAbort(c);
-}
 static const size_t id_bytes = sizeof(ncclUniqueId);
 static_assert(sizeof(ncclUniqueId) == 128 && ncclUint8 == 1 && ncclSuccess == 0 && ncclInProgress == 7,
-              "what was declared here is what nccl.h says");
+              "the stand-in and what is declared here are what nccl.h says");
 #else
 static const size_t id_bytes = 0;
 static bool available(char *why, size_t size) {

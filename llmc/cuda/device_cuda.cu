@@ -6,6 +6,7 @@
 #include "cuda.cuh"
 #include "device.h"
 #include "matmul.cuh"
+#include <time.h>
 
 #define OLDEST_CAPABILITY 80           // sm_80: bf16 mma, cp.async
 
@@ -105,7 +106,42 @@ static void release(void *p) { CUDA_CHECK(cudaFree(p)); }
 static void zero(void *p, size_t bytes) {
     if (bytes) CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, cuda_stream));
 }
-static void wait(void) { CUDA_CHECK(cudaStreamSynchronize(cuda_stream)); }
+
+// Set while there are collectives (comm_nccl.cu), which may be stuck and keep cuda_stream waiting for ever: called
+// every few milliseconds while the host waits for the device, and when it has waited.
+extern "C" {
+extern void (*cuda_while_waiting)(void);
+void (*cuda_while_waiting)(void) = nullptr;
+}
+
+static void wait(void) {
+    if (!cuda_while_waiting) {
+        CUDA_CHECK(cudaStreamSynchronize(cuda_stream));
+        return;
+    }
+    const double begin = now_seconds();
+    double called = begin;
+    cudaError_t e;
+    while ((e = cudaStreamQuery(cuda_stream)) == cudaErrorNotReady) {
+        if (cudaPeekAtLastError() == cudaErrorNotReady) (void)cudaGetLastError();
+        double now = now_seconds();
+        if (now - called > 2e-3) {
+            cuda_while_waiting();
+            called = now;
+        }
+        // At first without sleep, then a few per cent of what has passed: short waits end at once.
+        double nap = 0.05 * (now - begin);
+        struct timespec t = {0, nap < 200e-6 ? (long)(1e9 * nap) : 200000};
+        if (now - begin > 50e-6) nanosleep(&t, nullptr);
+    }
+    if (e != cudaSuccess)
+        ops_set_error(E_FAIL, "%s:%d: waiting for the GPU: %s", __FILE__, __LINE__, cudaGetErrorString(e));
+    cuda_while_waiting();
+}
+// A copy from or to memory that is not page-locked may keep the host in the driver until the stream has got there.
+static void wait_before_copy(void) {
+    if (cuda_while_waiting) wait();
+}
 // The host's bytes may change as soon as this returns, but a driver does not promise to have read memory by then that is
 // not page-locked. So small copies go by way of page-locked memory, round and round, and the host waits once a round;
 // large ones, which are weights being loaded, are waited for.
@@ -119,6 +155,7 @@ static void copy_in(void *dev, const void *host, size_t bytes) {
         stage = nullptr;
     }
     if (!stage || bytes > size / 2) {
+        wait_before_copy();
         CUDA_CHECK(cudaMemcpyAsync(dev, host, bytes, cudaMemcpyHostToDevice, cuda_stream));
         wait();
         return;
@@ -134,6 +171,7 @@ static void copy_in(void *dev, const void *host, size_t bytes) {
 }
 static void copy_out(void *host, const void *dev, size_t bytes) {
     if (!bytes) return;
+    wait_before_copy();
     CUDA_CHECK(cudaMemcpyAsync(host, dev, bytes, cudaMemcpyDeviceToHost, cuda_stream));
     wait();
 }
@@ -213,6 +251,7 @@ static int marks_read(double *seconds) {
     n_marks = 0;
     if (!n) return 0;
     if (!anchor) CUDA_CHECK(cudaEventCreateWithFlags(&anchor, cudaEventDefault));
+    wait();
     CUDA_CHECK(cudaDeviceSynchronize());       // marks stand on more than one stream
     double before = now_seconds();
     CUDA_CHECK(cudaEventRecord(anchor, cuda_stream));

@@ -5,6 +5,7 @@
 #include "device.h"
 #include "profile.h"
 #include <stdio.h>
+#include <unistd.h>
 #include <vector>
 
 extern "C" const CommWing comm_wing_nccl;
@@ -191,6 +192,7 @@ static void recorded(void) {
 
 // The network fails (NCCLSIM_ASYNC_ERROR=3): the step's error says so, once.
 static void broken(void) {
+    cudasim_set_order(1);
     Buffers b = make(64);
     Err err = {};
     for (int i = 0; i < 5; i++) {
@@ -200,6 +202,30 @@ static void broken(void) {
     CHECK(device_sync(&err) == E_FAIL, "%d", err.code);
     CHECK(strstr(err.text, "network error") && strstr(err.text, "NCCLSIM_ASYNC_ERROR"), "%s", err.text);
     comm_wait(comm_all_gather(b.recv, b.send, b.bytes));
+    synced();
+}
+
+// The same, told (NCCLSIM_ASYNC_AFTER=0.05) when nothing more is waited for but the device, which computes for a while
+// (0.2 s) before it waits for the collective, and would be stuck then: by device_sync, or by a copy to ordinary memory.
+static __global__ void slow_kernel(uint8_t *p) {
+    usleep(2000);
+    p[0] = 1;
+}
+static void broken_late(bool copies) {
+    cudasim_set_order(1);
+    Buffers b = make(64);
+    Err err = {};
+    for (int i = 0; i < 3; i++) {
+        produce(&b, i, false);
+        CommTicket t = comm_all_gather(b.recv, b.send, b.bytes);
+        for (int k = 0; k < 100 && i == 2; k++) LAUNCH(slow_kernel, 1, 1, 0, cuda_stream)(b.used);
+        comm_wait(t);
+    }
+    consume(&b);
+    std::vector<uint8_t> got(b.all);
+    if (copies) device_copy_out(got.data(), b.used, b.all);
+    CHECK(device_sync(&err) == E_FAIL, "%d", err.code);
+    CHECK(strstr(err.text, "network error") && strstr(err.text, "NCCLSIM_ASYNC_ERROR"), "%s", err.text);
     synced();
 }
 
@@ -272,6 +298,8 @@ int main(int argc, char **argv) {
         else if (!strcmp(test, "unwaited")) unwaited();
         else if (!strcmp(test, "recorded")) recorded();
         else if (!strcmp(test, "broken")) broken();
+        else if (!strcmp(test, "broken_late")) broken_late(false);
+        else if (!strcmp(test, "broken_copy")) broken_late(true);
         else if (!strcmp(test, "given_up")) given_up();
         else if (!strcmp(test, "profiled") && argc > 2) profiled(argv[2]);
         else CHECK(false, "no such case: %s", test);
