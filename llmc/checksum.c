@@ -28,6 +28,7 @@ void checksum_begin(Checksum *s) {
 
 void checksum_add(Checksum *s, const void *data, size_t bytes) {
     const uint8_t *p = data;
+    if (!bytes) return;                                          // data may be NULL, which memcpy may not get
     size_t waiting = s->bytes % 64;
     s->bytes += bytes;
     if (waiting) {

@@ -125,6 +125,16 @@ static int64_t *list_steps(const char *out, const char *end, int *n) {
     return steps;
 }
 
+// "latest" or "model.bin" as a process that was killed left it: with .tmp- and digits after it.
+static bool left_aside(const char *name) {
+    static const char *const begin[] = {"latest.tmp-", "model.bin.tmp-"};
+    for (int i = 0; i < 2; i++) {
+        size_t n = strlen(begin[i]);
+        if (!strncmp(name, begin[i], n)) return name[n] && strspn(name + n, "0123456789") == strlen(name + n);
+    }
+    return false;
+}
+
 void train_state_clean(const char *out) {
     if (strlen(out) > MAX_OUT) return;
     int n;
@@ -144,6 +154,11 @@ void train_state_clean(const char *out) {
         remove_folder(out, name);
     }
     free(steps);
+    DIR *d = opendir(out);
+    if (!d) return;
+    for (struct dirent *e; (e = readdir(d));)
+        if (left_aside(e->d_name)) unlinkat(dirfd(d), e->d_name, 0);
+    closedir(d);
 }
 
 static int by_step_down(const void *a, const void *b) {
@@ -224,6 +239,11 @@ static void describe(TrainMarker *m, const TrainProgress *p, const LlamaConfig *
 // Saving
 
 #define PIECE ((size_t)1 << 20)        // bytes that are summed and written while the cache holds them
+enum {
+    READ_TRIES = 20,                   // of what other ranks wrote, one after the other, with waits up to 0.1 s
+    TELL_SECONDS = 60,                 // of waiting for other ranks' files, before they are named
+    TOLD_RANKS = 16                    // at most so many of them
+};
 
 typedef struct { const uint8_t *data; size_t bytes; } Stretch;
 
@@ -358,6 +378,9 @@ static int write_file(Err *err) {
     save.m.files[save.rank].checksum = checksum_end(&sum);
     if (save.rank == 0) return 0;
 
+    // Rank 0 syncs the folder too, but what a machine has not sent yet, only that machine can.
+    aside_path(path, sizeof path, "");
+    if ((rc = sync_folder(path, err)) < 0) return rc;
     AtomicFile f;
     if ((rc = atomic_open(&f, done, err)) < 0) return rc;
     int n = snprintf(text, sizeof text, "%" PRIu64 " %016" PRIx64 "\n", sum.bytes, save.m.files[save.rank].checksum);
@@ -365,6 +388,7 @@ static int write_file(Err *err) {
     return atomic_commit(&f, err);
 }
 
+// What rank `rank` says of its file. 1: the word is not there any more, since that rank begins anew.
 static int read_done(int rank, Err *err) {
     char path[PATH], name[64], *text, again[64];
     uint64_t bytes, checksum;
@@ -373,7 +397,7 @@ static int read_done(int rank, Err *err) {
     train_file_name(name, sizeof name, rank, save.m.ranks, ".done");
     aside_path(path, sizeof path, name);
     int rc = file_read(&text, &len, path, 63, err);
-    if (rc < 0) return rc;
+    if (rc < 0) return rc == E_MISSING ? 1 : rc;
     bool good = sscanf(text, "%" SCNu64 " %" SCNx64, &bytes, &checksum) == 2;
     if (good) snprintf(again, sizeof again, "%" PRIu64 " %016" PRIx64 "\n", bytes, checksum);
     good = good && !strcmp(text, again);
@@ -389,14 +413,32 @@ static int read_done(int rank, Err *err) {
     return 0;
 }
 
+// Said once, when rank 0 has waited long: a rank that computes on does not know that its file is missed.
+static void tell_missing(int missing) {
+    char text[256] = "";
+    size_t n = 0;
+    for (int r = 1, told = 0; r < save.m.ranks; r++) {
+        if (save.m.files[r].bytes) continue;
+        if (told == TOLD_RANKS) {
+            snprintf(text + n, sizeof text - n, " and %d more", missing - told);
+            break;
+        }
+        n += (size_t)snprintf(text + n, sizeof text - n, "%s%d", told++ ? ", " : "", r);
+    }
+    fprintf(stderr, "rank 0: step %" PRId64 " is not saved yet: waiting for the files of rank%s %s: do all ranks see "
+            "the same file system under --out (%s)?\n", save.m.progress.step, missing == 1 ? "" : "s", text, save.out);
+}
+
 // Waits for the files of the other ranks. The folder is listed anew each time: a network file system that remembers
-// that a name was not there looks again.
+// that a name was not there looks again. Such a file system also refuses a read now and then that succeeds later.
 static int await_files(Err *err) {
     char dir[64];
-    int missing = save.m.ranks - 1, wait_ms = 5;
+    int missing = save.m.ranks - 1, wait_ms = 5, tries = READ_TRIES;
+    bool told = false;
+    double begin = now_seconds();
     snprintf(dir, sizeof dir, "step-%" PRId64 ".tmp", save.m.progress.step);
     while (missing) {
-        int found = 0;
+        int found = 0, refused = 0;
         DIR *d = open_folder(save.out, dir);
         if (!d) return err_set(err, E_FAIL, "cannot open folder %s/%s: %s", save.out, dir, strerror(errno));
         for (struct dirent *e; (e = readdir(d));) {
@@ -406,15 +448,22 @@ static int await_files(Err *err) {
             train_file_name(name, sizeof name, rank, save.m.ranks, ".done");
             if (strcmp(name, e->d_name) || rank < 1 || rank >= save.m.ranks || save.m.files[rank].bytes) continue;
             int rc = read_done(rank, err);
-            if (rc < 0) { closedir(d); return rc; }
-            found++;
+            if (rc < 0 && rc != E_FAIL) { closedir(d); return rc; }
+            if (rc < 0) refused = rc;
+            found += rc == 0;
         }
         closedir(d);
+        tries = refused ? tries - 1 : READ_TRIES;
+        if (!tries) return refused;
         missing -= found;
         if (!missing) break;
         if (save.abandoned) return given_up(err);
+        if (!told && now_seconds() - begin > TELL_SECONDS) {
+            tell_missing(missing);
+            told = true;
+        }
         nanosleep(&(struct timespec){.tv_nsec = wait_ms * 1000000L}, NULL);
-        wait_ms = found ? 5 : wait_ms < 50 ? 2 * wait_ms : 100;
+        wait_ms = found && !refused ? 5 : wait_ms < 50 ? 2 * wait_ms : 100;
     }
     return save.abandoned ? given_up(err) : 0;
 }
@@ -433,7 +482,11 @@ static int complete(bool *placed, Err *err) {
     int64_t step = save.m.progress.step;
     aside_path(path, sizeof path, MARKER_NAME);
     char *marker = train_marker_to_json(&save.m);
-    int rc = marker ? write_text(path, marker, err) : err_set(err, E_NOMEM, "no memory for %s", path);
+    int rc = !marker ? err_set(err, E_NOMEM, "no memory for %s", path)
+             : strlen(marker) > MARKER_MAX_BYTES
+                 ? err_set(err, E_USAGE, "%s would have %zu bytes, and %zu are read of it: the model has too many "
+                           "tensors, or the run too many ranks", path, strlen(marker), MARKER_MAX_BYTES)
+                 : write_text(path, marker, err);
     free(marker);
     if (rc < 0) return rc;
     for (int r = 1; r < save.m.ranks; r++) {
@@ -449,6 +502,8 @@ static int complete(bool *placed, Err *err) {
     snprintf(path, sizeof path, "%s/latest", save.out);
     snprintf(text, sizeof text, "step-%" PRId64 "\n", step);
     if ((rc = write_text(path, text, err)) < 0) return rc;
+    // What `latest` named before is removed only when the disk has what it names now.
+    if ((rc = sync_folder(save.out, err)) < 0) return rc;
     if (left[0]) remove_folder(save.out, left);
     remove_old_checkpoints(save.out, step, save.keep);
     return 0;
@@ -699,12 +754,39 @@ static int load_file(const char *path, const TrainMarker *m, int rank, const Own
     return rc;
 }
 
-static int read_latest(const char *out, int64_t *step, Err *err) {
+// The newest complete checkpoint in OUT: 1, 0 if there is none. A folder step-N with a marker is complete and synced.
+static int newest_complete(const char *out, int64_t *step, Err *err) {
+    char path[PATH];
+    int rc = 0;
+    *step = -1;
+    DIR *d = opendir(out);
+    if (!d) return errno == ENOENT ? 0 : err_set(err, E_FAIL, "cannot open folder %s: %s", out, strerror(errno));
+    for (struct dirent *e; rc == 0 && (errno = 0, e = readdir(d));) {
+        int64_t s = step_of_name(e->d_name, "");
+        if (s <= *step) continue;
+        snprintf(path, sizeof path, "%s/step-%" PRId64 "/%s", out, s, MARKER_NAME);
+        if (path_exists(path)) *step = s;
+        else if (errno != ENOENT && errno != ENOTDIR) rc = err_set(err, E_FAIL, "%s: %s", path, strerror(errno));
+    }
+    if (rc == 0 && errno) rc = err_set(err, E_FAIL, "cannot read folder %s: %s", out, strerror(errno));
+    closedir(d);
+    return rc < 0 ? rc : *step >= 0;
+}
+
+// Only a `latest` that is not there means that there may be no checkpoint; one that cannot be read must not make a run
+// start over. It is not there either where the first save was killed after its folder got its name.
+static int read_latest(const char *out, int64_t *step, bool tell, Err *err) {
     char path[PATH], *name;
     size_t len;
     snprintf(path, sizeof path, "%s/latest", out);
-    if (!path_exists(path)) return 0;
     int rc = file_read(&name, &len, path, 256, err);
+    if (rc == E_MISSING) {
+        rc = newest_complete(out, step, err);
+        if (rc == 1 && tell)
+            fprintf(stderr, "note: %s is missing; taking step-%" PRId64 ", the newest complete checkpoint beside it\n",
+                    path, *step);
+        return rc;
+    }
     if (rc < 0) return rc;
     name[strcspn(name, "\r\n")] = 0;
     *step = step_of_name(name, "");
@@ -724,7 +806,7 @@ int train_state_load(const char *out, TrainProgress *p, const LlamaConfig *c, co
     size_t len;
     if (strlen(out) > MAX_OUT)
         return err_set(err, E_USAGE, "--out has a name of %zu bytes; %d are possible", strlen(out), MAX_OUT);
-    int rc = read_latest(out, &step, err);
+    int rc = read_latest(out, &step, own->rank == 0, err);
     if (rc <= 0) return rc;
     snprintf(dir, sizeof dir, "%s/step-%" PRId64, out, step);
     if (!path_exists(dir)) {

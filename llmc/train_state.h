@@ -43,10 +43,10 @@ int train_state_finish(Err *err);
 void train_state_abandon(void);
 // Bytes of host memory that train_state_save takes for its copy, at the first save, and keeps.
 size_t train_state_copy_bytes(const OwnTable *own, int n_arrays);
-// Loads the checkpoint that OUT/latest names: the rows this rank holds, from whichever files have them, after checking
-// the checksum of every file it reads. Of the other files each rank checks a share, so that a damaged file is found by
-// some rank: ranks must agree on the result. Configuration, scheme, T, data and seed must be those of this run.
-// Returns 1 if one was loaded, 0 if there is none.
+// Loads the checkpoint that OUT/latest names, or the newest complete one if that file is missing: the rows this rank
+// holds, from whichever files have them, after checking the checksum of every file it reads. Of the other files each
+// rank checks a share, so that a damaged file is found by some rank: ranks must agree on the result. Configuration,
+// scheme, T, data and seed must be those of this run. Returns 1 if one was loaded, 0 if there is none.
 int train_state_load(const char *out, TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
                      const OwnTable *own, const StateArray *arrays, int n_arrays, Err *err);
 

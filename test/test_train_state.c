@@ -72,6 +72,13 @@ int mkdir(const char *path, mode_t mode) {
     int rc = (int)syscall(SYS_mkdirat, AT_FDCWD, path, mode);
     return rc == 0 && fault("mkdir", path) ? -1 : rc;
 }
+// A clock that can be set ahead.
+static atomic_int seconds_ahead;
+int clock_gettime(clockid_t clock, struct timespec *t) {
+    int rc = (int)syscall(SYS_clock_gettime, clock, t);
+    t->tv_sec += seconds_ahead;
+    return rc;
+}
 size_t fwrite(const void *p, size_t size, size_t n, FILE *f) {
     // Of the many writes of a file's data one in eight.
     bool counts = faults && f != stdout && f != stderr && (n < 64 || faults->writes++ % 8 == 0);
@@ -346,6 +353,12 @@ static void checksums(void **state) {
             checksum_add(&s, data + k, sizeof data - k < piece ? sizeof data - k : piece);
         assert_true(checksum_end(&s) == checksum_of(data, sizeof data));
     }
+    Checksum s;                                    // nothing, from nowhere, while some bytes wait for more
+    checksum_begin(&s);
+    checksum_add(&s, data, 10);
+    checksum_add(&s, NULL, 0);
+    checksum_add(&s, data + 10, 90);
+    assert_true(checksum_end(&s) == checksum_of(data, 100));
     uint8_t zeros[130] = {0};                      // the length counts, not only what is in it
     assert_true(checksum_of(zeros, 64) != checksum_of(zeros, 63));
     assert_true(checksum_of(zeros, 128) != checksum_of(zeros, 64));
@@ -673,7 +686,34 @@ static void hostile_markers(void **state) {
     write_whole(in_out("latest"), "step-6", 6);
     assert_int_equal(load_ranks(1, false, "step-6/checkpoint.json"), E_MISSING);
     unlink(in_out("latest"));
+    assert_int_equal(load_ranks(1, false, "step-5/checkpoint.json"), E_FORMAT);
+    unlink(in_out("step-5/checkpoint.json"));
     assert_int_equal(must_load(), 0);
+}
+
+// Without `latest` the newest complete checkpoint is taken; what cannot be read is not taken for what is not there.
+static void no_latest(void **state) {
+    (void)state;
+    model(NULL, NULL);
+    fresh();
+    must_save(2, false, 9, 0);
+    must_save(2, false, 10, 0);
+    mkdir(in_out("step-11"), 0777);
+    write_whole(in_out("step-12"), "x", 1);
+    mkdir(in_out("step-13.tmp"), 0777);
+    write_whole(in_out("step-13.tmp/checkpoint.json"), "x", 1);
+    unlink(in_out("latest"));
+    assert_int_equal(must_load(), 10);
+    assert_int_equal(load_ranks(3, true, ""), 0);
+    assert_int_equal(symlink("step-14", in_out("step-14")), 0);
+    assert_int_equal(load_ranks(2, false, strerror(ELOOP)), E_FAIL);
+    assert_int_equal(load_ranks(2, false, "/step-14/checkpoint.json"), E_FAIL);
+    unlink(in_out("step-14"));
+    assert_int_equal(symlink("latest", in_out("latest")), 0);
+    assert_int_equal(load_ranks(2, false, strerror(ELOOP)), E_FAIL);
+    assert_int_equal(load_ranks(2, false, "/latest"), E_FAIL);
+    strcat(out, "/step-12");
+    assert_int_equal(load_ranks(1, false, "/step-12"), E_FAIL);
 }
 
 static void refuse(const TrainProgress *p, const LlamaConfig *c, const QuantPlan *q, int n_arrays, const char *word) {
@@ -754,8 +794,14 @@ static void clean_start(void **state) {
     write_whole(in_out("step-7.tmp/notes"), "x", 1);
     assert_int_equal(symlink("elsewhere", in_out("step-8.tmp")), 0);
     assert_int_equal(symlink("../elsewhere", in_out("step-6.tmp/rank-00000-of-00002.done")), 0);
+    static const char *const aside[] = {"latest.tmp-1", "model.bin.tmp-4194304", "latest.tmp-", "latest.tmp-7x",
+                                        "latest.tmp", "model.bin.tmp-7.1", "model.bin", "xlatest.tmp-7",
+                                        "other.tmp-7"};
+    for (size_t i = 0; i < sizeof aside / sizeof *aside; i++) write_whole(in_out(aside[i]), "x", 1);
     // A stale word that a file is there would be believed; a start takes it away.
     train_state_clean(out);
+    for (size_t i = 0; i < sizeof aside / sizeof *aside; i++)
+        if (path_exists(in_out(aside[i])) != (i >= 2)) fail_msg("%s is %s", aside[i], i >= 2 ? "gone" : "there");
     assert_false(path_exists(in_out("step-6.tmp")));
     assert_true(path_exists(in_out("step-7.tmp/notes")));
     assert_false(path_exists(in_out("step-7.tmp/checkpoint.json")));
@@ -867,6 +913,103 @@ static void one_process(void **state) {
     rank_close(&other);
 }
 
+// Rank 0 says once, after a minute, whom it waits for; and reads again what could not be read.
+static void slow_ranks(void **state) {
+    (void)state;
+    model(NULL, NULL);
+    fresh();
+    Rank k, other;
+    Err err = {0};
+    size_t size = 0;
+    rank_open(&k, 40, 0, false);
+    rank_open(&other, 40, 2, false);
+    pid_t pid = fork();
+    if (pid == 0) _exit(rank_save(&other, 6, 0, &err) || train_state_finish(&err));
+    int status;
+    waitpid(pid, &status, 0);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+
+    int to = open(in_out("said"), O_RDWR | O_CREAT | O_TRUNC, 0666), before = dup(2);
+    dup2(to, 2);
+    char word[100];
+    for (int r = 3; r < 40; r++) {                              // many that cannot be read at the same time
+        snprintf(word, sizeof word, "step-6.tmp/rank-%05d-of-00040.done", r);
+        mkdir(in_out(word), 0777);
+    }
+    int rc = rank_save(&k, 6, 0, &err);
+    nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
+    for (int r = 3; r < 40; r++) {
+        snprintf(word, sizeof word, "step-6.tmp/rank-%05d-of-00040.done", r);
+        rmdir(in_out(word));
+    }
+    for (int turn = 0, after = 0; turn < 1000 && after < 5; turn++) {
+        nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+        seconds_ahead += 61;
+        if (lseek(to, 0, SEEK_END) > 0) after++;
+    }
+    dup2(before, 2);
+    close(before);
+    close(to);
+    train_state_abandon();
+    assert_int_equal(rc, 0);
+    assert_int_equal(train_state_finish(&err), E_FAIL);
+    char *said = (char *)read_whole(in_out("said"), &size);
+    if (!strstr(said, "ranks 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17 and 22 more")) fail_msg("%s", said);
+    assert_non_null(strstr(said, "same file system"));
+    assert_ptr_equal(strchr(said, '\n'), said + size - 1);     // once
+    free(said);
+    rank_close(&k);
+    rank_close(&other);
+
+    rank_open(&k, 2, 0, false);
+    rank_open(&other, 2, 1, false);
+    pid = fork();
+    if (pid == 0) _exit(rank_save(&other, 7, 0, &err) || train_state_finish(&err));
+    waitpid(pid, &status, 0);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    assert_int_equal(rename(in_out("step-7.tmp/rank-00001-of-00002.done"), in_out("word")), 0);
+    mkdir(in_out("step-7.tmp/rank-00001-of-00002.done"), 0777);
+    assert_int_equal(rank_save(&k, 7, 0, &err), 0);
+    nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
+    rmdir(in_out("step-7.tmp/rank-00001-of-00002.done"));
+    assert_int_equal(rename(in_out("word"), in_out("step-7.tmp/rank-00001-of-00002.done")), 0);
+    if (train_state_finish(&err)) fail_msg("%s", err.text);
+    assert_int_equal(must_load(), 7);
+    rank_close(&k);
+    rank_close(&other);
+}
+
+// A marker that would be too long to be read is not written, and nothing takes its name.
+static void marker_too_long(void **state) {
+    (void)state;
+    model(NULL, NULL);
+    fresh();
+    enum { N = 170000 };
+    ParamTable many = table;
+    many.n = N;
+    many.n_params = many.n_elements = N;
+    many.p = calloc(N, sizeof *many.p);
+    OwnTable own = {.table = &many, .row0 = calloc(N, sizeof *own.row0), .split = calloc(N, sizeof *own.split), .R = 1};
+    for (int i = 0; i < N; i++) {
+        snprintf(many.p[i].name, sizeof many.p[i].name, "%090d", i);
+        many.p[i].rows = many.p[i].cols = 1;
+        many.p[i].offset = (size_t)i;
+        own.split[i] = (RowSplit){.rows = 1, .unit = 1, .R = 1};
+    }
+    own.held = many;
+    StateArray array = {"master", calloc(N, sizeof(float))};
+    Err err = {0};
+    TrainProgress p = progress_of(3);
+    assert_int_equal(train_state_save(out, &p, &config, &plan, &own, &array, 1, 0, &err), 0);
+    assert_int_equal(train_state_finish(&err), E_USAGE);
+    if (!strstr(err.text, "checkpoint.json")) fail_msg("%s", err.text);
+    assert_int_equal(entries(""), 0);
+    free(many.p);
+    free(own.row0);
+    free(own.split);
+    free(array.data);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Faults
 
@@ -906,20 +1049,68 @@ static void order_of_syncs(void **state) {
 }
 
 // The states that a save begins from, and what it does: to a new step, to one that is there and that `latest` names,
-// the same where names cannot be exchanged, and to a step that is there while latest names another.
-enum { NEW_STEP, SAME_STEP, NO_EXCHANGE, OLD_STEP, SITUATIONS };
+// the same where names cannot be exchanged, to a step that is there while latest names another, and the first of all.
+enum { NEW_STEP, SAME_STEP, NO_EXCHANGE, OLD_STEP, FIRST_STEP, SITUATIONS };
 
 static int64_t prepare(int situation, int64_t *target) {
     fresh();
     faults->at = 0;
     faults->no_exchange = false;
-    save_here(3, 0);
-    save_here(4, 0);
-    *target = situation == NEW_STEP ? 5 : situation == OLD_STEP ? 3 : 4;
+    if (situation != FIRST_STEP) {
+        save_here(3, 0);
+        save_here(4, 0);
+    }
+    *target = situation == NEW_STEP || situation == FIRST_STEP ? 5 : situation == OLD_STEP ? 3 : 4;
     if (situation == OLD_STEP) save_here(2, 0);      // the user went back
     faults->no_exchange = situation == NO_EXCHANGE;
     faults->calls = faults->writes = faults->n_notes = 0;
-    return situation == OLD_STEP ? 2 : 4;
+    return situation == FIRST_STEP ? 0 : situation == OLD_STEP ? 2 : 4;
+}
+
+// The call of the last note that is `text`, with none that begins with `end` before it; counted from 1.
+static int last_call(const char *text, const char *end) {
+    int call = 0;
+    for (int i = 0; i < faults->n_notes && strncmp(faults->notes[i], end, strlen(end)); i++)
+        if (!strcmp(faults->notes[i], text)) call = i + 1;
+    if (!call) fail_msg("no call \"%s\"", text);
+    return call;
+}
+
+static void failing_syncs(void **state) {
+    (void)state;
+    model(NULL, NULL);
+    faults = shared(sizeof *faults);
+    int64_t target;
+    char out_sync[600];
+    prepare(NEW_STEP, &target);
+    assert_int_equal(save_ranks(1, false, target, 1), 0);
+    snprintf(out_sync, sizeof out_sync, "fsync %s", last_part(out));
+    // Before older ones are removed, the disk must have `latest`.
+    int at = last_call(out_sync, "rename to step-4.tmp");
+    prepare(NEW_STEP, &target);
+    faults->at = at;
+    faults->error = EIO;
+    assert_int_equal(save_ranks(1, false, target, 1), E_FAIL);
+    assert_non_null(strstr(reports[0].err.text, "cannot sync folder"));
+    assert_int_equal(must_load(), target);
+    assert_true(path_exists(in_out("step-3/checkpoint.json")) && path_exists(in_out("step-4/checkpoint.json")));
+
+    // Before a rank says that its file is there, the disk must have the file's name.
+    Rank other;
+    Err err = {0};
+    rank_open(&other, 2, 1, false);
+    for (int fails = 0; fails < 2; fails++) {
+        faults->calls = faults->n_notes = faults->writes = 0;
+        faults->at = fails ? at : 0;
+        assert_int_equal(rank_save(&other, 20 + fails, 0, &err), 0);
+        assert_int_equal(train_state_finish(&err), fails ? E_FAIL : 0);
+        at = last_call(fails ? "fsync step-21.tmp" : "fsync step-20.tmp", "fsync rank-00001-of-00002.done");
+    }
+    assert_non_null(strstr(err.text, "cannot sync folder"));
+    assert_false(path_exists(in_out("step-21.tmp")));
+    rank_close(&other);
+    munmap(faults, sizeof *faults);
+    faults = NULL;
 }
 
 // A process killed at any call of a save, one call after the other: `latest` names a complete checkpoint, the old one
@@ -941,14 +1132,15 @@ static void killed_anywhere(void **state) {
             int64_t got = must_load();
             if (got != before && got != target) fail_msg("call %d: step %lld loads", at, (long long)got);
             if (done) assert_int_equal(got, target);
-            if (situation != NO_EXCHANGE) {
+            if (situation == FIRST_STEP) assert_int_equal(got != 0, path_exists(in_out("step-5")));
+            if (situation != NO_EXCHANGE && got) {
                 char dir[64];
                 snprintf(dir, sizeof dir, "step-%lld/checkpoint.json", (long long)got);
                 assert_true(path_exists(in_out(dir)));         // by the very name that latest has
             }
             train_state_clean(out);
             assert_int_equal(must_load(), got);
-            assert_int_equal(entries(".tmp") - entries("latest.tmp"), 0);
+            assert_int_equal(entries(".tmp"), 0);
             assert_int_equal(entries(".old"), 0);
             save_here(target, 2);
             assert_int_equal(must_load(), target);
@@ -1026,7 +1218,7 @@ static void killed_at_random(void **state) {
             }
         }
         random = random * 1664525 + 1013904223;
-        for (int wait = 0; wait < 20000 && faults->calls < (int)(random >> 8) % 80; wait++)
+        for (int wait = 0; wait < 20000 && faults->calls < (int)(random >> 8) % 120; wait++)
             nanosleep(&(struct timespec){.tv_nsec = 50000 + (random >> 20)}, NULL);
         for (int r = 0; r < 2; r++) {
             int status;
@@ -1108,11 +1300,15 @@ int main(int argc, char **argv) {
         cmocka_unit_test(some_rank_finds_it),
         cmocka_unit_test(wrong_files),
         cmocka_unit_test(hostile_markers),
+        cmocka_unit_test(no_latest),
         cmocka_unit_test(other_runs),
         cmocka_unit_test(keep_newest),
         cmocka_unit_test(clean_start),
         cmocka_unit_test(one_process),
+        cmocka_unit_test(slow_ranks),
+        cmocka_unit_test(marker_too_long),
         cmocka_unit_test(order_of_syncs),
+        cmocka_unit_test(failing_syncs),
         cmocka_unit_test(killed_anywhere),
         cmocka_unit_test(failing_calls),
         cmocka_unit_test(killed_at_random),
