@@ -1,6 +1,7 @@
 #!/bin/bash
 # All that is to be seen on a GPU, in one call of under 8 minutes: builds; runs every operation against the CPU wing and
 # fp64 references over the shapes of the tests; compute-sanitizer on small shapes; 20 training steps GPU against CPU;
+# sharded training against training that is not;
 # then measures, each figure beside a ceiling of the same run. What is missing is said and left out, and so is what the
 # time is too short for.
 #   dev/gpu/check.sh          on a machine with a GPU
@@ -95,10 +96,10 @@ programs=1
 have cjson/cJSON.h cjson || { skip "cJSON is missing: no training, no decoding (set DEPS_HOME)"; programs=; }
 have pcre2.h pcre2-8 || { skip "PCRE2 is missing: no training, no decoding (set DEPS_HOME)"; programs=; }
 have dnnl.h dnnl || say "oneDNN is missing: the CPU wing's own matmuls are compared with"
-command -v mpicc >/dev/null || have mpi.h mpi || say "MPI is missing: one rank, which is all that is checked here"
+command -v mpicc >/dev/null || have mpi.h mpi || say "MPI is missing: one rank is all that is checked here"
 printf '#include <nccl.h>\n' | "${CC:-cc}" -E -x c - ${NCCL_HOME:+"-I$NCCL_HOME/include"} \
     "-I${CUDA_HOME:-/usr/local/cuda}/include" >/dev/null 2>&1 ||
-    say "NCCL's headers are missing: one rank, which is all that is checked here (NCCL_HOME)"
+    say "NCCL is missing: ranks are checked through the host's memory only (NCCL_HOME)"
 
 # 1. Build.
 make_=(make -j"$jobs" BUILD="$BUILD" QLLM_QUIET=1)
@@ -146,6 +147,9 @@ if [ -n "$programs" ]; then
         step "losses $precision" $((90 * slow)) dev/gpu/compare.sh "$BUILD/$precision/bin" "$(bin $precision)" \
             $precision "${shape[@]}"
     done
+    # Sharded: weights packed, sent and unpacked on the device, gradients summed there.
+    if [ -n "$sim" ]; then shape=(tiny 2 16); else shape=(1M 4 128); fi
+    step "ranks" $((60 * slow)) dev/gpu/ranks.sh "$(bin bf16)" bf16 "${shape[@]}"
 fi
 
 # 4. Figures.
