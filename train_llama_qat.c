@@ -692,7 +692,8 @@ static int run_training(Err *err) {
     if (!run.train_data) return err_set(err, E_USAGE, "no --train-data; name a .txt, .jsonl or .bin file");
     if (!run.model == !run.init)
         return err_set(err, E_USAGE, "give either --model PATH or --init NAME (%s)", llama_config_names());
-    char *settings = cli_json(options, N_OPTIONS);
+    static char *settings, *plan_json;
+    settings = cli_json(options, N_OPTIONS);
     if ((rc = comm_check_same("options", settings, err)) < 0) return rc;
     device_choose(comm_local_rank(), comm_local_size());
     if ((rc = device_init(run.device, run.threads ? run.threads : comm_default_threads(), err)) < 0) return rc;
@@ -745,7 +746,7 @@ static int run_training(Err *err) {
         if ((rc = dataloader_init(&val_dl, &val, run.B, run.T, false, 0, err)) < 0) return rc;
         dataloader_ranks(&val_dl, comm_rank(), R);
     }
-    char *plan_json = quant_plan_to_json(&m.plan);
+    plan_json = quant_plan_to_json(&m.plan);
     if ((rc = check_ranks_agree(&m, run.model ? &file : NULL, plan_json, &train, &val, err)) < 0) return rc;
 
     const char *peak_source;
@@ -825,6 +826,7 @@ static int run_training(Err *err) {
     jsonlog_str(&json, "shard", level_names[level]);
     jsonlog_end(&json);
     free(settings); free(plan_json);
+    settings = plan_json = NULL;
 
     StepLog log = {.json = &json,
                    .flops_per_token = flops_per_token,
