@@ -23,6 +23,7 @@
 #include <string.h>
 #include <unistd.h>
 #include "llmc/checkpoint.h"
+#include "llmc/checksum.h"
 #include "llmc/cli.h"
 #include "llmc/comm.h"
 #include "llmc/dataloader.h"
@@ -642,18 +643,19 @@ static int check_out_is_shared(Err *err) {
 static int check_ranks_agree(const Llama *m, const ModelFile *file, const char *plan_json, const TokenData *train,
                              const TokenData *val, Err *err) {
     char *config = llama_config_to_json(&m->c, FLOATX_NAME), text[200];
-    uint64_t weights = 14695981039346656037u;              // FNV-1a of a row of each tensor
+    Checksum weights;                                      // of a row of each tensor
+    checksum_begin(&weights);
     int rc = 0;
     for (int i = 0; i < m->table.n && file && rc == 0; i++) {
         const Param *p = &m->table.p[i];
         float *row = xmalloc((size_t)p->cols * sizeof *row);
         rc = model_read_rows(file, p, p->rows / 2, 1, row, err);
-        for (int64_t k = 0; k < p->cols && rc == 0; k++) weights = (weights ^ f32_bits(row[k])) * 1099511628211u;
+        if (rc == 0) checksum_add(&weights, row, (size_t)p->cols * sizeof *row);
         free(row);
     }
     snprintf(text, sizeof text, "train_llama_qat " QLLM_VERSION " " FLOATX_NAME " on %s, weights %016llx, training data "
-             "%016llx, validation data %016llx", ops->name, (unsigned long long)weights, (unsigned long long)train->hash,
-             (unsigned long long)val->hash);
+             "%016llx, validation data %016llx", ops->name, (unsigned long long)checksum_end(&weights),
+             (unsigned long long)train->hash, (unsigned long long)val->hash);
     if (rc == 0) rc = comm_check_same("program, model and data", text, err);
     if (rc == 0) rc = comm_check_same("model configuration", config, err);
     if (rc == 0) rc = comm_check_same("quantization scheme", plan_json, err);

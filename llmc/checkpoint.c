@@ -14,14 +14,10 @@
 #define HF_SHARD_BYTES ((size_t)4 << 30)
 #define MAX_SHARDS 1024
 
-static bool is_norm(const Param *p) {
-    return p->role == ROLE_NORM1 || p->role == ROLE_NORM2 || p->role == ROLE_FINAL_NORM;
-}
-
 // The spec a tensor is packed with; bits == 0 where it stays float.
 static QuantSpec packed_spec(const LlamaConfig *c, const QuantPlan *plan, const Param *p) {
     QuantSpec none = {0};
-    if (is_norm(p)) return none;
+    if (param_is_norm(p)) return none;
     // A tied table whose head stays float is stored once, as floats: the embedding's codes follow from them.
     if (p->role == ROLE_EMBED) return c->tied && !plan->tied_head.bits ? none : llama_embedding_spec(plan, c);
     if (p->role == ROLE_HEAD && c->tied) return plan->tied_head;
@@ -88,7 +84,7 @@ static int check_float(const ModelFile *m, const Param *p, Err *err) {
     if (t->dtype != DT_F32 && t->dtype != DT_F16 && t->dtype != DT_BF16)
         return err_set(err, E_DTYPE, "%s: tensor '%s' is %s; weights are read as F32, F16 or BF16", m->path, t->name,
                        dtype_name(t->dtype));
-    return check_shape(m, t, is_norm(p), p->rows, p->cols, err);
+    return check_shape(m, t, param_is_norm(p), p->rows, p->cols, err);
 }
 
 // Finds NAME.SUFFIX of a packed tensor and checks its dtype and shape.
@@ -720,7 +716,7 @@ static int64_t tile_rows(const Param *p) {
 
 static void declare_float(StWriter *w, const Param *p, DType dtype) {
     int64_t shape[2] = {p->rows, p->cols};
-    st_writer_tensor(w, p->name, dtype, is_norm(p) ? 1 : 2, is_norm(p) ? shape + 1 : shape);
+    st_writer_tensor(w, p->name, dtype, param_is_norm(p) ? 1 : 2, param_is_norm(p) ? shape + 1 : shape);
 }
 
 // Asks the source for rows and refuses what is not finite, so that no broken model is ever left behind.

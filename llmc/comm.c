@@ -1,5 +1,6 @@
 // The interface: one rank, the start, which transport carries device memory, and what goes through host memory.
 #include "comm.h"
+#include "checksum.h"
 #include "comm_impl.h"
 #include "device.h"
 #include <sched.h>
@@ -375,8 +376,7 @@ static void item_at(const char *text, size_t n, size_t i, char *out, size_t size
 int comm_check_same(const char *what, const char *text, Err *err) {
     if (self.size == 1) return 0;
     typedef struct { uint64_t hash, bytes; } Print;
-    Print own = {14695981039346656037u, strlen(text)};
-    for (const char *p = text; *p; p++) own.hash = (own.hash ^ (uint8_t)*p) * 1099511628211u;    // FNV-1a
+    Print own = {checksum_of(text, strlen(text)), strlen(text)};
     Print *all = xcalloc((size_t)self.size, sizeof *all);
     int rc = comm_host_all_gather(all, &own, sizeof own, err), other = 0;
     for (int r = self.size - 1; r > 0; r--)

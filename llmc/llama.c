@@ -308,7 +308,7 @@ static int add_param(ParamTable *t, const LlamaConfig *c, const QuantPlan *plan,
     if (roles[role].in_block) snprintf(p->name, sizeof p->name, "model.layers.%d.%s", layer, roles[role].name);
     else snprintf(p->name, sizeof p->name, "%s", roles[role].name);
     role_shape(c, role, &p->rows, &p->cols);
-    bool norm = role == ROLE_NORM1 || role == ROLE_NORM2 || role == ROLE_FINAL_NORM;
+    bool norm = param_is_norm(p);
     p->decay = !norm;
     if (roles[role].starts_group) t->n_elements = (t->n_elements + 63) & ~(size_t)63;
     p->offset = t->n_elements;
@@ -385,7 +385,7 @@ const Param *param_find(const ParamTable *t, const char *name) {
 
 // Box-Muller on two uniforms per element: one counter, one value, so that any slice can be made alone.
 void param_init_random(float *out, const Param *p, const LlamaConfig *c, uint64_t seed, size_t first, size_t n) {
-    if (p->role == ROLE_NORM1 || p->role == ROLE_NORM2 || p->role == ROLE_FINAL_NORM) {
+    if (param_is_norm(p)) {
         for (size_t i = 0; i < n; i++) out[i] = 1.0f;
         return;
     }

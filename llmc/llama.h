@@ -72,6 +72,9 @@ typedef struct {
 int param_table_build(ParamTable *t, const LlamaConfig *c, const QuantPlan *plan, Err *err);
 void param_table_free(ParamTable *t);
 const Param *param_get(const ParamTable *t, int layer, ParamRole role);      // layer ignored outside the blocks; NULL if none
+static inline bool param_is_norm(const Param *p) {
+    return p->role == ROLE_NORM1 || p->role == ROLE_NORM2 || p->role == ROLE_FINAL_NORM;
+}
 const Param *param_find(const ParamTable *t, const char *name);
 
 // How the embedding table is quantized. It is read row by row, with no matmul after it to apply a row's scale, so one

@@ -403,7 +403,6 @@ void shard_requantize(Shard *s, const float *master, bool fake_quant) {
 // Gradients
 
 static bool reduced_each_micro_step(const Shard *s, int l) { return s->level >= SHARD_GRAD && l >= 0 && l < s->c->L; }
-static bool is_norm(const Param *p) { return p->rows == 1 && !p->decay; }
 
 bool shard_backward(Shard *s, int l, int micro) {
     gather(s, l, l - 1);
@@ -412,7 +411,7 @@ bool shard_backward(Shard *s, int l, int micro) {
     for (int j = 0; j < u->n_parts && !adds; j++) {
         const Param *w = whole(s, &u->part[j]);
         // Norms' and an embedding's gradients are added to; those of linears, also a tied table's, are overwritten.
-        if (is_norm(w) || (w->role == ROLE_EMBED && !s->c->tied))
+        if (param_is_norm(w) || (w->role == ROLE_EMBED && !s->c->tied))
             device_zero(shard_gradient(s, u->part[j].i), (size_t)w->rows * (size_t)w->cols * sizeof(float));
     }
     return adds;
