@@ -278,6 +278,22 @@ static int newest(const char *out) {
     return step;
 }
 
+// The step that --resume goes on from: latest's, or where a kill came after the first folder was completed and before
+// latest named it, that of the newest folder with a marker.
+static int start_point(const char *out) {
+    int step = newest(out), n;
+    DIR *d = step < 0 ? opendir(out) : NULL;
+    for (struct dirent *e; d && (e = readdir(d));) {
+        char marker[1200];
+        int end = 0;
+        snprintf(marker, sizeof marker, "%s/%s/checkpoint.json", out, e->d_name);
+        if (sscanf(e->d_name, "step-%d%n", &n, &end) == 1 && !e->d_name[end] && access(marker, R_OK) == 0 && n > step)
+            step = n;
+    }
+    if (d) closedir(d);
+    return step;
+}
+
 // Whether OUT has a checkpoint that is being written.
 static bool saving(const char *out) {
     DIR *d = opendir(out);
@@ -532,7 +548,7 @@ static bool check_end(const Campaign *c, const char *out, const char *log, int s
     read_losses(l, out);
     if (status) snprintf(why, sizeof why, "the last start ended with status %d", status);
     else if (log && resumed_from(log) != from)
-        snprintf(why, sizeof why, "latest is %d, it went on from %d", from, resumed_from(log));
+        snprintf(why, sizeof why, "the newest checkpoint is of step %d, it went on from %d", from, resumed_from(log));
     else if (l->last != steps) snprintf(why, sizeof why, "%d steps of %d are in the log", l->last, steps);
     else if (c->ranks < 0 && !(widest <= LOSS_TOLERANCE)) snprintf(why, sizeof why, "losses differ by %.2g", widest);
     else if (!(first <= FIRST_TOLERANCE && next <= NEXT_TOLERANCE))
@@ -567,7 +583,7 @@ static void campaign(const Campaign *c, int kills) {
         if (rc == 0) good = check_end(c, out, NULL, 0, 0);
     }
     if (rc > 0) {
-        int from = newest(out);
+        int from = start_point(out);
         int pid = start(mixed ? 3 : c->ranks, mixed ? "full" : c->level, out, "--resume --keep 2", log, 0);
         good = check_end(c, out, log, wait_all(pid, 120, NULL), from);
     }
@@ -598,13 +614,13 @@ static int run_until(int ranks, const char *level, const char *out, const char *
 static bool resumes_to_the_end(const Campaign *c, const char *out, int at_least, char *why, size_t size) {
     char log[640];
     snprintf(log, sizeof log, "%s/log-resumed.txt", dir);
-    int from = newest(out), differ;
+    int from = start_point(out), differ;
     int status = wait_all(start(c->ranks, c->level, out, "--resume", log, 0), 120, NULL);
     compare_losses(out, &c->losses, &differ);
     if (status) snprintf(why, size, "resuming ended with status %d", status);
-    else if (from < at_least) snprintf(why, size, "latest is %d, expected %d or later", from, at_least);
+    else if (from < at_least) snprintf(why, size, "the newest checkpoint is of step %d, expected %d or later", from, at_least);
     else if (resumed_from(log) != from)
-        snprintf(why, size, "latest is %d, it went on from %d", from, resumed_from(log));
+        snprintf(why, size, "the newest checkpoint is of step %d, it went on from %d", from, resumed_from(log));
     else if (differ || !same_files(path_of("%s/model.bin", out, ""), path_of("%s/model.bin", c->ref, "")))
         snprintf(why, size, "losses or model.bin differ from the undisturbed run's");
     if (*why) show(log);
@@ -681,7 +697,7 @@ static void disk_full(const Campaign *c, const char *reference_step) {
     if (umount(out)) perror(out);
     if (!*why && status <= 0) snprintf(why, sizeof why, "status %d, expected an error", status);
     if (!*why && !named) snprintf(why, sizeof why, "no message says that no space is left");
-    if (!*why && at < save_every) snprintf(why, sizeof why, "latest is %d, expected %d or later", at, save_every);
+    if (!*why && at < save_every) snprintf(why, sizeof why, "the newest checkpoint is of step %d, expected %d or later", at, save_every);
     if (*why) show(log);
     else resumes_to_the_end(c, copy, save_every, why, sizeof why);
     outcome(!*why, "disk full", why);
