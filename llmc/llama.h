@@ -4,6 +4,7 @@
 #ifndef QLLM_LLAMA_H
 #define QLLM_LLAMA_H
 #include "common.h"
+#include "optimizer.h"
 #include "quant.h"
 
 typedef enum { ROPE_DEFAULT, ROPE_LINEAR, ROPE_LLAMA3 } RopeScaling;
@@ -56,6 +57,8 @@ typedef struct {
     size_t row_offset;               // rows from the start of the per-row scales
     bool trainable, decay;           // norms do not decay
     QuantScheme scheme;              // of this tensor (embedding: .weight only)
+    ParamFormat format;              // how training keeps it; PARAM_INT8 is also how it works
+    StateFormat state;               // and AdamW's moments of it
 } Param;
 
 typedef struct {
@@ -70,6 +73,9 @@ typedef struct {
 // Builds the table and looks up each tensor's scheme in the plan. Refuses a group that does not divide its row and
 // q/k/v or gate/up with different activation schemes, since they share one input.
 int param_table_build(ParamTable *t, const LlamaConfig *c, const QuantPlan *plan, Err *err);
+// How training keeps the parameters (f32 with f32 moments after param_table_build): those whose scheme is
+// quant_is_int8_rows as INT8, the others in `others`; moments in `state` where state_format allows.
+void param_table_formats(ParamTable *t, ParamFormat others, StateFormat state);
 void param_table_free(ParamTable *t);
 const Param *param_get(const ParamTable *t, int layer, ParamRole role);      // layer ignored outside the blocks; NULL if none
 static inline bool param_is_norm(const Param *p) {

@@ -15,6 +15,7 @@
 #ifndef QLLM_OPS_H
 #define QLLM_OPS_H
 #include "common.h"
+#include "optimizer.h"
 #include "quant.h"
 #include "split.h"
 #ifdef __cplusplus
@@ -77,6 +78,33 @@ typedef struct Ops {
                                   size_t N, int C, int OC);
     // dw (OC, C) f32 = dy^T . x when accumulate is false, += when true.
     void (*linear_backward_weight)(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC, bool accumulate);
+
+    // --- linear with INT8 weights --------------------------------------------------------------------------------
+    // codes (OC, C) int8, wscale (OC) f32: the weight is codes * wscale by row (optimizer.h, PARAM_INT8).
+    // linear_w8_forward: y (N, OC) X = X( (x (N, C) X . codes^T) * wscale ): the bits that linear_forward gives for the
+    // codes as X, which are exact. They become X in working memory, one tensor at most at a time.
+    void (*linear_w8_forward)(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
+                              int OC);
+    void (*linear_w8_forward_f32)(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
+                                  int OC);
+    // dx (N, C) X = X(dy (N, OC) X * wscale) . codes; dy_scaled (N, OC) X scratch.
+    void (*linear_w8_backward_input)(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale,
+                                     floatX *dy_scaled, size_t N, int C, int OC);
+    // Integer products. A row of n values is quantized by int8_row_scale, int8_row_inv and int8_nearest (optimizer.h) of
+    // the values of X. acc: the int32 sum, exact; sums over more than 2^16 products are cut into pieces of 2^16, whose
+    // sums become f32 and are added in order. All bits are the same on every device and for any number of threads.
+    // linear_i8_forward: y (N, OC) X = X( (f32(acc) * sx) * wscale ), sx the scale of a row (token) of x.
+    void (*linear_i8_forward)(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
+                              int OC);
+    void (*linear_i8_forward_f32)(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
+                                  int OC);
+    // dx (N, C) X = X( f32(acc) * sg ): rows (tokens) of the f32 products dy * wscale are quantized, and multiply codes.
+    void (*linear_i8_backward_input)(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale, size_t N,
+                                     int C, int OC);
+    // dw (OC, C) f32 = or += (f32(acc) * sg) * sx: columns of dy (N, OC) and of x (N, C) are quantized over all N tokens,
+    // with scales sg (OC) and sx (C).
+    void (*linear_i8_backward_weight)(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC,
+                                      bool accumulate);
 
     // --- attention -----------------------------------------------------------------------------------------------
     // rope: rotates heads in place. x (N, ldx) X: NH_rot heads of HS each at the start of each row (q heads then k
@@ -147,6 +175,23 @@ typedef struct Ops {
     // unclamped.
     void (*weight_ste_mask)(float *grad, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
 
+    // adamw_low: the step of adamw_fq for what is kept in other formats (optimizer.h). The parameter and its moments are
+    // read as f32, the moments stored anew by blocks, and the parameter as
+    //   f32    itself
+    //   bf16   rounded by `rounding`: bf16_stochastic, or to nearest
+    //   INT8   a new scale from the new values of each row, and codes by `rounding`: int8_stochastic or int8_nearest
+    // in place; what is in between is some rows at most, never the tensor. Then work (rows, cols) X and wscale as
+    // adamw_fq, from the stored parameter; work NULL: no working values, as always for INT8, which works as it is.
+    // tensor: its number in the parameter table; row0: where these rows begin in it (whole blocks of m and v).
+    void (*adamw_low)(StoredParam p, StoredState m, StoredState v, floatX *work, float *wscale, const float *grad,
+                      const StepState *state, const AdamWParams *h, const QuantSpec *wq, Rounding rounding, int tensor,
+                      int64_t row0, int64_t rows, int64_t cols);
+    // int8_rows: codes and scale (rows) of a parameter (f32 or bf16) by row, to nearest: how INT8 weights begin, and
+    // each new view of a table for an INT8 head.
+    void (*int8_rows)(int8_t *codes, float *scale, StoredParam from, int64_t rows, int64_t cols);
+    // widen: out (n) f32 = in (n) bf16.
+    void (*widen)(float *out, const bf16 *in, size_t n);
+
     // --- between ranks -------------------------------------------------------------------------------------------
     // A tensor's rows are dealt out by `split` (split.h). On the wire rank r's part lies at wire + r * stride bytes,
     // stride a multiple of 16. Rows [k0, k0 + kn) of each rank's own take part, where a rank has so many; k0 and kn are
@@ -188,10 +233,12 @@ typedef struct Ops {
 // One entry an operation, for tests that must cover all of them: X(name).
 #define QLLM_OPS(X) \
     X(embedding_forward) X(embedding_backward) X(rmsnorm_fq_forward) X(rmsnorm_backward) X(linear_forward) \
-    X(linear_forward_f32) X(linear_backward_input) X(linear_backward_weight) X(rope) X(attention_forward) \
+    X(linear_forward_f32) X(linear_backward_input) X(linear_backward_weight) X(linear_w8_forward) \
+    X(linear_w8_forward_f32) X(linear_w8_backward_input) X(linear_i8_forward) X(linear_i8_forward_f32) \
+    X(linear_i8_backward_input) X(linear_i8_backward_weight) X(rope) X(attention_forward) \
     X(attention_backward) X(fakequant_forward) X(mask_backward) X(swiglu_fq_forward) X(swiglu_backward) X(classifier) \
     X(loss_accumulate) X(sum_squares) X(state_sum) X(global_norm) X(adamw_fq) X(sgd_fq) X(weight_fq) \
-    X(weight_ste_mask) X(rows_pack) X(rows_unpack) X(weight_pack) X(weight_unpack) X(sum_ranks) X(dequant_rows) \
+    X(weight_ste_mask) X(adamw_low) X(int8_rows) X(widen) X(rows_pack) X(rows_unpack) X(weight_pack) X(weight_unpack) X(sum_ranks) X(dequant_rows) \
     X(qmatvec_forward)
 
 extern const Ops *ops;      // the backend that device_init chose

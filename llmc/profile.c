@@ -110,6 +110,28 @@ TIMED(linear_backward_input,
       (dx, dy, w, wscale, dy_scaled, N, C, OC))
 TIMED(linear_backward_weight, (float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC, bool accumulate),
       (dw, dy, x, N, C, OC, accumulate))
+TIMED(linear_w8_forward,
+      (floatX * y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C, int OC),
+      (y, x, codes, wscale, N, C, OC))
+TIMED(linear_w8_forward_f32,
+      (float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C, int OC),
+      (y, x, codes, wscale, N, C, OC))
+TIMED(linear_w8_backward_input,
+      (floatX * dx, const floatX *dy, const int8_t *codes, const float *wscale, floatX *dy_scaled, size_t N, int C,
+       int OC),
+      (dx, dy, codes, wscale, dy_scaled, N, C, OC))
+TIMED(linear_i8_forward,
+      (floatX * y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C, int OC),
+      (y, x, codes, wscale, N, C, OC))
+TIMED(linear_i8_forward_f32,
+      (float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C, int OC),
+      (y, x, codes, wscale, N, C, OC))
+TIMED(linear_i8_backward_input,
+      (floatX * dx, const floatX *dy, const int8_t *codes, const float *wscale, size_t N, int C, int OC),
+      (dx, dy, codes, wscale, N, C, OC))
+TIMED(linear_i8_backward_weight,
+      (float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC, bool accumulate),
+      (dw, dy, x, N, C, OC, accumulate))
 TIMED(rope,
       (floatX * x, const float *cos_t, const float *sin_t, size_t N, int T, int pos0, int ldx, int NH_rot, int HS,
        bool inverse),
@@ -148,6 +170,14 @@ TIMED(weight_fq, (floatX *work, float *wscale, const float *master, const QuantS
       (work, wscale, master, wq, rows, cols))
 TIMED(weight_ste_mask, (float *grad, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols),
       (grad, master, wq, rows, cols))
+TIMED(adamw_low,
+      (StoredParam p, StoredState m, StoredState v, floatX *work, float *wscale, const float *grad,
+       const StepState *state, const AdamWParams *h, const QuantSpec *wq, Rounding rounding, int tensor, int64_t row0,
+       int64_t rows, int64_t cols),
+      (p, m, v, work, wscale, grad, state, h, wq, rounding, tensor, row0, rows, cols))
+TIMED(int8_rows, (int8_t *codes, float *scale, StoredParam from, int64_t rows, int64_t cols),
+      (codes, scale, from, rows, cols))
+TIMED(widen, (float *out, const bf16 *in, size_t n), (out, in, n))
 TIMED(rows_pack,
       (void *wire, size_t stride, const void *tensor, const RowSplit *split, int64_t k0, int64_t kn, size_t row_bytes),
       (wire, stride, tensor, split, k0, kn, row_bytes))

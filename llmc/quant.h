@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 typedef enum { QG_TENSOR, QG_CHANNEL, QG_GROUP, QG_BLOCK, QG_TOKEN } QuantGranularity;   // CHANNEL: a row of (OC, C)
-typedef enum { QM_SYMMETRIC, QM_SYMMETRIC_NO_CLIP, QM_ASYMMETRIC } QuantMapping;
+typedef enum { QM_SYMMETRIC, QM_SYMMETRIC_NO_CLIP, QM_ASYMMETRIC, QM_ROWS } QuantMapping;   // ROWS: see below
 typedef enum { QZ_INT, QZ_FLOAT } QuantZeroPoint;
 typedef enum { QD_F32, QD_BF16 } QuantDType;       // the dtype whose rounding every step of the qparams follows
 
@@ -126,6 +126,12 @@ QHD bool quant_in_range(float x, QParams p, const QuantSpec *s, QuantDType d) {
     float q = quant_unclamped(x, p, s, d);
     return q >= (float)s->qmin && q <= (float)s->qmax;
 }
+
+// INT8 rows, as INT8 training keeps them (train_llama_qt; arithmetic in optimizer.h): 8 bits, -128..127, one f32 scale
+// amax / 127 a row. Weights are trained as codes and stored as they are, never made from floats by fake quantization.
+// As the activation of a linear it says that rows of its input are quantized in the same way and that the product is an
+// integer one (linear_i8_forward). Text: int8,channel,rows and int8,token,rows; presets int8qt and int8qt-int8.
+static inline bool quant_is_int8_rows(const QuantSpec *s) { return s->bits == 8 && s->mapping == QM_ROWS; }
 
 // ---------------------------------------------------------------------------------------------
 // Tensors (host reference; the wings have fast twins that give the same bits).

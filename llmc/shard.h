@@ -97,6 +97,8 @@ void shard_gradients(Shard *s, int l, int micro, bool last);
 
 // Where tensor i of the table (or its gradient) lies whole.
 static inline floatX *shard_weight(const Shard *s, int i) { return s->work + s->work_place[i]; }
+// The same for a tensor of INT8 rows, whose working weight is its codes (Param.format PARAM_INT8).
+static inline int8_t *shard_codes(const Shard *s, int i) { return (int8_t *)shard_weight(s, i); }
 static inline float *shard_weight_scale(const Shard *s, int i) { return s->wscale + s->row_place[i]; }
 static inline float *shard_gradient(const Shard *s, int i) { return s->grad + s->grad_place[i]; }
 

@@ -15,6 +15,18 @@ void cpu_linear_forward_f32(float *y, const floatX *x, const floatX *w, const fl
 void cpu_linear_backward_input(floatX *dx, const floatX *dy, const floatX *w, const float *wscale, floatX *dy_scaled,
                                size_t N, int C, int OC);
 void cpu_linear_backward_weight(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC, bool accumulate);
+void cpu_linear_w8_forward(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C, int OC);
+void cpu_linear_w8_forward_f32(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
+                               int OC);
+void cpu_linear_w8_backward_input(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale,
+                                  floatX *dy_scaled, size_t N, int C, int OC);
+void cpu_linear_i8_forward(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C, int OC);
+void cpu_linear_i8_forward_f32(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
+                               int OC);
+void cpu_linear_i8_backward_input(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale, size_t N, int C,
+                                  int OC);
+void cpu_linear_i8_backward_weight(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC,
+                                   bool accumulate);
 void cpu_rope(floatX *x, const float *cos_t, const float *sin_t, size_t N, int T, int pos0, int ldx, int NH_rot, int HS,
               bool inverse);
 void cpu_attention_forward(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, int B, int T,
@@ -37,6 +49,11 @@ void cpu_sgd_fq(float *master, float *buf, floatX *work, float *wscale, const fl
                 float momentum, float weight_decay, const QuantSpec *wq, int64_t rows, int64_t cols);
 void cpu_weight_fq(floatX *work, float *wscale, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
 void cpu_weight_ste_mask(float *grad, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
+void cpu_adamw_low(StoredParam p, StoredState m, StoredState v, floatX *work, float *wscale, const float *grad,
+                   const StepState *state, const AdamWParams *h, const QuantSpec *wq, Rounding rounding, int tensor,
+                   int64_t row0, int64_t rows, int64_t cols);
+void cpu_int8_rows(int8_t *codes, float *scale, StoredParam from, int64_t rows, int64_t cols);
+void cpu_widen(float *out, const bf16 *in, size_t n);
 void cpu_rows_pack(void *wire, size_t stride, const void *tensor, const RowSplit *split, int64_t k0, int64_t kn,
                    size_t row_bytes);
 void cpu_rows_unpack(void *tensor, const void *wire, size_t stride, const RowSplit *split, int64_t k0, int64_t kn,
