@@ -25,7 +25,7 @@ static struct {
 static const Option options[] = {
     // name          type        where            default  allowed  help
     {"--scheme",     OPT_STRING, &run.scheme,     NULL,    NULL,
-     "none, int8wo, int8dq, int4wo-G, 8da4w-G, intB-G (default: the model's own)"},
+     "none, int8wo, int8dq, int4wo-G, 8da4w-G, intB-G, int8qt, int8qt-int8 (default: the model's own)"},
     {"--weight",     OPT_STRING, &run.weight,     NULL,    NULL, "weights of linears instead: int4,group=32,symmetric"},
     {"--activation", OPT_STRING, &run.activation, NULL,    NULL, "and their inputs, as in int8,token,asymmetric"},
     {"--embedding",  OPT_STRING, &run.embedding,  NULL,    NULL, "the embedding table, as in int4,group=32"},
@@ -236,6 +236,9 @@ static DType float_dtype(const ModelFile *m) {
 }
 
 static int choose_plan(QuantPlan *plan, const ModelFile *m, Err *err) {
+    if (m->packed && quant_plan_has_rows(&m->plan))
+        return err_set(err, E_USAGE, "%s is packed already (%s): INT8 rows are stored as codes; generate and eval read "
+                       "it as it is", m->path, m->plan.name);
     if (m->packed)
         return err_set(err, E_USAGE, "%s is already quantized (%s); quantize the float model that it was made from",
                        m->path, m->plan.name);

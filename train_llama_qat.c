@@ -467,8 +467,12 @@ static const Option options[] = {
 static int plan_from_options(QuantPlan *plan, const QuantPlan *models_own, Err *err) {
     const QuantPlan *base = models_own && !quant_plan_is_none(models_own) ? models_own : NULL;
     const char *scheme = run.scheme || run.weight || base ? run.scheme : "8da4w-32";
-    return quant_plan_from_options(plan, base, scheme, run.weight, run.activation, run.embedding, run.head,
-                                   run.rules.item, run.rules.n, err);
+    int rc = quant_plan_from_options(plan, base, scheme, run.weight, run.activation, run.embedding, run.head,
+                                     run.rules.item, run.rules.n, err);
+    if (rc == 0 && quant_plan_has_rows(plan))
+        rc = err_set(err, E_USAGE, "INT8 rows (%s) are trained as codes, with no masters to fake-quantize: use "
+                     "./train_llama_qt, or int8wo here", plan->name);
+    return rc;
 }
 
 // ---------------------------------------------------------------------------------------------

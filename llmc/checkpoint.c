@@ -29,6 +29,9 @@ static DType zero_dtype(const QuantSpec *s) {
     return s->zero == QZ_FLOAT ? DT_BF16 : s->is_unsigned ? DT_U8 : DT_I8;
 }
 
+// Scales are bf16 values by their making; those of INT8 rows are f32.
+static DType scale_dtype(const QuantSpec *s) { return quant_is_int8_rows(s) ? DT_F32 : DT_BF16; }
+
 // Has any of n values an exponent of all ones? Returns the first such column, or -1.
 static int64_t first_not_finite(const float *x, int64_t n) {
     uint32_t bad = 0;
@@ -109,7 +112,7 @@ static int packed_parts(const ModelFile *m, const Param *p, const QuantSpec *s, 
     if (rc) return rc;
     int64_t down = p->rows / out->block[0], across = p->cols / out->block[1];
     rc = packed_part(m, p, "codes", DT_U8, p->rows, (int64_t)quant_row_bytes(s->bits, p->cols), &out->codes, err);
-    if (!rc) rc = packed_part(m, p, "scale", DT_BF16, down, across, &out->scale, err);
+    if (!rc) rc = packed_part(m, p, "scale", scale_dtype(s), down, across, &out->scale, err);
     if (!rc && quant_has_zero(s)) rc = packed_part(m, p, "zero", zero_dtype(s), down, across, &out->zero, err);
     return rc;
 }
@@ -374,6 +377,9 @@ static int open_bin(ModelFile *m, Err *err) {
         snprintf(why, sizeof why, "%.699s", err->text);
         return err_set(err, rc, "%s: metadata: %s", m->path, why);
     }
+    if (!m->packed && quant_plan_has_rows(&m->plan))
+        return err_set(err, E_FORMAT, "%s: the plan (%s) has INT8 rows, which are stored as codes, but the file is "
+                       "not packed", m->path, m->plan.name);
     rc = check_tensors(m, err);
     const StTensor *blob = find_tensor(m, TOKENIZER_TENSOR);
     if (rc || !blob) return rc;
@@ -605,17 +611,19 @@ int model_packed(const ModelFile *m, const Param *p, PackedTensor *t, Err *err) 
     t->codes = parts.codes->data;
     t->n_scales = (p->rows / parts.block[0]) * (p->cols / parts.block[1]);
     t->scale = xmalloc((size_t)t->n_scales * sizeof *t->scale);
-    convert_to_f32(t->scale, parts.scale->data, DT_BF16, (size_t)t->n_scales);
+    convert_to_f32(t->scale, parts.scale->data, parts.scale->dtype, (size_t)t->n_scales);
     if (parts.zero || spec.is_unsigned) t->zero = xmalloc((size_t)t->n_scales * sizeof *t->zero);
     for (int64_t i = 0; i < t->n_scales && t->zero; i++)
         t->zero[i] = !parts.zero ? quant_mid(&spec) : spec.is_unsigned ? parts.zero->data[i] :
             (int8_t)parts.zero->data[i];
     if (parts.zero && spec.zero == QZ_FLOAT) convert_to_f32(t->zero, parts.zero->data, DT_BF16, (size_t)t->n_scales);
+    bool rows = quant_is_int8_rows(&spec);               // a row of zeros has scale 0
     for (int64_t i = 0; i < t->n_scales; i++)
-        if (!(isfinite(t->scale[i]) && t->scale[i] > 0) || (t->zero && !isfinite(t->zero[i]))) {
-            rc = err_set(err, E_FORMAT, "%s: tensor '%s': scale %lld is %g%s; scales are finite and positive, zero "
-                         "points finite", m->path, p->name, (long long)i, (double)t->scale[i],
-                         t->zero ? " (or its zero point is wrong)" : "");
+        if (!isfinite(t->scale[i]) || !(t->scale[i] > 0 || (rows && t->scale[i] == 0)) ||
+            (t->zero && !isfinite(t->zero[i]))) {
+            rc = err_set(err, E_FORMAT, "%s: tensor '%s': scale %lld is %g%s; scales are finite and %s, zero points "
+                         "finite", m->path, p->name, (long long)i, (double)t->scale[i],
+                         t->zero ? " (or its zero point is wrong)" : "", rows ? "not negative" : "positive");
             packed_tensor_free(t);
             return rc;
         }
@@ -639,7 +647,7 @@ static void unpack_row(float *out, int16_t *codes, const PackedParts *t, const Q
     for (int64_t b = 0; b < across; b++) {
         size_t i = (size_t)(row / t->block[0] * across + b);
         QParams qp = {0, s->is_unsigned ? quant_mid(s) : 0.0f};
-        convert_to_f32(&qp.scale, t->scale->data + 2 * i, DT_BF16, 1);
+        convert_to_f32(&qp.scale, t->scale->data + dtype_size(t->scale->dtype) * i, t->scale->dtype, 1);
         if (t->zero && s->zero == QZ_FLOAT) convert_to_f32(&qp.zp, t->zero->data + 2 * i, DT_BF16, 1);
         else if (t->zero) qp.zp = s->is_unsigned ? t->zero->data[i] : (int8_t)t->zero->data[i];
         for (int64_t c = b * t->block[1]; c < (b + 1) * t->block[1]; c++) out[c] = quant_dequant(codes[c], qp, s, d);
@@ -771,7 +779,7 @@ static void declare_packed(StWriter *w, const Param *p, const QuantSpec *s, cons
     snprintf(name, sizeof name, "%s.codes", p->name);
     st_writer_tensor(w, name, DT_U8, 2, codes);
     snprintf(name, sizeof name, "%s.scale", p->name);
-    st_writer_tensor(w, name, DT_BF16, 2, scales);
+    st_writer_tensor(w, name, scale_dtype(s), 2, scales);
     snprintf(name, sizeof name, "%s.zero", p->name);
     if (quant_has_zero(s)) st_writer_tensor(w, name, zero_dtype(s), 2, scales);
 }
@@ -782,7 +790,8 @@ typedef struct {
     const Param *p, *from;               // what is written; what the source is asked for (they differ for a tied head)
     const QuantSpec *s;
     int64_t block[2], across, piece;
-    float *x, *w16;                      // (piece, cols): as the source gave it, rounded to bf16
+    bool rounds;                         // codes are made from bf16(value)
+    float *x, *w16;                      // (piece, cols): as the source gave it; what codes are made from
     uint8_t *packed;                     // (piece, row_bytes)
     float *mn, *mx;                      // (bands of the span, across)
     QParams *qp;                         // (rows/block[0], across)
@@ -793,7 +802,7 @@ static int read_piece(Packer *k, int64_t row, int64_t n, RowSource source, void 
     int rc = source_rows(source, ctx, k->from, row, n, k->x, err);
     if (rc) return rc;
     #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n * k->p->cols; i++) k->w16[i] = bf16_round(k->x[i]);
+    for (int64_t i = 0; i < n * k->p->cols; i++) k->w16[i] = k->rounds ? bf16_round(k->x[i]) : k->x[i];
     return 0;
 }
 
@@ -846,14 +855,23 @@ static void encode_piece(Packer *k, int64_t row, int64_t n) {
 
 static int check_qparams(const Packer *k, int64_t n, Err *err) {
     for (int64_t i = 0; i < n; i++)
-        if (!isfinite(k->qp[i].scale) || bf16_round(k->qp[i].scale) != k->qp[i].scale ||
+        if (!isfinite(k->qp[i].scale) ||
+            (scale_dtype(k->s) == DT_BF16 && bf16_round(k->qp[i].scale) != k->qp[i].scale) ||
             (k->s->zero == QZ_FLOAT && bf16_round(k->qp[i].zp) != k->qp[i].zp))
-            return err_set(err, E_FORMAT, "nothing written: tensor '%s': scale %lld is %g, which bf16 does not hold: "
-                           "the weights are too large", k->p->name, (long long)i, (double)k->qp[i].scale);
+            return err_set(err, E_FORMAT, "nothing written: tensor '%s': scale %lld is %g, which %s does not hold: "
+                           "the weights are too large", k->p->name, (long long)i, (double)k->qp[i].scale,
+                           scale_dtype(k->s) == DT_F32 ? "f32" : "bf16");
     return 0;
 }
 
 static void write_qparams(StWriter *w, const Packer *k, int64_t n) {
+    if (scale_dtype(k->s) == DT_F32) {
+        float *scale = xmalloc((size_t)n * sizeof *scale);
+        for (int64_t i = 0; i < n; i++) scale[i] = k->qp[i].scale;
+        st_writer_data(w, scale, (size_t)n * sizeof *scale);
+        free(scale);
+        return;
+    }
     bf16 *h = xmalloc((size_t)n * sizeof *h);
     for (int64_t i = 0; i < n; i++) h[i] = bf16_from_f32(k->qp[i].scale);
     st_writer_data(w, h, (size_t)n * sizeof *h);
@@ -908,6 +926,8 @@ static int write_packed(StWriter *w, const Param *p, const Param *from, const Qu
     int rc = quant_block_shape(s, p->rows, p->cols, k.block, err);
     if (rc) return rc;
     k.across = p->cols / k.block[1];
+    // INT8 rows are made from the very values, as the trainer begins with; a tied head's from those of its table.
+    k.rounds = !quant_is_int8_rows(s) || (from != p && dtype == DT_BF16);
     k.piece = tile_rows(p);
     if (k.piece > k.block[0]) k.piece -= k.piece % k.block[0];
     int64_t n_qp = p->rows / k.block[0] * k.across, bands = k.piece / k.block[0] > 1 ? k.piece / k.block[0] : 1;
@@ -923,7 +943,7 @@ static int write_packed(StWriter *w, const Param *p, const Param *from, const Qu
     k.worst = k.noise + piece;
     k.amax = k.worst + piece;
     *rep = (PackReport){.p = p, .spec = s};
-    rep->bytes = (size_t)p->rows * row_bytes + (size_t)n_qp * 2;
+    rep->bytes = (size_t)p->rows * row_bytes + (size_t)n_qp * dtype_size(scale_dtype(s));
     if (quant_has_zero(s)) rep->bytes += (size_t)n_qp * dtype_size(zero_dtype(s));
     rep->float_bytes = (size_t)p->rows * (size_t)p->cols * dtype_size(dtype);
     rc = pack_spans(w, &k, source, ctx, rep, err);
@@ -939,11 +959,38 @@ static int write_packed(StWriter *w, const Param *p, const Param *from, const Qu
     return rc;
 }
 
-typedef void (*ReportFn)(void *ctx, const PackReport *r);
+// INT8 rows that were trained: the codes as they are, and the scales after them.
+static int write_trained(StWriter *w, const Param *p, CodeSource source, void *ctx, Err *err) {
+    int64_t tile = tile_rows(p);
+    int8_t *codes = xmalloc((size_t)(tile * p->cols));
+    float *scale = xmalloc((size_t)p->rows * sizeof *scale);
+    int rc = 0;
+    for (int64_t row = 0; row < p->rows && rc == 0; row += tile) {
+        int64_t n = p->rows - row < tile ? p->rows - row : tile;
+        rc = source(ctx, p, row, n, codes, scale + row, err);
+        for (int64_t r = row; r < row + n && rc == 0; r++)
+            if (!(isfinite(scale[r]) && scale[r] >= 0))
+                rc = err_set(err, E_FORMAT, "nothing written: tensor '%s': the scale of row %lld is %g: the weights "
+                             "are no longer finite", p->name, (long long)r, (double)scale[r]);
+        if (rc == 0) st_writer_data(w, codes, (size_t)(n * p->cols));
+    }
+    if (rc == 0) st_writer_data(w, scale, (size_t)p->rows * sizeof *scale);
+    free(codes);
+    free(scale);
+    return rc;
+}
+
+// Where a writer takes values from and what it tells: codes NULL unless INT8 rows are there already.
+typedef struct {
+    RowSource rows;
+    CodeSource codes;
+    void *ctx;
+    void (*report)(void *ctx, const PackReport *r);
+    void *report_ctx;
+} Sources;
 
 static int write_bin(const char *path, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table,
-                     const Tokenizer *tok, DType dtype, bool packed, RowSource source, void *ctx, ReportFn report,
-                     void *report_ctx, Err *err) {
+                     const Tokenizer *tok, DType dtype, bool packed, const Sources *from, Err *err) {
     int rc = check_writable_dtype(dtype, err);
     if (rc) return rc;
     uint8_t *blob = NULL;
@@ -977,12 +1024,14 @@ static int write_bin(const char *path, const LlamaConfig *c, const QuantPlan *pl
         const Param *p = i < table->n ? &table->p[i] : &head;
         QuantSpec spec = packed ? packed_spec(c, plan, p) : (QuantSpec){0};
         if (!spec.bits) {
-            rc = write_float(w, p, dtype, source, ctx, err);
+            rc = write_float(w, p, dtype, from->rows, from->ctx, err);
+        } else if (from->codes && p != &head && quant_is_int8_rows(&spec)) {
+            rc = write_trained(w, p, from->codes, from->ctx, err);
         } else {
             PackReport rep;
-            const Param *from = p == &head ? param_get(table, -1, ROLE_EMBED) : p;
-            rc = write_packed(w, p, from, &spec, dtype, source, ctx, &rep, err);
-            if (rc == 0 && report) report(report_ctx, &rep);
+            const Param *values = p == &head ? param_get(table, -1, ROLE_EMBED) : p;
+            rc = write_packed(w, p, values, &spec, dtype, from->rows, from->ctx, &rep, err);
+            if (rc == 0 && from->report) from->report(from->report_ctx, &rep);
         }
     }
     if (rc == 0 && blob) st_writer_data(w, blob, blob_size);
@@ -994,13 +1043,23 @@ static int write_bin(const char *path, const LlamaConfig *c, const QuantPlan *pl
 
 int model_write_bin(const char *path, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table,
                     const Tokenizer *tok, DType dtype, RowSource source, void *ctx, Err *err) {
-    return write_bin(path, c, plan, table, tok, dtype, false, source, ctx, NULL, NULL, err);
+    if (quant_plan_has_rows(plan))
+        return err_set(err, E_USAGE, "%s: the INT8 rows of %s are stored as codes, not as floats", path, plan->name);
+    Sources from = {.rows = source, .ctx = ctx};
+    return write_bin(path, c, plan, table, tok, dtype, false, &from, err);
 }
 
 int model_write_packed(const char *path, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table,
                        const Tokenizer *tok, DType dtype, RowSource source, void *ctx,
                        void (*report)(void *ctx, const PackReport *r), void *report_ctx, Err *err) {
-    return write_bin(path, c, plan, table, tok, dtype, true, source, ctx, report, report_ctx, err);
+    Sources from = {.rows = source, .ctx = ctx, .report = report, .report_ctx = report_ctx};
+    return write_bin(path, c, plan, table, tok, dtype, true, &from, err);
+}
+
+int model_write_trained(const char *path, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table,
+                        const Tokenizer *tok, DType dtype, RowSource rows, CodeSource codes, void *ctx, Err *err) {
+    Sources from = {.rows = rows, .codes = codes, .ctx = ctx};
+    return write_bin(path, c, plan, table, tok, dtype, true, &from, err);
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -46,12 +46,14 @@ void packed_tensor_free(PackedTensor *t);
 // Where the writers take the values from: `rows` of p starting at row0 as f32 into out; returns 0 or an error.
 typedef int (*RowSource)(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err);
 
-// model.bin with float tensors of dtype (DT_BF16 or DT_F32). The plan is stored: ./quantize reads it from there.
+// model.bin with float tensors of dtype (DT_BF16 or DT_F32). The plan is stored: ./quantize reads it from there. A plan
+// with INT8 rows is E_USAGE: they have no floats.
 int model_write_bin(const char *path, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table,
                     const Tokenizer *tok, DType dtype, RowSource source, void *ctx, Err *err);
 // model.bin with the plan's tensors packed (codes, bf16 scales, zero points) and the others as dtype. The codes are
-// those of fake quantization: quant.h on bf16(value). report, if not NULL, is called once a tensor with its error
-// statistics.
+// those of fake quantization: quant.h on bf16(value). INT8 rows (f32 scales) are made from the values themselves, as
+// INT8 training begins, and a tied head's from its table's as dtype holds them. report, if not NULL, is called once a
+// tensor with its error statistics.
 typedef struct { const Param *p; const QuantSpec *spec; double sqnr_db, max_abs_err, amax; size_t bytes, float_bytes;
                 } PackReport;
 int model_write_packed(const char *path, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table,

@@ -14,7 +14,8 @@ enum {
 typedef struct { PackedTensor t; QuantSpec spec; int rows; bool on_device; } Part;
 typedef struct {
     int C, OC;
-    const QuantSpec *act;         // of the input; NULL: none
+    const QuantSpec *act;         // fake quantization of the input; NULL: none
+    bool integer;                 // integer products: codes in both arithmetics, rows of the input quantized on the fly
     floatX *w;                    // (OC, C) X working values; NULL: packed
     float *wscale;                // (OC) f32, NULL: no row works as codes
     Part part[3]; int n_parts;    // packed codes
@@ -145,9 +146,10 @@ static void part_free(Part *p) {
 }
 
 static size_t packed_bytes(const Part *p, int C) {
-    // As the file has them: bf16 scales; zero points bf16 in the float domain, one byte otherwise.
+    // As the file has them: bf16 scales, f32 ones of INT8 rows; zero points bf16 in the float domain, else one byte.
     size_t zero = !quant_has_zero(&p->spec) ? 0 : p->spec.zero == QZ_FLOAT ? 2 : 1;
-    return (size_t)p->rows * quant_row_bytes(p->spec.bits, C) + (size_t)p->t.n_scales * (2 + zero);
+    size_t scale = quant_is_int8_rows(&p->spec) ? 4 : 2;
+    return (size_t)p->rows * quant_row_bytes(p->spec.bits, C) + (size_t)p->t.n_scales * (scale + zero);
 }
 
 // Puts the parts' codes and scales one after the other. Only for blocks within rows.
@@ -195,6 +197,8 @@ static bool any_works_as_codes(const Linear *l) {
 static int load_linear(Infer *s, Linear *l, const ModelFile *m, const Param *const *p, int n, bool keep_packed,
                        Err *err) {
     *l = (Linear){.C = (int)p[0]->cols, .n_parts = n};
+    if (p[0]->role != ROLE_EMBED && quant_is_int8_rows(&p[0]->scheme.act)) l->integer = keep_packed = true;
+    else if (p[0]->role != ROLE_EMBED && p[0]->scheme.act.bits) l->act = &p[0]->scheme.act;
     bool all_packed = true;
     for (int i = 0; i < n; i++) {
         Part *part = &l->part[i];
@@ -229,7 +233,6 @@ static int load_linear(Infer *s, Linear *l, const ModelFile *m, const Param *con
     }
     if (l->w || l->codes)                        // the file's own are no longer read
         for (int i = 0; i < n; i++) part_free(&l->part[i]);
-    if (p[0]->scheme.act.bits && p[0]->role != ROLE_EMBED) l->act = &p[0]->scheme.act;
     s->model_bytes += bytes;
     if (p[0]->role == ROLE_EMBED) {
         s->embed_bytes = bytes;
@@ -251,7 +254,7 @@ static int load_norm(Infer *s, floatX **w, const ModelFile *m, const Param *p, E
 static int load_head(Infer *s, const ModelFile *m, Err *err) {
     if (!s->c.tied) {
         const Param *head = param_get(&s->table, -1, ROLE_HEAD);
-        // Logits are f32 and qmatvec_forward's output is X, so the head's codes are always unpacked.
+        // Logits are f32 and qmatvec_forward's output is X, so the head's codes are unpacked, but for integer products.
         return load_linear(s, &s->head, m, &head, 1, false, err);
     }
     if (!s->plan.embedding.bits && !s->plan.tied_head.bits) {
@@ -264,6 +267,8 @@ static int load_head(Infer *s, const ModelFile *m, Err *err) {
     Param head = *param_get(&s->table, -1, ROLE_EMBED);
     const Param *p = &head;
     head.scheme = (QuantScheme){.weight = s->plan.tied_head};
+    if (quant_is_int8_rows(&s->plan.tied_head) && quant_is_int8_rows(&s->plan.linear.act))
+        head.scheme.act = s->plan.linear.act;    // as the other linears: integer products
     head.role = ROLE_HEAD;
     snprintf(head.name, sizeof head.name, "lm_head.weight");
     return load_linear(s, &s->head, m, &p, 1, false, err);
@@ -302,6 +307,7 @@ static int make_buffers(Infer *s, Err *err) {
         const Linear *of[] = {&s->block[l].qkv, &s->block[l].o, &s->block[l].gateup, &s->block[l].down};
         for (size_t i = 0; i < sizeof of / sizeof *of; i++) {
             size_t size = (size_t)of[i]->OC * (size_t)of[i]->C;
+            if (of[i]->integer) continue;
             if (!of[i]->w && (size_t)of[i]->OC > widest) widest = (size_t)of[i]->OC;
             if (!of[i]->w && size > largest) largest = size;
         }
@@ -449,10 +455,18 @@ static void embed(Infer *s, const int32_t *tokens, size_t N) {
     }
 }
 
+// INT8 rows of a linear of integer products.
+static const int8_t *int8_codes(const Linear *l) { return (const int8_t *)(l->codes ? l->codes : l->part[0].t.codes); }
+static const float *int8_scale(const Linear *l) { return l->codes ? l->scale : l->part[0].t.scale; }
+
 // y (N, OC) = x (N, C) . w^T, in the form the weight is held in.
 static void linear(Infer *s, floatX *y, const floatX *x, const Linear *l, size_t N) {
     if (l->w) {
         ops->linear_forward(y, x, l->w, l->wscale, N, l->C, l->OC);
+        return;
+    }
+    if (l->integer) {
+        ops->linear_i8_forward(y, x, int8_codes(l), int8_scale(l), N, l->C, l->OC);
         return;
     }
     size_t OC = (size_t)l->OC;
@@ -525,7 +539,9 @@ static void head_piece(Infer *s, const int32_t *rows, size_t n, size_t N) {
     const LlamaConfig *c = &s->c;
     device_copy_in(s->rows, rows, n * sizeof *rows);
     ops->embedding_forward(s->res, s->rows, s->y, n, c->C, (int)N);
-    ops->linear_forward_f32(s->logits, s->res, s->head.w, s->head.wscale, n, c->C, c->V);
+    const Linear *h = &s->head;
+    if (h->integer) ops->linear_i8_forward_f32(s->logits, s->res, int8_codes(h), int8_scale(h), n, c->C, c->V);
+    else ops->linear_forward_f32(s->logits, s->res, h->w, h->wscale, n, c->C, c->V);
 }
 
 static int check_ids(const Infer *s, const int32_t *ids, size_t n, const char *what, bool negative_ok, Err *err) {

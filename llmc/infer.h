@@ -6,7 +6,8 @@
 #include "ops.h"
 
 // ARITH_TRAINED runs the operations the trainer ran on the same working values: same bits as its validation.
-// ARITH_SERVED keeps the codes packed and uses the fast kernels where they exist.
+// ARITH_SERVED keeps the codes packed and uses the fast kernels where they exist. Integer products (int8qt-int8) are
+// exact sums, so both run the trainer's operation on the codes: the same bits.
 typedef enum { ARITH_TRAINED, ARITH_SERVED } Arithmetic;
 
 typedef struct Infer Infer;

@@ -117,11 +117,12 @@ static int type_max(const QuantSpec *s) { return (s->is_unsigned ? 1 << s->bits 
 
 // What stands when the text says nothing. Symmetric activations give up their lowest code, as torchao's int8dq.
 static int default_qmin(const QuantSpec *s) {
-    bool narrow = s->gran == QG_TOKEN && s->mapping != QM_ASYMMETRIC && !s->is_unsigned;
+    bool narrow = s->gran == QG_TOKEN && s->mapping != QM_ASYMMETRIC && s->mapping != QM_ROWS && !s->is_unsigned;
     return narrow ? -type_max(s) : type_min(s);
 }
 
 static float default_eps(const QuantSpec *s) {
+    if (s->mapping == QM_ROWS) return 0.0f;                      // scales are not floored
     return s->zero == QZ_FLOAT ? QUANT_EPS_FLOAT : s->gran == QG_TOKEN ? QUANT_EPS_ACT : QUANT_EPS_WEIGHT;
 }
 
@@ -157,7 +158,9 @@ static bool parse_pair(const char *text, const char *separator, long lo, long hi
     return parse_int(left, lo, hi, &out[0]) && parse_int(mid + strlen(separator), lo, hi, &out[1]);
 }
 
-static const char *const mapping_names[] = {"symmetric", "symmetric-no-clip", "asymmetric", "float"};
+// By QuantMapping, and last the asymmetric one of the float domain.
+static const char *const mapping_names[] = {"symmetric", "symmetric-no-clip", "asymmetric", "rows", "float"};
+enum { NAME_FLOAT = 4, N_MAPPING_NAMES = 5 };
 
 // The words after the type. Each of the four kinds may appear once.
 typedef struct { bool gran, mapping, range, eps; } SpecSeen;
@@ -194,17 +197,17 @@ static int spec_word(QuantSpec *s, SpecSeen *seen, const char *word, const char 
             return err_set(err, E_USAGE, "\"%s\" in \"%s\": the smallest scale lies between 1.2e-38 and 1", word, text);
         twice = &seen->eps;
     } else {
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < N_MAPPING_NAMES; i++) {
             if (strcmp(word, mapping_names[i])) continue;
-            s->mapping = i < 2 ? (QuantMapping)i : QM_ASYMMETRIC;
-            s->zero = i == 3 ? QZ_FLOAT : QZ_INT;
+            s->mapping = i == NAME_FLOAT ? QM_ASYMMETRIC : (QuantMapping)i;
+            s->zero = i == NAME_FLOAT ? QZ_FLOAT : QZ_INT;
             twice = &seen->mapping;
         }
     }
     if (!twice)
         return err_set(err, E_USAGE,
                        "unknown word \"%s\" in \"%s\": expected tensor, channel, group=G, block=RxC or token; "
-                       "symmetric, symmetric-no-clip, asymmetric or float; range=LOW..HIGH; eps=E",
+                       "symmetric, symmetric-no-clip, asymmetric, float or rows; range=LOW..HIGH; eps=E",
                        word, text);
     if (*twice)
         return err_set(err, E_USAGE, "\"%s\" says the same kind of thing twice, the second time with \"%s\"", text,
@@ -242,6 +245,10 @@ int quant_spec_parse(QuantSpec *out, const char *text, bool is_activation, Err *
     if (!is_activation && s.gran == QG_TOKEN)
         return err_set(err, E_USAGE,
                        "weights have no tokens: use tensor, channel, group=G or block=RxC instead of \"%s\"", text);
+    if (s.mapping == QM_ROWS && (s.bits != 8 || s.is_unsigned || (s.gran != QG_CHANNEL && s.gran != QG_TOKEN) ||
+                                 seen.range || seen.eps))
+        return err_set(err, E_USAGE, "\"%s\": rows are those of INT8 training, 8 bits with one scale a row that "
+                       "nothing limits: write int8,%s,rows", text, is_activation ? "token" : "channel");
     if (s.is_unsigned && s.mapping != QM_ASYMMETRIC)
         return err_set(err, E_USAGE, "\"%s\": symmetric codes are signed, write int%d", text, s.bits);
     if (s.zero == QZ_FLOAT && (!s.is_unsigned || is_activation || seen.range))
@@ -275,7 +282,7 @@ void quant_spec_text(char *buf, size_t size, const QuantSpec *s) {
     if (s->qmin != default_qmin(s) || s->qmax != type_max(s))
         snprintf(range, sizeof range, ",range=%d..%d", s->qmin, s->qmax);
     if (s->eps != default_eps(s)) snprintf(eps, sizeof eps, ",eps=%.9g", (double)s->eps);
-    const char *mapping = mapping_names[s->zero == QZ_FLOAT ? 3 : (int)s->mapping];
+    const char *mapping = mapping_names[s->zero == QZ_FLOAT ? NAME_FLOAT : (int)s->mapping];
     snprintf(buf, size, "%sint%d,%s,%s%s%s", s->is_unsigned ? "u" : "", s->bits, gran, mapping, range, eps);
 }
 
@@ -291,7 +298,8 @@ bool quant_spec_equal(const QuantSpec *a, const QuantSpec *b) {
 // ---------------------------------------------------------------------------------------------
 // Schemes by name.
 
-#define KNOWN_SCHEMES "none, int8wo, int8dq, int4wo-G, 8da4w-G, and int2-G to int8-G (G: group size, as in 8da4w-32)"
+#define KNOWN_SCHEMES "none, int8wo, int8dq, int4wo-G, 8da4w-G, int2-G to int8-G (G: group size, as in 8da4w-32), " \
+    "and int8qt, int8qt-int8 of train_llama_qt"
 
 // Letters to insert, delete or replace to make b of a. Both shorter than 32.
 static int edit_distance(const char *a, const char *b) {
@@ -313,7 +321,7 @@ static int edit_distance(const char *a, const char *b) {
 static const char *closest_scheme(const char *name) {
     static const char *const names[] = {"none", "int8wo", "int8dq", "int4wo-32", "int4wo-64", "int4wo-128", "8da4w-32",
                                         "8da4w-64", "8da4w-128", "int2-32", "int3-32", "int4-32", "int5-32", "int6-32",
-                                        "int7-32", "int8-32"};
+                                        "int7-32", "int8-32", "int8qt", "int8qt-int8"};
     const char *best = NULL;
     int least = 5;      // farther away it is no misspelling
     for (size_t i = 0; strlen(name) < 32 && i < sizeof names / sizeof *names; i++) {
@@ -331,6 +339,11 @@ int quant_scheme_from_name(QuantScheme *out, const char *name, Err *err) {
     if (!strcmp(name, "int8wo") || !strcmp(name, "int8dq")) {
         out->weight = spec_make(8, false, QG_CHANNEL, 0, QM_SYMMETRIC, QZ_INT);
         if (name[4] == 'd') out->act = spec_make(8, false, QG_TOKEN, 0, QM_SYMMETRIC, QZ_INT);
+        return 0;
+    }
+    if (!strcmp(name, "int8qt") || !strcmp(name, "int8qt-int8")) {
+        out->weight = spec_make(8, false, QG_CHANNEL, 0, QM_ROWS, QZ_INT);
+        if (name[6]) out->act = spec_make(8, false, QG_TOKEN, 0, QM_ROWS, QZ_INT);
         return 0;
     }
     bool tinygemm = !strncmp(name, "int4wo-", 7), dynamic = !strncmp(name, "8da4w-", 6);

@@ -8,6 +8,7 @@
 #ifndef QLLM_QUANT_H
 #define QLLM_QUANT_H
 #include "common.h"
+#include "optimizer.h"
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -63,7 +64,7 @@ QHD float quant_floor_scale(float scale, const QuantSpec *s, QuantDType d) {
 
 // Scale and zero point of a block with minimum mn and maximum mx (torchao's choose_qparams_affine). Zero belongs to
 // every block's range but the float domain's. An all-zero block gets scale eps, a block of nothing but NaN too; a block
-// with infinities, or whose width overflows, gets an infinite scale and decodes to NaN.
+// with infinities, or whose width overflows, gets an infinite scale and decodes to NaN. INT8 rows are f32 whatever D.
 QHD QParams quant_choose(float mn, float mx, const QuantSpec *s, QuantDType d) {
     QParams p;
     float range = (float)(s->qmax - s->qmin);
@@ -75,6 +76,11 @@ QHD QParams quant_choose(float mn, float mx, const QuantSpec *s, QuantDType d) {
     }
     mn = mn < 0.0f ? mn : 0.0f;
     mx = mx > 0.0f ? mx : 0.0f;
+    if (s->mapping == QM_ROWS) {
+        p.scale = int8_row_scale(-mn > mx ? -mn : mx);
+        p.zp = 0.0f;
+        return p;
+    }
     if (s->mapping == QM_ASYMMETRIC) {
         p.scale = quant_floor_scale(quant_round_d(quant_round_d(mx - mn, d) / range, d), s, d);
         float r = quant_round_d((float)s->qmin - rintf(quant_round_d(mn / p.scale, d)), d);
@@ -98,6 +104,7 @@ QHD float quant_unclamped(float x, QParams p, const QuantSpec *s, QuantDType d) 
         float m = quant_round_d(p.zp - quant_round_d(p.scale * quant_mid(s), d), d);   // value of code qmin
         return rintf(quant_round_d(quant_round_d(x - m, d) / p.scale, d));
     }
+    if (s->mapping == QM_ROWS) return rintf(x * int8_row_inv(p.scale));
     return rintf(x * (1.0f / p.scale)) + p.zp;
 }
 
@@ -128,9 +135,10 @@ QHD bool quant_in_range(float x, QParams p, const QuantSpec *s, QuantDType d) {
 }
 
 // INT8 rows, as INT8 training keeps them (train_llama_qt; arithmetic in optimizer.h): 8 bits, -128..127, one f32 scale
-// amax / 127 a row. Weights are trained as codes and stored as they are, never made from floats by fake quantization.
+// amax / 127 a row. Weights are trained as codes and stored as they are; fake quantization never makes them.
 // As the activation of a linear it says that rows of its input are quantized in the same way and that the product is an
 // integer one (linear_i8_forward). Text: int8,channel,rows and int8,token,rows; presets int8qt and int8qt-int8.
+// Integer products need weights that are INT8 rows too; an embedding is read with no matmul after it and has none.
 static inline bool quant_is_int8_rows(const QuantSpec *s) { return s->bits == 8 && s->mapping == QM_ROWS; }
 
 // ---------------------------------------------------------------------------------------------
@@ -163,16 +171,19 @@ QuantWire quant_wire_layout(const QuantSpec *s, int64_t rows, int64_t cols, cons
 
 // ---------------------------------------------------------------------------------------------
 // Names. Presets are torchao's: none, int8wo, int8dq, int4wo-G, 8da4w-G, and intB-G for weight-only symmetric
-// groups of any width (int3-32). G is a group size of at least 2 that divides the row.
+// groups of any width (int3-32). G is a group size of at least 2 that divides the row. int8qt and int8qt-int8 are what
+// train_llama_qt makes: INT8 rows, their matmuls weight-only or of integers.
 
 int quant_scheme_from_name(QuantScheme *out, const char *name, Err *err);
 // TYPE[,GRANULARITY][,MAPPING][,range=LO..HI][,eps=E], or "none":
 //   TYPE         int2..int8, uint2..uint8
 //   GRANULARITY  tensor, channel (default for weights), group=G, block=RxC; token (activations, and only they)
-//   MAPPING      symmetric (default of intB), symmetric-no-clip, asymmetric (default of uintB), float (uintB weights)
+//   MAPPING      symmetric (default of intB), symmetric-no-clip, asymmetric (default of uintB), float (uintB weights),
+//                rows (int8 by channel or token, all codes, no eps: INT8 training's)
 //   range        narrower codes; default: all of the type, but -(2^(B-1)-1).. for symmetric activations (int8dq)
 //   eps          smallest scale; default 2^-126, activations 2^-23, float 1e-6
-// "int4,group=32,symmetric" | "uint4,group=64,float" | "int8,token,asymmetric" | "int8,channel" | "int5,block=2x16"
+// "int4,group=32,symmetric" | "uint4,group=64,float" | "int8,token,asymmetric" | "int8,channel" | "int5,block=2x16" |
+// "int8,channel,rows"
 int quant_spec_parse(QuantSpec *out, const char *text, bool is_activation, Err *err);
 // The inverse: the canonical text of a spec ("none" for bits == 0), at most QUANT_SPEC_TEXT bytes.
 #define QUANT_SPEC_TEXT 96
@@ -207,6 +218,7 @@ int quant_plan_add_rule(QuantPlan *p, const char *text, Err *err);
 QuantScheme quant_plan_linear(const QuantPlan *p, const char *name);
 bool quant_plan_is_none(const QuantPlan *p);                                      // nothing is quantized anywhere
 bool quant_plan_equal(const QuantPlan *a, const QuantPlan *b);                    // names aside
+bool quant_plan_has_rows(const QuantPlan *p);                                     // INT8 rows somewhere, in any rule
 // JSON text in and out (for model.bin's metadata); from_json refuses anything out of range. The name is checked too: it
 // becomes part of file names, so only letters, digits, '.', '_' and '-' pass, and no '.' or '-' in front.
 char *quant_plan_to_json(const QuantPlan *p);                                     // malloc'ed

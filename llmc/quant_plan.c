@@ -13,6 +13,25 @@ void quant_plan_none(QuantPlan *p) {
     strcpy(p->name, "none");
 }
 
+static int rows_check_scheme(const QuantScheme *s, const char *what, Err *err) {
+    if (!quant_is_int8_rows(&s->act) || quant_is_int8_rows(&s->weight)) return 0;
+    char text[QUANT_SPEC_TEXT];
+    quant_spec_text(text, sizeof text, &s->weight);
+    return err_set(err, E_USAGE, "%s: inputs of int8,token,rows multiply weights of int8,channel,rows, not of %s; take "
+                   "both, as int8qt-int8 does", what, text);
+}
+
+// Where INT8 rows may stand (quant.h).
+static int rows_check(const QuantPlan *p, Err *err) {
+    if (quant_is_int8_rows(&p->embedding))
+        return err_set(err, E_USAGE, "an embedding has no INT8 rows: they are scaled after a matmul, and it has none; "
+                       "leave it, or take int8,channel");
+    int rc = rows_check_scheme(&p->linear, "linears", err);
+    for (int i = 0; i < p->n_rules && rc == 0; i++)
+        rc = rows_check_scheme(&p->rules[i].scheme, p->rules[i].pattern, err);
+    return rc;
+}
+
 int quant_plan_from_options(QuantPlan *p, const QuantPlan *base, const char *scheme, const char *weight,
                             const char *activation, const char *embedding, const char *head, const char *const *rules,
                             int n_rules, Err *err) {
@@ -30,6 +49,7 @@ int quant_plan_from_options(QuantPlan *p, const QuantPlan *base, const char *sch
     if (head && (rc = quant_spec_parse(&p->tied_head, head, false, err))) return rc;
     for (int i = 0; i < n_rules; i++)
         if ((rc = quant_plan_add_rule(p, rules[i], err))) return rc;
+    if ((rc = rows_check(p, err))) return rc;
     QuantPlan alone = {0};                       // the scheme and nothing else
     if (scheme && (rc = quant_scheme_from_name(&alone.linear, scheme, err))) return rc;
     const char *name = quant_plan_is_none(p)                    ? "none"
@@ -101,6 +121,12 @@ bool quant_plan_is_none(const QuantPlan *p) {
     bool all = scheme_equal(&p->linear, &none) && !p->embedding.bits && !p->tied_head.bits;
     for (int i = 0; i < p->n_rules; i++) all = all && scheme_equal(&p->rules[i].scheme, &none);
     return all;
+}
+
+bool quant_plan_has_rows(const QuantPlan *p) {
+    bool any = quant_is_int8_rows(&p->linear.weight) || quant_is_int8_rows(&p->tied_head);
+    for (int i = 0; i < p->n_rules; i++) any = any || quant_is_int8_rows(&p->rules[i].scheme.weight);
+    return any;
 }
 
 bool quant_plan_equal(const QuantPlan *a, const QuantPlan *b) {
@@ -228,6 +254,8 @@ static int plan_from_object(QuantPlan *p, const cJSON *root, Err *err) {
         if ((rc = json_scheme(item, &rule->scheme, err))) return rc;
         p->n_rules++;
     }
+    Err inner = {0};
+    if (rows_check(p, &inner)) return err_set(err, E_FORMAT, "quantization plan: %.900s", inner.text);
     return 0;
 }
 

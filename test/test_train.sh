@@ -98,6 +98,7 @@ bad_input() {
     expect 2 "steps" --init tiny --train-data "$tmp/train.txt" --stepz 3 &&
     expect 2 "divide" --init tiny --train-data "$tmp/train.txt" --scheme 8da4w-48 &&
     expect 2 "scheme" --init tiny --train-data "$tmp/train.txt" --scheme int44 &&
+    expect 2 "train_llama_qt" --init tiny --train-data "$tmp/train.txt" --scheme int8qt &&
     expect 2 "positions" --init tiny --train-data "$tmp/train.txt" --seq-len 100000 &&
     expect 2 "activation" --init tiny --train-data "$tmp/train.txt" --seq-len 64 --scheme none --rule '*.q_proj.*=8da4w-32' &&
     expect 2 "empty" --init tiny --train-data "$tmp/empty.txt" &&

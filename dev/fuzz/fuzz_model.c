@@ -17,8 +17,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     if (model_open(&m, path, &err)) return 0;
     if (param_table_build(&table, &m.config, m.packed ? &m.plan : NULL, &err)) abort();
-    for (int i = 0; i < table.n; i++) {
-        const Param *p = &table.p[i];
+    Param head = {.name = "lm_head.weight", .role = ROLE_HEAD, .layer = -1, .rows = m.config.V, .cols = m.config.C};
+    bool tied_head = m.packed && m.config.tied && m.plan.tied_head.bits;
+    for (int i = 0; i < table.n + tied_head; i++) {
+        const Param *p = i < table.n ? &table.p[i] : &head;
         PackedTensor t;
         float *row = xmalloc((size_t)p->cols * sizeof *row);
         int rc = model_read_rows(&m, p, p->rows - 1, 1, row, &err);

@@ -13,7 +13,7 @@ static void check_spec(const QuantSpec *s, bool is_activation) {
     quant_spec_text(text, sizeof text, s);
     check(quant_spec_parse(&back, text, is_activation, NULL) == 0 && quant_spec_equal(s, &back));
     if (!s->bits) return;
-    check(s->bits >= 2 && s->bits <= 8 && s->qmin < s->qmax && s->eps > 0);
+    check(s->bits >= 2 && s->bits <= 8 && s->qmin < s->qmax && (s->eps > 0 || s->mapping == QM_ROWS));
     const float ends[][2] = {{-1, 1}, {0, 0}, {3e38f, 3.1e38f}, {-1e-40f, 1e-45f}};
     for (int i = 0; i < 4; i++) {
         QParams p = quant_choose(ends[i][0], ends[i][1], s, QD_BF16);
