@@ -5,6 +5,7 @@
 #define QLLM_OPTIMIZER_H
 #include "common.h"
 #include "rng.h"
+#include "state_maps.h"
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -47,6 +48,42 @@ QHD size_t state_data_bytes(StateFormat f, size_t n) {
 }
 QHD size_t state_scales(StateFormat f, size_t n) { return state_block(f) ? n / (size_t)state_block(f) : 0; }
 QHD size_t param_value_bytes(ParamFormat f) { return f == PARAM_F32 ? 4 : f == PARAM_BF16 ? 2 : 1; }
+
+// ---------------------------------------------------------------------------------------------
+// States by blocks: value = map[code] * s, with one scale s a block; FP8: the e4m3 number times s. NaN is taken for
+// zero and takes no part in amax. A block with an infinity has scale infinity, and decodes to infinities and NaN.
+
+// The scale of a block from its largest magnitude.
+QHD float state_scale(StateFormat f, float amax) {
+    float s = amax > 1e-12f ? amax : 1e-12f;
+    return f == STATE_FP8 ? s / 448.0f : s;
+}
+// Code of u among the n ascending values of a map: the largest value not above u (the first, if all are), or the next
+// one if u lies in the middle between the two or above it.
+QHD int state_map_code(const float *map, int n, float u) {
+    int c = 0;
+    for (int step = n / 2; step; step /= 2)
+        if (u >= map[c + step]) c += step;
+    int up = c + 1 < n ? c + 1 : c;
+    return u - map[c] >= (map[up] - map[c]) * 0.5f ? up : c;
+}
+// The code of x in a block of scale s, and the value of a code. map: state_map(f, is_signed); not read for FP8.
+QHD int state_code(StateFormat f, const float *map, float x, float s) {
+    float u = x / s;
+    if (u != u) u = 0.0f;
+    return f == STATE_FP8 ? f8_e4m3_from_f32(u) : state_map_code(map, f == STATE_INT4 ? 16 : 256, u);
+}
+QHD float state_value(StateFormat f, const float *map, int code, float s) {
+    return (f == STATE_FP8 ? f8_e4m3_to_f32((f8_e4m3)code) : map[code]) * s;
+}
+// The map of a format, m's (signed) or v's; NULL where there is none. Host memory.
+static inline const float *state_map(StateFormat f, bool is_signed) {
+    static const float s8[256] = {STATE_MAP_S8}, u8[256] = {STATE_MAP_U8};
+    static const float s4[16] = {STATE_MAP_S4}, u4[16] = {STATE_MAP_U4};
+    if (f == STATE_INT8) return is_signed ? s8 : u8;
+    if (f == STATE_INT4) return is_signed ? s4 : u4;
+    return NULL;
+}
 
 // ---------------------------------------------------------------------------------------------
 // Stochastic rounding. Random bits are Philox's, keyed by the run's seed, the tensor (its number in the parameter

@@ -51,6 +51,27 @@ QHD f16 f16_from_f32(float f) {
     return (f16)(sign | (uint32_t)rintf(scaled));
 }
 
+// f8 e4m3 (the kind without infinities: 1 sign, 4 exponent, 3 mantissa bits, bias 7, largest 448, 0x7f is NaN).
+typedef uint8_t f8_e4m3;
+
+QHD float f8_e4m3_to_f32(f8_e4m3 h) {
+    uint32_t sign = (uint32_t)(h & 0x80u) << 24, a = h & 0x7fu;
+    if (a == 0x7fu) return f32_from_bits(sign | 0x7fc00000u);
+    if (a >= 8u) return f32_from_bits(sign | ((a << 20) + 0x3c000000u));
+    float sub = (float)a * 0.001953125f;                         // subnormal: mantissa * 2^-9, exact
+    return sign ? -sub : sub;
+}
+
+// Nearest even, saturating at 448; NaN stays NaN.
+QHD f8_e4m3 f8_e4m3_from_f32(float f) {
+    uint32_t u = f32_bits(f), sign = (u >> 24) & 0x80u, a = u & 0x7fffffffu;
+    if (a > 0x7f800000u) return (f8_e4m3)(sign | 0x7fu);
+    if (a >= 0x43e00000u) return (f8_e4m3)(sign | 0x7eu);        // 448 or more
+    if (a >= 0x3c800000u) return (f8_e4m3)(sign | ((a + 0x7ffffu + ((a >> 20) & 1u) - 0x3c000000u) >> 20));
+    float scaled = f32_from_bits(a) * 512.0f;                    // in units of 2^-9, exact unless it rounds to 0
+    return (f8_e4m3)(sign | (uint32_t)rintf(scaled));
+}
+
 // e^x; llmc/cpu/vec.h says how and how well (v16_exp: the same bits). Adding 1.5 * 2^23 rounds to the nearest integer,
 // which then stands in the low bits: no conversions, of which a GPU does few at a time. (NaN: whatever stands there.)
 QHD float exp_f32(float x) {
