@@ -145,7 +145,8 @@ static void expect_packed(const ModelFile *m, LlamaConfig *c, const Param *p, co
     int16_t *codes = malloc((size_t)n * sizeof *codes);
     QParams *qp = malloc((size_t)n_qp * sizeof *qp);
     uint8_t *packed = malloc(quant_row_bytes(s->bits, p->cols));
-    for (int64_t i = 0; i < n; i++) w[i] = bf16_round(x[i]);
+    // Of INT8 rows the values themselves.
+    for (int64_t i = 0; i < n; i++) w[i] = quant_is_int8_rows(s) ? x[i] : bf16_round(x[i]);
     assert_int_equal(quant_tensor(codes, qp, w, p->rows, p->cols, s, QD_BF16, &err), 0);
     PackedTensor t;
     if (model_packed(m, p, &t, &err) != 1) fail_msg("%s", err.text);
@@ -188,7 +189,7 @@ static void packs_as_fake_quantization(void **state) {
     static const char *specs[] = {
         "int4,group=32,symmetric", "int8,channel,symmetric", "uint4,group=32,float", "int8,tensor,asymmetric",
         "int3,group=16,symmetric", "int5,block=16x2", "int2,group=32,asymmetric", "int7,channel,asymmetric",
-        "uint4,group=8,asymmetric", "int6,tensor",
+        "uint4,group=8,asymmetric", "int6,tensor", "int8,channel,rows",
     };
     Reports *reports = malloc(sizeof *reports);
     for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {
@@ -684,6 +685,194 @@ static void damaged_bin(void **state) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// INT8 rows that were trained
+
+// Codes of all values, -128 among them, and scales that bf16 does not hold; row 3 is all zeros, with scale 0.
+static int8_t trained_code(const Param *p, int64_t row, int64_t col) {
+    return row == 3 ? 0 : (int8_t)(uint8_t)(row * 31 + col * 7 + (int64_t)p->role);
+}
+static float trained_scale(const Param *p, int64_t row) {
+    return row == 3 ? 0.0f : 0.001f + 1e-5f * (float)(row + (int64_t)p->role);
+}
+
+typedef struct { LlamaConfig *c; float scale; int fail; } Trained;   // scale: of row 5, where it is not 0
+static int trained_codes(void *ctx, const Param *p, int64_t row0, int64_t n, int8_t *codes, float *scale, Err *err) {
+    const Trained *t = ctx;
+    for (int64_t r = 0; r < n; r++) {
+        scale[r] = row0 + r == 5 && t->scale != 0 ? t->scale : trained_scale(p, row0 + r);
+        for (int64_t k = 0; k < p->cols; k++) codes[r * p->cols + k] = trained_code(p, row0 + r, k);
+    }
+    return t->fail && p->role == ROLE_DOWN ? err_set(err, E_FAIL, "the source broke") : 0;
+}
+static int trained_floats(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
+    const Trained *t = ctx;
+    if (quant_is_int8_rows(&p->scheme.weight)) fail_msg("%s was asked for as floats", p->name);
+    return random_rows(t->c, p, row0, n, out, err);
+}
+
+static void trained_plan(QuantPlan *plan, ParamTable *table, const LlamaConfig *c, const char *head, const char *rule) {
+    Err err = {0};
+    if (quant_plan_from_options(plan, NULL, "int8qt-int8", NULL, NULL, NULL, head, &rule, rule != NULL, &err) ||
+        param_table_build(table, c, plan, &err)) fail_msg("%s", err.text);
+}
+
+// Codes and scales come back as they were; floats as dtype; a tied head is made from the table as it is in the file.
+static void trained_rows_round_trip(void **state) {
+    (void)state;
+    static const struct { bool tied; DType dtype; const char *head, *rule; } kinds[] = {
+        {true, DT_BF16, "int8,channel,rows", NULL}, {true, DT_F32, "int8,channel,rows", NULL}, {true, DT_F32, NULL, NULL},
+        {false, DT_BF16, NULL, NULL}, {false, DT_F32, NULL, "lm_head.weight=none"}};
+    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+        LlamaConfig c = small_config(kinds[k].tied);
+        c.V = 20000;                                               // 64 wide: more than one tile
+        QuantPlan plan;
+        ParamTable table;
+        ModelFile m;
+        PackedTensor t;
+        Err err = {0};
+        Trained source = {.c = &c};
+        trained_plan(&plan, &table, &c, kinds[k].head, kinds[k].rule);
+        const char *path = temp("trained.bin");
+        if (model_write_trained(path, &c, &plan, &table, NULL, kinds[k].dtype, trained_floats, trained_codes, &source,
+                                &err)) fail_msg("%s", err.text);
+        if (model_open(&m, path, &err)) fail_msg("%s", err.text);
+        assert_true(m.packed && quant_plan_equal(&m.plan, &plan));
+        int packed = 0;
+        for (int i = 0; i < table.n; i++) {
+            const Param *p = &table.p[i];
+            float *x = malloc((size_t)(p->rows * p->cols) * sizeof *x), *want = all_rows(&c, p);
+            int rc = model_packed(&m, p, &t, &err);
+            if (rc < 0 || model_read_rows(&m, p, 0, p->rows, x, &err)) fail_msg("%s", err.text);
+            assert_int_equal(rc, quant_is_int8_rows(&p->scheme.weight));
+            packed += rc;
+            if (rc) assert_true(t.n_scales == p->rows && !t.zero);
+            for (int64_t r = 0; r < p->rows; r++) {
+                if (rc) assert_true(f32_bits(t.scale[r]) == f32_bits(trained_scale(p, r)));
+                for (int64_t col = 0; col < p->cols; col++) {
+                    float v = want[r * p->cols + col];
+                    if (rc) {
+                        assert_int_equal((int8_t)t.codes[r * p->cols + col], trained_code(p, r, col));
+                        v = (float)trained_code(p, r, col) * trained_scale(p, r);
+                    } else if (kinds[k].dtype == DT_BF16) {
+                        v = bf16_round(v);
+                    }
+                    assert_true(x[r * p->cols + col] == v);
+                }
+            }
+            packed_tensor_free(&t);
+            free(x);
+            free(want);
+        }
+        assert_int_equal(packed, 7 * c.L + (!c.tied && !kinds[k].rule));
+        Param head = {.name = "lm_head.weight", .role = ROLE_HEAD, .layer = -1, .rows = c.V, .cols = c.C};
+        if (kinds[k].head) {
+            float *want = all_rows(&c, &table.p[0]);
+            if (model_packed(&m, &head, &t, &err) != 1) fail_msg("%s", err.text);
+            for (int64_t r = 0; r < c.V; r++) {
+                float *w = want + r * c.C, amax = 0;
+                for (int i = 0; i < c.C; i++) {
+                    if (kinds[k].dtype == DT_BF16) w[i] = bf16_round(w[i]);
+                    if (fabsf(w[i]) > amax) amax = fabsf(w[i]);
+                }
+                float scale = int8_row_scale(amax), inv = int8_row_inv(scale);
+                assert_true(f32_bits(t.scale[r]) == f32_bits(scale));
+                for (int i = 0; i < c.C; i++) assert_int_equal((int8_t)t.codes[r * c.C + i], int8_nearest(w[i], inv));
+            }
+            packed_tensor_free(&t);
+            free(want);
+        }
+        model_close(&m);
+        param_table_free(&table);
+        unlink(path);
+    }
+    assert_no_leftovers();
+}
+
+// Scales that no training leaves are refused, in a file and by the writer; a zero is a row of zeros.
+static void damaged_rows(void **state) {
+    (void)state;
+    LlamaConfig c = small_config(true);
+    QuantPlan plan, other;
+    ParamTable table;
+    ModelFile m;
+    PackedTensor t;
+    Err err = {0};
+    Trained source = {.c = &c};
+    trained_plan(&plan, &table, &c, "int8,channel,rows", NULL);
+    const char *good = temp("rows.bin"), *bad = temp("rows-bad.bin");
+    const char *names[] = {"model.layers.1.mlp.up_proj.weight", "lm_head.weight"};
+    Param head = {.name = "lm_head.weight", .role = ROLE_HEAD, .layer = -1, .rows = c.V, .cols = c.C};
+    if (model_write_trained(good, &c, &plan, &table, NULL, DT_BF16, trained_floats, trained_codes, &source, &err))
+        fail_msg("%s", err.text);
+    const float scales[] = {INFINITY, -INFINITY, NAN, -1e-3f, -1e-42f, 0.0f, 1e-42f};
+    for (size_t i = 0; i < sizeof scales / sizeof *scales; i++)
+        for (int k = 0; k < 2; k++) {
+            char part[128];
+            snprintf(part, sizeof part, "%s.scale", names[k]);
+            edit_bin(good, bad, NULL, NULL, NULL, part, &scales[i], 4);
+            if (model_open(&m, bad, &err)) fail_msg("%s", err.text);
+            int rc = model_packed(&m, k ? &head : param_find(&table, names[k]), &t, &err);
+            if (rc != (i < 5 ? E_FORMAT : 1)) fail_msg("scale %g: %d", (double)scales[i], rc);
+            if (rc == 1) assert_true(t.scale[0] == scales[i]);
+            else assert_true(strstr(err.text, names[k]) && strstr(err.text, "not negative"));
+            packed_tensor_free(&t);
+            float row[64];
+            if (i < 3) assert_int_equal(model_read_rows(&m, param_find(&table, names[0]), 0, 1, row, &err),
+                                        k ? 0 : E_FORMAT);
+            model_close(&m);
+        }
+    edit_bin(good, bad, "packed", "false", NULL, NULL, NULL, 0);
+    expect_refused(bad, E_FORMAT, "not packed");
+    edit_bin(good, bad, NULL, NULL, "lm_head.weight.scale", NULL, NULL, 0);
+    expect_refused(bad, E_MISSING, "lm_head.weight.scale");
+    edit_bin(good, bad, NULL, NULL, "model.layers.0.self_attn.o_proj.weight.codes", NULL, NULL, 0);
+    expect_refused(bad, E_MISSING, "o_proj.weight.codes");
+    other = plan;                                                  // the same shapes, other scales
+    assert_int_equal(quant_scheme_from_name(&other.linear, "int8dq", &err), 0);
+    char *text = quant_plan_to_json(&other);
+    edit_bin(good, bad, "quant", text, NULL, NULL, NULL, 0);
+    expect_refused(bad, E_DTYPE, "expected BF16");
+    free(text);
+    struct stat st;
+    edit_bin(good, bad, NULL, NULL, NULL, NULL, NULL, 0);
+    stat(bad, &st);
+    for (int cut = 1; cut < 1000; cut += 333) {
+        assert_int_equal(truncate(bad, st.st_size - cut), 0);
+        expect_refused(bad, E_FORMAT, "truncated");
+    }
+    param_table_free(&table);
+}
+
+static void failed_rows(void **state) {
+    (void)state;
+    LlamaConfig c = small_config(true);
+    QuantPlan plan;
+    ParamTable table;
+    Err err = {0};
+    trained_plan(&plan, &table, &c, "int8,channel,rows", NULL);
+    const char *path = temp("rows-failed.bin");
+    const Trained sources[] = {{&c, NAN, 0}, {&c, INFINITY, 0}, {&c, -1.0f, 0}, {&c, 0, 1}, {&c, 0, 0}};
+    for (int i = 0; i < 5; i++) {
+        Trained source = sources[i];
+        struct rlimit old;
+        getrlimit(RLIMIT_FSIZE, &old);
+        struct rlimit small = {100000, old.rlim_max};
+        signal(SIGXFSZ, SIG_IGN);
+        if (i == 4) setrlimit(RLIMIT_FSIZE, &small);
+        int rc = model_write_trained(path, &c, &plan, &table, NULL, DT_BF16, trained_floats, trained_codes, &source, &err);
+        setrlimit(RLIMIT_FSIZE, &old);
+        const char *hint = i < 3 ? "scale of row 5" : i == 3 ? "the source broke" : "cannot write";
+        if (rc != (i < 3 ? E_FORMAT : E_FAIL) || !strstr(err.text, hint)) fail_msg("%d: %d, %s", i, rc, err.text);
+        assert_false(path_exists(path));
+    }
+    // As floats they would be quantized a second time.
+    assert_int_equal(model_write_bin(path, &c, &plan, &table, NULL, DT_BF16, random_rows, &c, &err), E_USAGE);
+    assert_non_null(strstr(err.text, "stored as codes"));
+    assert_no_leftovers();
+    param_table_free(&table);
+}
+
+// ---------------------------------------------------------------------------------------------
 // Failures while writing
 
 static int failing_rows(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
@@ -800,6 +989,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(packs_large_tensors), cmocka_unit_test(tied_table_stored_once),
     cmocka_unit_test(packs_the_same_from_exports), cmocka_unit_test(hf_round_trip),
     cmocka_unit_test(hf_refuses_to_overwrite), cmocka_unit_test(strange_models), cmocka_unit_test(damaged_values),
+    cmocka_unit_test(trained_rows_round_trip), cmocka_unit_test(damaged_rows), cmocka_unit_test(failed_rows),
     cmocka_unit_test(strange_places), cmocka_unit_test(doubled_tensor), cmocka_unit_test(damaged_bin),
     cmocka_unit_test(failed_writes), cmocka_unit_test(opening_touches_no_data),
 };

@@ -444,6 +444,7 @@ static void test_presets(void **state) {
         {"8da4w-32", "int4,group=32,symmetric", "int8,token,asymmetric"},
         {"int2-16", "int2,group=16,symmetric", "none"}, {"int3-32", "int3,group=32,symmetric", "none"},
         {"int8-128", "int8,group=128,symmetric", "none"},
+        {"int8qt", "int8,channel,rows", "none"}, {"int8qt-int8", "int8,channel,rows", "int8,token,rows"},
     };
     for (size_t i = 0; i < sizeof presets / sizeof *presets; i++) {
         char text[QUANT_SPEC_TEXT];
@@ -464,6 +465,51 @@ static void test_presets(void **state) {
     assert_false(quant_works_as_codes(&asym));
     QuantSpec none = spec("none");
     assert_false(quant_works_as_codes(&none));
+    QuantScheme qt = scheme("int8qt-int8");
+    const QuantSpec *both[] = {&qt.weight, &qt.act};
+    for (int i = 0; i < 2; i++) {
+        assert_true(quant_is_int8_rows(both[i]) && !quant_has_zero(both[i]));
+        assert_true(both[i]->qmin == -128 && both[i]->qmax == 127 && !both[i]->is_unsigned);
+    }
+    assert_true(quant_works_as_codes(&qt.weight));
+    assert_false(quant_is_int8_rows(&dq.weight) || quant_is_int8_rows(&dq.act) || quant_is_int8_rows(&none));
+}
+
+// INT8 rows through quant.h and by optimizer.h, which the trainer uses: the same scale and codes, to the bit, whatever
+// the dtype. Rows of zeros, NaN, an infinity, the smallest values and the largest.
+static void test_int8_rows(void **state) {
+    (void)state;
+    QuantSpec s = spec("int8,channel,rows");
+    const float rows[][6] = {
+        {0, 0, 0, -0.0f, 0, 0}, {NAN, NAN, NAN, NAN, NAN, NAN}, {1, NAN, -0.25f, 0.5f, 0, 0.126f},
+        {INFINITY, 1, -1, 0, NAN, 3}, {1e-40f, -1e-45f, 3e-41f, 0, 0, 1e-44f}, {3.4e38f, -3e38f, 1, 0, 1e30f, -1e37f},
+        {0.7f, -0.7f, 0.35f, -0.1f, 0.00275f, 0.002756f}, {-127, 126.5f, 125.5f, -0.5f, 1.5f, 63},
+        {1e-30f, -1e-30f, 4e-31f, 0, 5e-33f, -2e-31f}};
+    for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
+        for (int d = 0; d < 2; d++) {
+            float mn = INFINITY, mx = -INFINITY, amax = 0.0f;
+            for (int i = 0; i < 6; i++) {
+                quant_minmax(&mn, &mx, rows[r][i]);
+                if (fabsf(rows[r][i]) > amax) amax = fabsf(rows[r][i]);       // NaN takes no part
+            }
+            QParams p = quant_choose(mn, mx, &s, d ? QD_BF16 : QD_F32);
+            float scale = int8_row_scale(amax), inv = int8_row_inv(scale);
+            assert_same("scale", (int)r, p.scale, scale);
+            assert_true(p.zp == 0);
+            for (int i = 0; i < 6; i++) {
+                int code = quant_code(rows[r][i], p, &s, d ? QD_BF16 : QD_F32);
+                if (code != int8_nearest(rows[r][i], inv))
+                    fail_msg("row %zu, value %d: code %d, expected %d", r, i, code, int8_nearest(rows[r][i], inv));
+            }
+        }
+    // By hand: 0.7 / 127 in f32, and its multiples; a row of zeros has scale 0 and decodes to zeros.
+    const float w[4] = {0.7f, -0.7f, 0.35f, 0}, zero[4] = {0};
+    int16_t codes[4];
+    QParams qp;
+    assert_int_equal(quant_tensor(codes, &qp, w, 1, 4, &s, QD_BF16, NULL), 0);
+    assert_true(qp.scale == 0.7f / 127.0f && codes[0] == 127 && codes[1] == -127 && codes[2] == 64 && codes[3] == 0);
+    assert_int_equal(quant_tensor(codes, &qp, zero, 1, 4, &s, QD_F32, NULL), 0);
+    assert_true(qp.scale == 0 && codes[0] == 0 && quant_dequant(0, qp, &s, QD_F32) == 0);
 }
 
 static void test_unknown_schemes(void **state) {
@@ -471,6 +517,7 @@ static void test_unknown_schemes(void **state) {
     static const struct { const char *name, *hint;
     } bad[] = {{"8da4w_32", "8da4w-32"},
                {"int8w", "int8wo"},
+               {"int8qt-int", "int8qt-int8"},
                {"int4wo", "int4wo-32"},
                {"8da4w", "8da4w-32"},
                {"INT8WO", "known:"},
@@ -514,6 +561,8 @@ static void test_spec_texts(void **state) {
         {"int8,token,eps=1e-05", "int8,token,symmetric,eps=9.99999975e-06", true},
         {"int8,channel,eps=1.1754943508222875e-38", "int8,channel,symmetric", false},
         {"int4,symmetric-no-clip,group=32", "int4,group=32,symmetric-no-clip", false},
+        {"int8,rows", "int8,channel,rows", false}, {"int8,rows,channel", "int8,channel,rows", false},
+        {"int8,rows", "int8,token,rows", true},
         {"int8,block=1048576x1048576,symmetric-no-clip,range=-127..127,eps=1.23456793e-30",
          "int8,block=1048576x1048576,symmetric-no-clip,range=-127..127,eps=1.23456793e-30", false},
     };
@@ -558,6 +607,15 @@ static void test_bad_specs(void **state) {
                {"int4,group=32 ", false, "2 to"},
                {"int4,group=0x20", false, "2 to"},
                {"int4,block=2", false, "rows x columns"},
+               {"int4,channel,rows", false, "int8,channel,rows"},
+               {"uint8,channel,rows", false, "int8,channel,rows"},
+               {"int8,tensor,rows", false, "int8,channel,rows"},
+               {"int8,group=32,rows", false, "int8,channel,rows"},
+               {"int8,channel,rows,range=-127..127", false, "int8,channel,rows"},
+               {"int8,token,rows,eps=1e-5", true, "int8,token,rows"},
+               {"int8,rows,symmetric", false, "twice"},
+               {"int8,channel,rows", true, "per token"},
+               {"int8,token,rows", false, "no tokens"},
                {"int4,block=2x", false, "rows x"},
                {"int4,block=x2", false, "rows x columns"},
                {"int4,block=0x2", false, "rows x columns"},
@@ -684,12 +742,58 @@ static void test_plan_options(void **state) {
     options_give(NULL, "int8wo", NULL, NULL, "none", NULL, "int8wo", &p);
 }
 
+// Where INT8 rows may stand: linears and a tied head, integer inputs with them only, never an embedding.
+static void test_plan_rows(void **state) {
+    (void)state;
+    QuantPlan p, back;
+    Err err = {0};
+    options_give(NULL, "int8qt", NULL, NULL, NULL, NULL, "int8qt", &p);
+    assert_true(quant_plan_has_rows(&p));
+    options_give(NULL, "int8qt-int8", NULL, NULL, NULL, "int8,channel,rows", "custom", &p);
+    assert_true(quant_plan_has_rows(&p) && quant_is_int8_rows(&p.tied_head));
+    options_give(NULL, "none", NULL, NULL, NULL, "int8,rows", "custom", &p);
+    assert_true(quant_plan_has_rows(&p));
+    options_give(NULL, NULL, "int8,rows", "int8,token,asymmetric", NULL, NULL, "custom", &p);
+    const char *const one[] = {"lm_head.*=int8qt"}, *const off[] = {"lm_head.weight=none"};
+    assert_int_equal(quant_plan_from_options(&p, NULL, "8da4w-32", NULL, NULL, NULL, NULL, one, 1, &err), 0);
+    assert_true(quant_plan_has_rows(&p));
+    options_give(NULL, "8da4w-32", NULL, NULL, "int8,channel", "int8,channel", "custom", &p);
+    assert_false(quant_plan_has_rows(&p));
+
+    static const struct { const char *scheme, *weight, *act, *embedding, *rule, *hint; } bad[] = {
+        {"int8qt", NULL, NULL, "int8,channel,rows", NULL, "embedding"},
+        {"int8wo", NULL, "int8,token,rows", NULL, NULL, "not of int8,channel,symmetric"},
+        {NULL, NULL, "int8,token,rows", NULL, NULL, "not of none"},
+        {"none", NULL, NULL, NULL, "*.down_proj.*=int4,group=32;int8,token,rows", "*.down_proj.*"}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        const char *const rules[] = {bad[i].rule};
+        int rc = quant_plan_from_options(&p, NULL, bad[i].scheme, bad[i].weight, bad[i].act, bad[i].embedding, NULL,
+                                         rules, bad[i].rule != NULL, &err);
+        if (rc != E_USAGE || !strstr(err.text, bad[i].hint)) fail_msg("%zu: %d, \"%s\"", i, rc, err.text);
+    }
+
+    assert_int_equal(quant_plan_from_options(&p, NULL, "int8qt-int8", NULL, NULL, NULL, "int8,rows", off, 1, &err), 0);
+    char *text = quant_plan_to_json(&p);
+    if (quant_plan_from_json(&back, text, strlen(text), &err)) fail_msg("%s: %s", text, err.text);
+    assert_true(quant_plan_equal(&p, &back));
+    free(text);
+    static const char *const hostile[] = {
+        "{\"name\":\"x\",\"embedding\":\"int8,channel,rows\"}",
+        "{\"name\":\"x\",\"linear\":{\"weight\":\"int8,channel\",\"activation\":\"int8,token,rows\"}}",
+        "{\"name\":\"x\",\"rules\":[{\"pattern\":\"*\",\"activation\":\"int8,token,rows\"}]}"};
+    for (size_t i = 0; i < sizeof hostile / sizeof *hostile; i++) {
+        assert_int_equal(quant_plan_from_json(&back, hostile[i], strlen(hostile[i]), &err), E_FORMAT);
+        assert_true(quant_plan_is_none(&back) && !back.n_rules);
+    }
+}
+
 static void test_plan_json(void **state) {
     (void)state;
-    static const char *const names[] = {"none", "int8wo", "int8dq", "int4wo-64", "8da4w-32", "int3-32"};
+    static const char *const names[] = {"none", "int8wo", "int8dq", "int4wo-64", "8da4w-32", "int3-32", "int8qt",
+                                        "int8qt-int8"};
     static const char *const rules[] = {"*\"quoted\\pattern*=int5,block=2x16",
                                         "*.mlp.*=int4,group=16;int6,token,asymmetric"};
-    for (int i = 0; i < 6; i++)
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         for (int n_rules = 0; n_rules <= 2; n_rules += 2) {
             QuantPlan a, b;
             Err err = {0};
@@ -761,7 +865,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_worked_examples), cmocka_unit_test(test_ste_mask), cmocka_unit_test(test_torchao_goldens),
     cmocka_unit_test(test_zero_and_constant_blocks), cmocka_unit_test(test_nan_and_infinity),
     cmocka_unit_test(test_subnormal_and_smallest), cmocka_unit_test(test_blocks), cmocka_unit_test(test_packing),
-    cmocka_unit_test(test_presets), cmocka_unit_test(test_unknown_schemes), cmocka_unit_test(test_spec_texts),
+    cmocka_unit_test(test_presets), cmocka_unit_test(test_int8_rows), cmocka_unit_test(test_plan_rows),
+    cmocka_unit_test(test_unknown_schemes), cmocka_unit_test(test_spec_texts),
     cmocka_unit_test(test_bad_specs), cmocka_unit_test(test_plan_rules), cmocka_unit_test(test_plan_options),
     cmocka_unit_test(test_plan_json), cmocka_unit_test(test_hostile_json),
 };
