@@ -720,8 +720,8 @@ static void trained_plan(QuantPlan *plan, ParamTable *table, const LlamaConfig *
 static void trained_rows_round_trip(void **state) {
     (void)state;
     static const struct { bool tied; DType dtype; const char *head, *rule; } kinds[] = {
-        {true, DT_BF16, "int8,channel,rows", NULL}, {true, DT_F32, "int8,channel,rows", NULL}, {true, DT_F32, NULL, NULL},
-        {false, DT_BF16, NULL, NULL}, {false, DT_F32, NULL, "lm_head.weight=none"}};
+        {true, DT_BF16, "int8,channel,rows", NULL}, {true, DT_F32, "int8,channel,rows", NULL},
+        {true, DT_F32, NULL, NULL}, {false, DT_BF16, NULL, NULL}, {false, DT_F32, NULL, "lm_head.weight=none"}};
     for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
         LlamaConfig c = small_config(kinds[k].tied);
         c.V = 20000;                                               // 64 wide: more than one tile
@@ -859,7 +859,8 @@ static void failed_rows(void **state) {
         struct rlimit small = {100000, old.rlim_max};
         signal(SIGXFSZ, SIG_IGN);
         if (i == 4) setrlimit(RLIMIT_FSIZE, &small);
-        int rc = model_write_trained(path, &c, &plan, &table, NULL, DT_BF16, trained_floats, trained_codes, &source, &err);
+        int rc = model_write_trained(path, &c, &plan, &table, NULL, DT_BF16, trained_floats, trained_codes, &source,
+                                     &err);
         setrlimit(RLIMIT_FSIZE, &old);
         const char *hint = i < 3 ? "scale of row 5" : i == 3 ? "the source broke" : "cannot write";
         if (rc != (i < 3 ? E_FORMAT : E_FAIL) || !strstr(err.text, hint)) fail_msg("%d: %d, %s", i, rc, err.text);
