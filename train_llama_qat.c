@@ -34,6 +34,7 @@
 #include "llmc/profile.h"
 #include "llmc/schedule.h"
 #include "llmc/shard.h"
+#include "llmc/store.h"
 #include "llmc/tokenizer.h"
 #include "llmc/train_state.h"
 #include "llmc/trainer.h"
@@ -52,9 +53,9 @@ typedef struct {
     // The working weights (floatX: fake-quantized values, or codes whose row scale is applied after) and the gradients
     // (f32, summed over the tokens of a step) of whole tensors are with the shard: always, or when asked for.
     Shard *shard;
-    // What this rank updates, f32, laid out by shard->own.held: all rows of every parameter, or its share of them.
-    float *master;
-    float *m, *v;            // AdamW's moments (SGD: m is the momentum buffer, v is not there)
+    // What this rank updates: masters and AdamW's moments (SGD: m is the momentum buffer, v is not there), of all rows of
+    // every parameter or of its share of them.
+    Store store;
 
     float *cos_t, *sin_t;    // (T, HS/2)
 } Llama;
@@ -89,7 +90,7 @@ static const QuantSpec *act(const Llama *m, int l, ParamRole r) {
 // Rebuilds all working values from the masters, with fake quantization on or off.
 static void llama_requantize(Llama *m, bool fake_quant) {
     m->fake_quant = fake_quant;
-    shard_requantize(m->shard, m->master, fake_quant);
+    shard_requantize(m->shard, &m->store, fake_quant);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -354,8 +355,8 @@ static void llama_update(const Llama *m, StepState *state, const UpdateParams *u
         for (int i = 0; i < own->n; i++) {
             const Param *p = &own->p[i];
             if (p->rows && p->scheme.weight.bits)
-                ops->weight_ste_mask(shard_own_gradient(m->shard, i), m->master + p->offset, &p->scheme.weight, p->rows,
-                                     p->cols);
+                ops->weight_ste_mask(shard_own_gradient(m->shard, i), store_param(&m->store, i, 0).data,
+                                     &p->scheme.weight, p->rows, p->cols);
         }
     // From here on every rank has the losses, tokens and squared gradients of all, and clips or skips alike.
     shard_sum_state(m->shard, state, true);
@@ -363,7 +364,7 @@ static void llama_update(const Llama *m, StepState *state, const UpdateParams *u
     bool writes = shard_updates_weights(m->shard);
     for (int i = 0; i < own->n; i++) {
         const Param *p = &own->p[i];
-        size_t o = p->offset;
+        const StoredTensor *t = &m->store.t[i];
         floatX *work = writes ? shard_weight(m->shard, i) : NULL;
         float *scale = writes ? shard_weight_scale(m->shard, i) : NULL, *grad = shard_own_gradient(m->shard, i);
         const QuantSpec *wq = m->fake_quant ? &p->scheme.weight : NULL;
@@ -371,13 +372,13 @@ static void llama_update(const Llama *m, StepState *state, const UpdateParams *u
         if (u->kind == OPTIM_ADAMW) {
             AdamWParams h = u->adamw;
             h.weight_decay = p->decay ? u->weight_decay : 0.0;
-            ops->adamw_fq(m->master + o, m->m + o, m->v + o, work, scale, grad, state, &h, wq, p->rows, p->cols);
+            ops->adamw_fq(t->p.data, t->m.data, t->v.data, work, scale, grad, state, &h, wq, p->rows, p->cols);
         } else {
-            ops->sgd_fq(m->master + o, m->m + o, work, scale, grad, state, u->momentum,
+            ops->sgd_fq(t->p.data, t->m.data, work, scale, grad, state, u->momentum,
                         p->decay ? (float)u->weight_decay : 0.0f, wq, p->rows, p->cols);
         }
     }
-    shard_weights_changed(m->shard, m->master, m->fake_quant);
+    shard_weights_changed(m->shard, &m->store, m->fake_quant);
 }
 
 // One step: gradients of all its micro-batches, then the update. What changes from step to step is in s->state, s->tokens
@@ -543,8 +544,7 @@ static int load_masters(Llama *m, const ModelFile *file, Err *err) {
             int64_t n = own->rows - r < tile ? own->rows - r : tile, row = o->row0[i] + r;
             if (file) rc = model_read_rows(file, p, row, n, rows, err);
             else param_init_random(rows, p, &m->c, (uint64_t)run.seed, (size_t)(row * p->cols), (size_t)(n * p->cols));
-            if (rc == 0)
-                device_copy_in(m->master + own->offset + r * p->cols, rows, (size_t)(n * p->cols) * sizeof *rows);
+            if (rc == 0) rc = store_set_rows(&m->store, i, r, n, rows, err);
         }
         free(rows);
         if (rc < 0) return rc;
@@ -553,23 +553,22 @@ static int load_masters(Llama *m, const ModelFile *file, Err *err) {
 }
 
 // Whole tensors, from all ranks to the files that rank 0 writes: model.bin and, if asked, the folder.
-static int export_model(const Llama *m, const Tokenizer *tok, Err *err) {
-    ShardRows rows = {m->shard, m->master};
-    if (comm_rank() > 0) return shard_lend_rows(&rows, err);
+static int export_model(Llama *m, const Tokenizer *tok, Err *err) {
+    if (comm_rank() > 0) return store_lend_rows(&m->store, err);
     // What is exported is the working type's value of every parameter: quantizing it gives the codes that training
     // used.
     DType dtype = sizeof(floatX) == 4 ? DT_F32 : DT_BF16;
     char path[1100];
     snprintf(path, sizeof path, "%s/model.bin", run.out);
-    int rc = model_write_bin(path, &m->c, &m->plan, &m->table, tok, dtype, shard_rows, &rows, err);
+    int rc = model_write_bin(path, &m->c, &m->plan, &m->table, tok, dtype, store_rows, &m->store, err);
     if (rc < 0) return rc;
     printf("wrote   %s\n", path);
     if (run.hf) {
         snprintf(path, sizeof path, "%s/hf", run.out);
-        if ((rc = model_write_hf(path, &m->c, &m->table, tok, dtype, shard_rows, &rows, err)) < 0) return rc;
+        if ((rc = model_write_hf(path, &m->c, &m->table, tok, dtype, store_rows, &m->store, err)) < 0) return rc;
         printf("wrote   %s\n", path);
     }
-    return shard_rows_end(&rows, err);
+    return store_rows_end(&m->store, err);
 }
 
 static int load_tokenizer(Tokenizer **tok, ModelFile *file, Err *err) {
@@ -594,7 +593,9 @@ static int load_tokenizer(Tokenizer **tok, ModelFile *file, Err *err) {
 // Prints the memory plan. Activations are counted by the function that allocates them, for one sequence and for two.
 static int print_memory_plan(double *planned, Llama *m, bool ste_clip, const TokenData *data, Err *err) {
     const ShardMemory *shard = &m->shard->memory;
-    double n = (double)m->shard->own.held.n_elements, b1, b2;
+    double b1, b2;
+    StateArray arrays[STORE_MAX_ARRAYS];
+    int n_arrays = store_arrays(&m->store, arrays);
     Acts s = {0};
     Arena a = {.plan = true};
     take_acts(&a, &s, m, 1, run.T, run.grad_accum, run.recompute, ste_clip);
@@ -607,15 +608,14 @@ static int print_memory_plan(double *planned, Llama *m, bool ste_clip, const Tok
     free(s.block);
     double per = run.B > 1 ? (a.bytes - b1) / (run.B - 1) : b2 - b1;
     MemoryItem items[] = {
-        {"master weights, fp32", 4 * n, 0},
+        {"master weights, fp32", m->store.param_bytes, 0},
         {"gradients, fp32", shard->gradients + shard->own_gradients, 0},
-        {run.optimizer == OPTIM_ADAMW ? "AdamW moments, fp32" : "momentum, fp32",
-         (run.optimizer == OPTIM_ADAMW ? 8 : 4) * n, 0},
+        {run.optimizer == OPTIM_ADAMW ? "AdamW moments, fp32" : "momentum, fp32", m->store.state_bytes, 0},
         {"working weights, " FLOATX_NAME, shard->weights, 0},
         {"on the way between ranks", shard->buffers, 0},
         {"activations and logits", a.bytes - per * run.B, per},
         {"copy of the state while it is saved", device_is_host() && run.save_every && !run.no_save
-             ? (double)train_state_copy_bytes(&m->shard->own, run.optimizer == OPTIM_ADAMW ? 3 : 2) : 0, 0},
+             ? (double)train_state_copy_bytes(&m->shard->own, arrays, n_arrays) : 0, 0},
         {"tokens", data->owned && device_is_host() ? 4.0 * (double)data->n : 0, 0},
     };
     return memory_plan_print(planned, items, sizeof items / sizeof *items, run.B, stdout, err);
@@ -725,6 +725,7 @@ static int run_training(Err *err) {
     ShardLevel level = run.shard ? (ShardLevel)(run.shard - 1) : R > 1 ? SHARD_FULL : SHARD_NONE;
     m.shard = &shard;
     if ((rc = shard_plan(&shard, &m.c, &m.plan, &m.table, level, run.gather == 0, R, comm_rank(), err)) < 0) return rc;
+    if ((rc = store_plan(&m.store, &shard, run.optimizer == OPTIM_ADAMW, err)) < 0) return rc;
     static Tokenizer *tok;
     if ((rc = load_tokenizer(&tok, run.model ? &file : NULL, err)) < 0) return rc;
     if (tokenizer_vocab_size(tok) > m.c.V)
@@ -775,15 +776,11 @@ static int run_training(Err *err) {
     if ((rc = print_memory_plan(&planned, &m, ste_clip, &train, err)) < 0) return rc;
     fflush(stdout);
 
-    // Allocate; masters first, so that the mapped model file is gone before the rest is touched.
-    size_t n = shard.own.held.n_elements;
-    if ((rc = device_alloc((void **)&m.master, n * 4, "master weights", err)) < 0) return rc;
+    // Allocate; masters are loaded first, so that the mapped model file is gone before the rest is touched.
+    if ((rc = shard_alloc(&shard, err)) < 0 || (rc = store_alloc(&m.store, err)) < 0) return rc;
     if ((rc = load_masters(&m, run.model ? &file : NULL, err)) < 0) return rc;
     if (run.model) model_close(&file);
-    if ((rc = shard_alloc(&shard, err)) < 0) return rc;
     Arena a = {.err = err};
-    m.m = take(&a, n, 4, "optimizer state");
-    m.v = run.optimizer == OPTIM_ADAMW ? take(&a, n, 4, "optimizer state") : NULL;
     m.cos_t = take(&a, (size_t)run.T * m.c.HS / 2, 4, "rope table");
     m.sin_t = take(&a, (size_t)run.T * m.c.HS / 2, 4, "rope table");
     static Acts s;
@@ -795,8 +792,8 @@ static int run_training(Err *err) {
     device_copy_in(m.sin_t, table + (size_t)run.T * m.c.HS / 2, (size_t)run.T * m.c.HS / 2 * 4);
     free(table);
 
-    StateArray arrays[] = {{"master", m.master}, {"m", m.m}, {"v", m.v}};
-    int n_arrays = run.optimizer == OPTIM_ADAMW ? 3 : 2;
+    StateArray arrays[STORE_MAX_ARRAYS];
+    int n_arrays = store_arrays(&m.store, arrays);
     TrainProgress p = {.data_hash = train.hash, .seed = (uint64_t)run.seed, .T = run.T};
     bool resumed = false;
     if (first) train_state_clean(run.out);

@@ -2,22 +2,28 @@
 #include <stdlib.h>
 #include <string.h>
 #include "device.h"
+#include "store.h"
 
 // ---------------------------------------------------------------------------------------------
 // Whose rows are whose
 
-// Rows of the smallest part of a tensor that one rank can quantize alone.
+static int64_t common_multiple(int64_t x, int64_t y) {
+    int64_t a = x, b = y;
+    while (b) { int64_t t = a % b; a = b; b = t; }
+    return x / a * y;
+}
+
+// Rows of the smallest part of a tensor that one rank can quantize alone: whole blocks of its scales, and of those of its
+// moments. All of them divide the rows, so their common multiple does.
 static int rows_of_unit(int64_t *unit, const Param *p, const QuantSpec *also, Err *err) {
     const QuantSpec *specs[2] = {&p->scheme.weight, p->role == ROLE_EMBED ? also : NULL};
-    *unit = 1;
+    *unit = state_unit(p->state, p->cols);
     for (int k = 0; k < 2; k++) {
         int64_t block[2];
         if (!specs[k] || !specs[k]->bits) continue;
         int rc = quant_block_shape(specs[k], p->rows, p->cols, block, err);
         if (rc < 0) return rc;
-        int64_t a = *unit, b = block[0];
-        while (b) { int64_t t = a % b; a = b; b = t; }     // least common multiple; both divide the rows, so it does
-        *unit = *unit / a * block[0];
+        *unit = common_multiple(*unit, block[0]);
     }
     return 0;
 }
@@ -91,6 +97,10 @@ static bool in_block(const Param *p) { return p->layer >= 0; }
 static const QuantSpec *spec_of(const Shard *s, const Part *p) {
     return p->head ? &s->plan->tied_head : &whole(s, p)->scheme.weight;
 }
+// Whether a part is INT8 codes and scales, where it works and on the wire.
+static bool is_int8(const Shard *s, const Part *p) {
+    return p->head ? quant_is_int8_rows(&s->plan->tied_head) : whole(s, p)->format == PARAM_INT8;
+}
 // A fused linear (q, k, v; gate, up) reads the row scales of all its tensors if one works as codes: those of the others,
 // which are 1, must be there too.
 static bool has_scales(const Shard *s, const Part *p) {
@@ -98,9 +108,13 @@ static bool has_scales(const Shard *s, const Part *p) {
 }
 // Codes go on the wire where fake quantization makes codes.
 static bool as_codes(const Shard *s, const Part *p, bool fake_quant) {
-    return s->gather_quantized && fake_quant && spec_of(s, p)->bits;
+    return s->gather_quantized && fake_quant && spec_of(s, p)->bits && !is_int8(s, p);
 }
 static size_t up16(size_t n) { return (n + 15) & ~(size_t)15; }
+// Bytes of a row as it works.
+static size_t row_bytes(const Shard *s, const Part *p) {
+    return (size_t)whole(s, p)->cols * (is_int8(s, p) ? 1 : sizeof(floatX));
+}
 // Rows of a part in a chunk on the ranks that have most, and on rank r.
 static int64_t part_rows(const Shard *s, const Chunk *k, const Part *p) {
     int64_t most = split_most(&s->own.split[p->i]);
@@ -116,7 +130,13 @@ static size_t part_bytes(const Shard *s, const Part *p, int64_t rows, bool codes
     int64_t block[2];
     if (codes && quant_block_shape(spec, w->rows, w->cols, block, NULL) == 0)
         return quant_wire_layout(spec, rows, w->cols, block).bytes;
-    return up16((size_t)rows * (size_t)w->cols * sizeof(floatX)) + up16((size_t)rows * 4 * has_scales(s, p));
+    return up16((size_t)rows * row_bytes(s, p)) + up16((size_t)rows * 4 * has_scales(s, p));
+}
+
+// Room for `rows` rows of a part as f32, where it is kept as bf16.
+static void plan_scratch(Shard *s, const Part *p, int64_t rows) {
+    size_t n = (size_t)rows * (size_t)whole(s, p)->cols;
+    if (whole(s, p)->format == PARAM_BF16 && n > s->n_scratch) s->n_scratch = n;
 }
 
 static void lay_out_chunk(Shard *s, ShardUnit *u, Chunk *k) {
@@ -127,6 +147,7 @@ static void lay_out_chunk(Shard *s, ShardUnit *u, Chunk *k) {
             p->at[codes] = k->stride[codes];
             k->stride[codes] += part_bytes(s, p, rows, as_codes(s, p, codes));
         }
+        if (s->level != SHARD_NONE && as_codes(s, p, true)) plan_scratch(s, p, rows);
         p->grad_at = k->grad_stride;
         if (!p->head) k->grad_stride += up16((size_t)rows * (size_t)whole(s, p)->cols * 4);
     }
@@ -179,32 +200,65 @@ static void lay_out_units(Shard *s) {
     add_chunk(s, head, (Chunk){.first = head->n_parts - 1, .n = 1});
 }
 
-// Places of whole tensors: those of the table, or, where blocks come and go, one place for all blocks.
-static size_t places(size_t *place, const ParamTable *t, bool one_block, bool rows) {
-    size_t end = 0, block_end = 0, block_start = 0;
+// Places of whole tensors as in the table: groups, of tensors that a fused linear reads as one, at multiples of 64 values.
+// Where blocks come and go, there is one place for all of them, and what is outside follows.
+typedef enum { PLACE_WORK, PLACE_ROWS, PLACE_GRAD } PlaceOf;
+
+static size_t place_size(const Param *p, PlaceOf of) {
+    if (of == PLACE_ROWS) return (size_t)p->rows;
+    size_t n = (size_t)p->rows * (size_t)p->cols;
+    return of == PLACE_GRAD ? n : n * (p->format == PARAM_INT8 ? 1 : sizeof(floatX));
+}
+
+static bool starts_group(const Param *p) { return p->role != ROLE_K && p->role != ROLE_V && p->role != ROLE_UP; }
+
+static size_t round_up(size_t n, size_t align) { return (n + align - 1) / align * align; }
+
+static size_t places(size_t *place, const ParamTable *t, bool one_block, PlaceOf of) {
+    const size_t apart = of == PLACE_WORK ? 64 * sizeof(floatX) : 64, align = of == PLACE_ROWS ? 1 : apart;
+    size_t end = 0, blocks_end = 0;
     for (int i = 0; i < t->n; i++) {
         const Param *p = &t->p[i];
-        size_t at = rows ? p->row_offset : p->offset, size = (size_t)p->rows * (rows ? 1 : (size_t)p->cols);
-        if (!one_block) {
-            place[i] = at;
-            end = rows ? t->n_rows : t->n_elements;
-            continue;
-        }
-        if (p->role == ROLE_NORM1) block_start = at;
-        if (in_block(p)) {
-            place[i] = at - block_start;
-            if (place[i] + size > block_end) block_end = place[i] + size;
-        }
+        if (one_block && !in_block(p)) continue;
+        if (one_block && p->role == ROLE_NORM1) end = 0;
+        if (starts_group(p)) end = round_up(end, align);
+        place[i] = end;
+        end += place_size(p, of);
+        if (end > blocks_end) blocks_end = end;
     }
     if (!one_block) return end;
-    end = (block_end + 63) & ~(size_t)63;
+    end = round_up(blocks_end, apart);
     for (int i = 0; i < t->n; i++) {
-        const Param *p = &t->p[i];
-        if (in_block(p)) continue;
+        if (in_block(&t->p[i])) continue;
         place[i] = end;
-        end = (end + (size_t)p->rows * (rows ? 1 : (size_t)p->cols) + 63) & ~(size_t)63;
+        end = round_up(end + place_size(&t->p[i], of), apart);
     }
     return end;
+}
+
+// What keeps a tensor of INT8 rows from working.
+static int check_int8(const Param *p, Err *err) {
+    if (p->format == PARAM_INT8 && (p->role == ROLE_EMBED || param_is_norm(p)))
+        return err_set(err, E_USAGE, "%s cannot be trained as INT8 rows: it is read as values, not by a linear; leave it "
+                       "unquantized", p->name);
+    if (starts_group(p) || (p->format == PARAM_INT8) == ((p - 1)->format == PARAM_INT8)) return 0;
+    return err_set(err, E_USAGE, "%s and %s are read by one linear, but only one of them is trained as INT8 rows; let one "
+                   "rule cover both", (p - 1)->name, p->name);
+}
+
+// Rows that a tile of f32 values has, of those that are quantized together.
+static int64_t tile_rows(size_t values, const QuantSpec *spec, int64_t rows, int64_t cols) {
+    int64_t block[2] = {1, 1};
+    if (spec && spec->bits) quant_block_shape(spec, rows, cols, block, NULL);
+    int64_t n = (int64_t)(values / (size_t)cols) / block[0] * block[0];
+    return n < block[0] ? block[0] : n < rows ? n : rows;
+}
+
+// bf16 parameters that work as other values than their own pass through a tile of f32.
+static void plan_tiles(Shard *s, const Part *p) {
+    const Param *w = whole(s, p);
+    if (spec_of(s, p)->bits || has_scales(s, p))
+        plan_scratch(s, p, tile_rows((size_t)1 << 20, spec_of(s, p), w->rows, w->cols));
 }
 
 int shard_plan(Shard *s, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table, ShardLevel level,
@@ -212,25 +266,34 @@ int shard_plan(Shard *s, const LlamaConfig *c, const QuantPlan *plan, const Para
     *s = (Shard){.c = c, .plan = plan, .level = level, .gather_quantized = gather_quantized, .held = -1,
                  .gathering = {.unit = -1}, .reducing = {.unit = -1}};
     int rc = own_table_build(&s->own, table, c->tied ? &plan->tied_head : NULL, R, rank, level == SHARD_NONE, err);
-    if (rc < 0) return rc;
+    for (int i = 0; i < table->n && rc == 0; i++) rc = check_int8(&table->p[i], err);
+    if (rc < 0) {
+        own_table_free(&s->own);
+        return rc;
+    }
     size_t n = (size_t)table->n;
     for (int i = 0; i < table->n; i++)
-        s->block_scales = s->block_scales || (in_block(&table->p[i]) && quant_works_as_codes(&table->p[i].scheme.weight));
+        s->block_scales = s->block_scales || (in_block(&table->p[i]) && table->p[i].format != PARAM_INT8 &&
+                                              quant_works_as_codes(&table->p[i].scheme.weight));
     s->work_place = xcalloc(n, sizeof *s->work_place);
     s->row_place = xcalloc(n, sizeof *s->row_place);
     s->grad_place = xcalloc(n, sizeof *s->grad_place);
-    s->n_work = places(s->work_place, table, level == SHARD_FULL, false);
-    s->n_rows = places(s->row_place, table, level == SHARD_FULL, true);
-    s->n_grad = places(s->grad_place, table, level >= SHARD_GRAD, false);
+    s->n_work = places(s->work_place, table, level == SHARD_FULL, PLACE_WORK);
+    s->n_rows = places(s->row_place, table, level == SHARD_FULL, PLACE_ROWS);
+    s->n_grad = places(s->grad_place, table, level >= SHARD_GRAD, PLACE_GRAD);
     lay_out_units(s);
+    for (int i = 0; i < table->n; i++) plan_tiles(s, &(Part){.i = i});
+    if (second_view(s)) plan_tiles(s, &(Part){.i = 0, .head = true});
     if (level == SHARD_NONE) s->own_bytes = s->all_bytes = 0;
     if (level == SHARD_NONE && R == 1) s->grad_bytes = 0;
-    double view = second_view(s) ? (double)c->V * c->C * sizeof(floatX) + 4.0 * c->V : 0;
+    size_t head_value = quant_is_int8_rows(&plan->tied_head) ? 1 : sizeof(floatX);
+    double view = second_view(s) ? (double)c->V * c->C * (double)head_value + 4.0 * c->V : 0;
     s->memory = (ShardMemory){
-        .weights = (double)sizeof(floatX) * (double)s->n_work + 4.0 * (double)s->n_rows + view,
+        .weights = (double)s->n_work + 4.0 * (double)s->n_rows + view,
         .gradients = 4.0 * (double)s->n_grad,
         .own_gradients = level >= SHARD_GRAD ? 4.0 * (double)s->own.held.n_elements : 0,
-        .buffers = (double)s->own_bytes + (double)s->all_bytes + 2.0 * (double)s->grad_bytes,
+        .buffers = (double)s->own_bytes + (double)s->all_bytes + 2.0 * (double)s->grad_bytes +
+                   4.0 * (double)s->n_scratch,
     };
     return 0;
 }
@@ -247,10 +310,12 @@ static int take(void *where, size_t n, size_t size, const char *what, Err *err) 
 int shard_alloc(Shard *s, Err *err) {
     bool codes = quant_works_as_codes(&s->plan->tied_head);
     size_t V = second_view(s) ? (size_t)s->c->V : 0;
-    int rc = take(&s->work, s->n_work, sizeof *s->work, "working weights", err);
+    size_t head_value = quant_is_int8_rows(&s->plan->tied_head) ? 1 : sizeof *s->head;
+    int rc = take(&s->work, s->n_work, 1, "working weights", err);
     if (rc == 0) rc = take(&s->wscale, s->n_rows, sizeof *s->wscale, "row scales", err);
-    if (rc == 0) rc = take(&s->head, V * (size_t)s->c->C, sizeof *s->head, "head", err);
+    if (rc == 0) rc = take(&s->head, V * (size_t)s->c->C, head_value, "head", err);
     if (rc == 0) rc = take(&s->head_scale, codes ? V : 0, sizeof *s->head_scale, "head scales", err);
+    if (rc == 0) rc = take(&s->scratch, s->n_scratch, sizeof *s->scratch, "a tile of weights", err);
     if (rc == 0) rc = take(&s->grad, s->n_grad, sizeof *s->grad, "gradients", err);
     size_t own = s->level >= SHARD_GRAD ? s->own.held.n_elements : 0;
     if (rc == 0) rc = take(&s->own_grad, own, sizeof *s->own_grad, "gradients", err);
@@ -265,7 +330,7 @@ int shard_alloc(Shard *s, Err *err) {
 void shard_free(Shard *s) {
     if (s->gathering.unit >= 0) comm_wait(s->gathering.ticket);
     if (s->reducing.unit >= 0) comm_wait(s->reducing.ticket);
-    void *device[] = {s->work, s->wscale, s->head, s->head_scale, s->grad, s->own_grad,
+    void *device[] = {s->work, s->wscale, s->head, s->head_scale, s->scratch, s->grad, s->own_grad,
                       s->wire_own, s->wire_all, s->send, s->receive, s->states};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         if (device[i]) device_free(device[i]);
@@ -281,22 +346,53 @@ void shard_free(Shard *s) {
 // ---------------------------------------------------------------------------------------------
 // Weights
 
-// This rank's rows of a chunk, from masters to the wire.
-static void pack_chunk(Shard *s, ShardUnit *u, const Chunk *k, const float *master) {
+// `rows` rows of `bytes` each, as they are.
+static void copy_rows(void *to, const void *from, int64_t rows, size_t bytes) {
+    RowSplit all = {.rows = rows, .unit = 1, .R = 1};
+    ops->rows_pack(to, up16((size_t)rows * bytes), from, &all, 0, rows, bytes);
+}
+
+// Working values, and scales where they are wanted, of rows that are f32 or bf16.
+static void work_rows(const Shard *s, floatX *work, float *scale, StoredParam from, const QuantSpec *spec, int64_t rows,
+                      int64_t cols) {
+    if (from.format == PARAM_F32) {
+        ops->weight_fq(work, scale, from.data, spec, rows, cols);
+    } else if (scale || (spec && spec->bits)) {
+        int64_t tile = tile_rows(s->n_scratch, spec, rows, cols);
+        for (int64_t r = 0; r < rows; r += tile) {
+            int64_t n = rows - r < tile ? rows - r : tile;
+            ops->widen(s->scratch, (const bf16 *)from.data + r * cols, (size_t)(n * cols));
+            ops->weight_fq(work + r * cols, scale ? scale + r : NULL, s->scratch, spec, n, cols);
+        }
+    } else if (sizeof *work == sizeof(bf16)) {
+        copy_rows(work, from.data, rows, (size_t)cols * sizeof(bf16));
+    } else {
+        ops->widen((float *)(void *)work, from.data, (size_t)(rows * cols));
+    }
+}
+
+// This rank's rows of a chunk, from the store to the wire.
+static void pack_chunk(Shard *s, ShardUnit *u, const Chunk *k, const Store *store) {
     for (int j = k->first; j < k->first + k->n; j++) {
         const Part *p = &u->part[j];
-        const Param *own = &s->own.held.p[p->i];
         const QuantSpec *spec = s->fake_quant ? spec_of(s, p) : NULL;
-        int64_t rows = rank_rows(s, k, p, s->own.rank), most = part_rows(s, k, p), cols = own->cols;
+        int64_t rows = rank_rows(s, k, p, s->own.rank), most = part_rows(s, k, p), cols = whole(s, p)->cols;
         uint8_t *wire = s->wire_own + k->own + p->at[s->fake_quant];
-        const float *from = master + own->offset + (size_t)k->k0 * (size_t)cols;
         if (!rows) continue;
+        StoredParam from = store_param(store, p->i, k->k0);
         if (as_codes(s, p, s->fake_quant)) {
-            ops->weight_pack(wire, from, spec, rows, cols, most);
+            if (from.format == PARAM_BF16) ops->widen(s->scratch, from.data, (size_t)(rows * cols));
+            ops->weight_pack(wire, from.format == PARAM_BF16 ? s->scratch : from.data, spec, rows, cols, most);
+            continue;
+        }
+        float *scale = has_scales(s, p) ? (float *)(void *)(wire + up16((size_t)most * row_bytes(s, p))) : NULL;
+        if (from.format == PARAM_INT8) {
+            copy_rows(wire, from.data, rows, (size_t)cols);
+            copy_rows(scale, from.scale, rows, sizeof *scale);
+        } else if (is_int8(s, p)) {
+            ops->int8_rows((int8_t *)wire, scale, from, rows, cols);
         } else {
-            bool scaled = has_scales(s, p);
-            float *scale = (float *)(void *)(wire + up16((size_t)most * (size_t)cols * sizeof(floatX)));
-            ops->weight_fq((floatX *)(void *)wire, scaled ? scale : NULL, from, spec, rows, cols);
+            work_rows(s, (floatX *)(void *)wire, scale, from, spec, rows, cols);
         }
     }
 }
@@ -308,7 +404,7 @@ static void unpack_chunk(Shard *s, ShardUnit *u, const Chunk *k) {
         const Part *p = &u->part[j];
         const Param *w = whole(s, p);
         const RowSplit *split = &s->own.split[p->i];
-        floatX *work = p->head ? s->head : shard_weight(s, p->i);
+        void *work = p->head ? s->head : shard_weight(s, p->i);
         float *scale = p->head ? s->head_scale : shard_weight_scale(s, p->i);
         const uint8_t *wire = s->wire_all + p->at[s->fake_quant];
         int64_t most = part_rows(s, k, p);
@@ -316,10 +412,9 @@ static void unpack_chunk(Shard *s, ShardUnit *u, const Chunk *k) {
             ops->weight_unpack(work, scale, wire, stride, split, k->k0, most, spec_of(s, p), w->cols);
             continue;
         }
-        size_t row_bytes = (size_t)w->cols * sizeof(floatX);
-        ops->rows_unpack(work, wire, stride, split, k->k0, most, row_bytes);
+        ops->rows_unpack(work, wire, stride, split, k->k0, most, row_bytes(s, p));
         if (has_scales(s, p))
-            ops->rows_unpack(scale, wire + up16((size_t)most * row_bytes), stride, split, k->k0, most, 4);
+            ops->rows_unpack(scale, wire + up16((size_t)most * row_bytes(s, p)), stride, split, k->k0, most, 4);
     }
 }
 
@@ -375,28 +470,35 @@ static void gather(Shard *s, int l, int next) {
 
 void shard_forward(Shard *s, int l) { gather(s, l, l + 1); }
 
-void shard_weights_changed(Shard *s, const float *master, bool fake_quant) {
+void shard_weights_changed(Shard *s, const Store *store, bool fake_quant) {
     s->fake_quant = fake_quant;
     if (s->level == SHARD_NONE) {
-        if (second_view(s))
-            ops->weight_fq(s->head, s->head_scale, master + param_get(s->own.table, -1, ROLE_EMBED)->offset,
-                           fake_quant ? &s->plan->tied_head : NULL, s->c->V, s->c->C);
+        if (!second_view(s)) return;
+        StoredParam table = store_param(store, 0, 0);
+        const QuantSpec *spec = &s->plan->tied_head;
+        if (quant_is_int8_rows(spec)) ops->int8_rows(shard_head_codes(s), s->head_scale, table, s->c->V, s->c->C);
+        else work_rows(s, s->head, s->head_scale, table, fake_quant ? spec : NULL, s->c->V, s->c->C);
         return;
     }
     gather_drop(s);
     s->held = -1;
     for (int u = 0; u < s->c->L + 2; u++) {
         s->unit[u].valid = false;
-        for (int k = 0; k < s->unit[u].n_chunks; k++) pack_chunk(s, &s->unit[u], &s->unit[u].chunk[k], master);
+        for (int k = 0; k < s->unit[u].n_chunks; k++) pack_chunk(s, &s->unit[u], &s->unit[u].chunk[k], store);
     }
 }
 
-void shard_requantize(Shard *s, const float *master, bool fake_quant) {
+void shard_requantize(Shard *s, const Store *store, bool fake_quant) {
     const ParamTable *t = s->own.table;
-    for (int i = 0; i < t->n && s->level == SHARD_NONE; i++)
-        ops->weight_fq(shard_weight(s, i), shard_weight_scale(s, i), master + t->p[i].offset,
-                       fake_quant ? &t->p[i].scheme.weight : NULL, t->p[i].rows, t->p[i].cols);
-    shard_weights_changed(s, master, fake_quant);
+    for (int i = 0; i < t->n && s->level == SHARD_NONE; i++) {
+        const Part p = {.i = i};
+        StoredParam from = store_param(store, i, 0);
+        if (from.data == (void *)shard_weight(s, i)) continue;             // works as it is stored
+        bool scaled = from.format == PARAM_F32 || has_scales(s, &p);
+        work_rows(s, shard_weight(s, i), scaled ? shard_weight_scale(s, i) : NULL, from,
+                  fake_quant ? &t->p[i].scheme.weight : NULL, t->p[i].rows, t->p[i].cols);
+    }
+    shard_weights_changed(s, store, fake_quant);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -560,63 +662,4 @@ WireBytes shard_plan_wire(const Shard *s, int grad_accum) {
         sum.gradients += sums * w.gradients;
     }
     return sum;
-}
-
-// ---------------------------------------------------------------------------------------------
-// Export
-
-typedef struct { int64_t tensor, row0, n; } RowRequest;     // n 0: no more
-
-int shard_rows(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
-    const ShardRows *r = ctx;
-    const OwnTable *o = &r->s->own;
-    int i = (int)(p - o->table->p);
-    size_t cols = (size_t)p->cols;
-    for (int64_t row = row0; row < row0 + n;) {
-        int q = o->rank;
-        int64_t begin = o->row0[i], end = begin + o->held.p[i].rows;
-        for (int k = 0; k < o->R && !(row >= begin && row < end); k++) {
-            q = k;
-            begin = split_begin(&o->split[i], k);
-            end = begin + split_count(&o->split[i], k);
-        }
-        RowRequest want = {i, row, (end < row0 + n ? end : row0 + n) - row};
-        float *to = out + (size_t)(row - row0) * cols;
-        size_t bytes = (size_t)want.n * cols * sizeof *to;
-        if (q == o->rank) {
-            device_copy_out(to, r->master + o->held.p[i].offset + (size_t)(row - begin) * cols, bytes);
-        } else {
-            int rc = comm_host_send(&want, sizeof want, q, err);
-            if (rc == 0) rc = comm_host_recv(to, bytes, q, err);
-            if (rc < 0) return rc;
-        }
-        row += want.n;
-    }
-    return 0;
-}
-
-int shard_lend_rows(const ShardRows *r, Err *err) {
-    const OwnTable *o = &r->s->own;
-    if (o->replicated) return 0;
-    for (;;) {
-        RowRequest want;
-        int rc = comm_host_recv(&want, sizeof want, 0, err);
-        if (rc < 0) return rc;
-        if (!want.n) return 0;
-        const Param *own = &o->held.p[want.tensor];
-        size_t n = (size_t)want.n * (size_t)own->cols;
-        float *rows = xmalloc(n * sizeof *rows);
-        device_copy_out(rows, r->master + own->offset + (size_t)(want.row0 - o->row0[want.tensor]) * (size_t)own->cols,
-                        n * sizeof *rows);
-        rc = comm_host_send(rows, n * sizeof *rows, 0, err);
-        free(rows);
-        if (rc < 0) return rc;
-    }
-}
-
-int shard_rows_end(const ShardRows *r, Err *err) {
-    int rc = 0;
-    for (int q = 1; q < r->s->own.R && rc == 0 && !r->s->own.replicated; q++)
-        rc = comm_host_send(&(RowRequest){0}, sizeof(RowRequest), q, err);
-    return rc;
 }

@@ -9,8 +9,8 @@
 //   full    embedding, head and one block          weights too                 (ZeRO 3)
 //
 // Weights travel once after each update (full: each time a block is needed), one all-gather a block: as codes and
-// scales where they are fake-quantized, which lose nothing, else as floatX. Gradients travel as f32, one all-to-all a block,
-// and are added in rank order: after the last micro-step under none and optim, after each under grad and full; those of
+// scales where they are fake-quantized or INT8, which lose nothing, else as floatX. Gradients travel as f32, one all-to-all
+// a block, and are added in rank order: after the last micro-step under none and optim, after each under grad and full; those of
 // embedding, head and final norm always after the last. While a block is computed the next one's weights and the one
 // before's gradients are on their way.
 #ifndef QLLM_SHARD_H
@@ -22,6 +22,8 @@
 
 typedef enum { SHARD_NONE, SHARD_OPTIM, SHARD_GRAD, SHARD_FULL } ShardLevel;
 #define SHARD_EMBED (-1)
+
+typedef struct Store Store;    // store.h: the parameters that a rank keeps for its update
 
 // The rows of every tensor that one rank holds of masters and optimizer state, in arenas of its own.
 typedef struct {
@@ -56,26 +58,29 @@ typedef struct {
     ShardMemory memory;
     WireBytes wire;            // received since the start
 
-    // What is private follows. Whole tensors lie at place[i] in work and grad, under full all blocks at the same.
-    floatX *work;
+    // What is private follows. Whole tensors lie at place[i] in work (bytes) and grad, under full all blocks at the same.
+    uint8_t *work;
     float *wscale, *grad;
     size_t *work_place, *row_place, *grad_place;    // (table->n)
     floatX *head;              // a tied table's second view, if it has one
     float *head_scale;
+    float *scratch;            // bf16 parameters widened, before fake quantization; NULL where there are none
     float *own_grad;           // laid out by own.held; NULL where own rows are summed in place in grad
     ShardUnit *unit;           // (L + 2)
     uint8_t *wire_own, *wire_all;
     float *send, *receive;
-    size_t n_work, n_rows, n_grad, own_bytes, all_bytes, grad_bytes;
+    size_t n_work, n_rows, n_grad, n_scratch, own_bytes, all_bytes, grad_bytes;     // n_work: bytes
     bool fake_quant;
-    bool block_scales;         // some linear works as codes, so blocks' row scales are written and sent for all
+    bool block_scales;         // some linear is fake-quantized to codes, so blocks' row scales are written and sent for all
     int held;                  // full: the block that lies in the blocks' place, or -1
     struct { int unit, chunk; CommTicket ticket; } gathering, reducing;   // unit -1: none
     bool reduce_adds;
     StepState *states;         // (R)
 } Shard;
 
-// Lays everything out for rank `rank` of R; allocates nothing on the device. c, plan and table must outlive it.
+// Lays everything out for rank `rank` of R; allocates nothing on the device. c, plan and table must outlive it, and the
+// table has its formats (param_table_formats). E_USAGE for INT8 rows where no linear can read them: an embedding, or one
+// part of a fused linear alone.
 int shard_plan(Shard *s, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table, ShardLevel level,
                bool gather_quantized, int R, int rank, Err *err);
 // Bytes that a rank receives in one step of grad_accum micro-steps, with fake quantization on.
@@ -96,11 +101,13 @@ bool shard_backward(Shard *s, int l, int micro);
 void shard_gradients(Shard *s, int l, int micro, bool last);
 
 // Where tensor i of the table (or its gradient) lies whole.
-static inline floatX *shard_weight(const Shard *s, int i) { return s->work + s->work_place[i]; }
+static inline floatX *shard_weight(const Shard *s, int i) { return (floatX *)(void *)(s->work + s->work_place[i]); }
 // The same for a tensor of INT8 rows, whose working weight is its codes (Param.format PARAM_INT8).
-static inline int8_t *shard_codes(const Shard *s, int i) { return (int8_t *)shard_weight(s, i); }
+static inline int8_t *shard_codes(const Shard *s, int i) { return (int8_t *)(s->work + s->work_place[i]); }
 static inline float *shard_weight_scale(const Shard *s, int i) { return s->wscale + s->row_place[i]; }
 static inline float *shard_gradient(const Shard *s, int i) { return s->grad + s->grad_place[i]; }
+// The second view of a tied table whose head is INT8 rows (plan->tied_head): codes (V, C); scales are head_scale (V).
+static inline int8_t *shard_head_codes(const Shard *s) { return (int8_t *)(void *)s->head; }
 
 // --- what the update calls ---------------------------------------------------------------------------------------
 // After the last micro-step: gradients of own rows are sums over all ranks.
@@ -111,16 +118,8 @@ float *shard_own_gradient(const Shard *s, int i);
 void shard_sum_state(Shard *s, StepState *state, bool with_gradients);
 // Whether the update is to write working weights itself, at shard_weight: no other rank waits for them.
 static inline bool shard_updates_weights(const Shard *s) { return s->level == SHARD_NONE; }
-// Masters (laid out by own.held) have changed: whole weights are gathered anew when they are next asked for.
-void shard_weights_changed(Shard *s, const float *master, bool fake_quant);
-// The same, with all working values made again from masters: fake quantization was switched on or off.
-void shard_requantize(Shard *s, const float *master, bool fake_quant);
-
-// --- export: one rank writes whole tensors, the others lend it their rows -------------------------------------------
-typedef struct { const Shard *s; const float *master; } ShardRows;
-// RowSource (checkpoint.h) on rank 0; ctx is a ShardRows. The other ranks are in shard_lend_rows meanwhile, until rank
-// 0 calls shard_rows_end.
-int shard_rows(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err);
-int shard_lend_rows(const ShardRows *r, Err *err);
-int shard_rows_end(const ShardRows *r, Err *err);
+// The parameters in the store (of this shard) have changed: whole weights are gathered anew when they are next asked for.
+void shard_weights_changed(Shard *s, const Store *store, bool fake_quant);
+// The same, with all working values made again from the store: fake quantization was switched on or off.
+void shard_requantize(Shard *s, const Store *store, bool fake_quant);
 #endif

@@ -9,13 +9,17 @@
 
 typedef struct { StoredParam p; StoredState m, v; } StoredTensor;      // v: AdamW only
 
-typedef struct {
+enum { STORE_MAX_ARRAYS = 6 };
+
+struct Store {                           // Store: shard.h
     const Shard *shard;
     bool has_v;
     StoredTensor *t;                     // (own.held.n) formats from the start, pointers after store_alloc
     double param_bytes, state_bytes;     // what store_alloc takes, for the memory plan
-    uint8_t *arena;                      // private
-} Store;
+    uint8_t *arena;                      // private, as what follows
+    size_t arena_bytes;
+    StateTensor *arrays[STORE_MAX_ARRAYS];      // (own.held.n) each
+};
 
 // has_v: AdamW; without, m alone is kept (SGD). shard must outlive the store; store_alloc comes after shard_alloc.
 int store_plan(Store *s, const Shard *shard, bool has_v, Err *err);
@@ -24,6 +28,9 @@ void store_free(Store *s);
 
 // Rows [row0, row0 + n) of those held of tensor i, as ops take them.
 StoredParam store_param(const Store *s, int i, int64_t row0);
+// Where the update of tensor i writes its working values (all rows held); NULL: nowhere, since it works as it is stored, or
+// since all ranks get them from shard_weights_changed.
+floatX *store_work(const Store *s, int i);
 // Puts n rows of f32 values (host memory) at row0 of those held: as f32, as bf16 to nearest, or by int8_rows.
 int store_set_rows(Store *s, int i, int64_t row0, int64_t n, const float *rows, Err *err);
 // Puts codes and scales as they are (PARAM_INT8 only).
@@ -31,7 +38,6 @@ void store_set_codes(Store *s, int i, int64_t row0, int64_t n, const int8_t *cod
 
 // The arrays of a checkpoint: "master", "m", "v" and their scales where the formats have any. At most STORE_MAX_ARRAYS;
 // what they point to belongs to the store.
-enum { STORE_MAX_ARRAYS = 6 };
 int store_arrays(const Store *s, StateArray arrays[STORE_MAX_ARRAYS]);
 
 // --- export: rank 0 reads whole tensors, the others lend their rows ------------------------------------------------

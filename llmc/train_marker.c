@@ -87,6 +87,7 @@ char *train_marker_to_json(const TrainMarker *m) {
     cJSON_AddItemToObject(o, "progress", progress_to_json(&m->progress));
     cJSON_AddStringToObject(o, "config", m->config);
     cJSON_AddStringToObject(o, "quant", m->quant);
+    if (strcmp(m->formats, TRAIN_FORMATS_F32)) cJSON_AddStringToObject(o, "formats", m->formats);
     list = cJSON_AddArrayToObject(o, "arrays");
     for (int a = 0; a < m->n_arrays; a++) cJSON_AddItemToArray(list, cJSON_CreateString(m->arrays[a]));
     cJSON_AddNumberToObject(o, "ranks", m->ranks);
@@ -125,13 +126,15 @@ void train_marker_free(TrainMarker *m) {
     *m = (TrainMarker){0};
 }
 
-// Names end up in messages and in terminals.
-static bool plain_name(const char *s, size_t max) {
+// Texts end up in messages and in terminals.
+static bool plain_text(const char *s, size_t max) {
     size_t n = 0;
     for (; s && s[n]; n++)
-        if (n == max || s[n] <= 0x20 || s[n] == 0x7f) return false;
+        if (n == max || s[n] < 0x20 || s[n] == 0x7f) return false;
     return n > 0;
 }
+
+static bool plain_name(const char *s, size_t max) { return plain_text(s, max) && !strchr(s, ' '); }
 
 static bool exact(const cJSON *v, int64_t lo, int64_t hi, int64_t *out) {
     if (!cJSON_IsNumber(v) || !(v->valuedouble >= (double)lo && v->valuedouble <= (double)hi)) return false;
@@ -203,6 +206,10 @@ static int parse_marker_object(TrainMarker *m, const cJSON *o, Err *err) {
     if (rc == 0 && (!config || !quant))
         rc = err_set(err, E_FORMAT, "fields \"config\" and \"quant\" are not both texts");
     if (rc < 0) return rc;
+    const cJSON *formats = cJSON_GetObjectItemCaseSensitive(o, "formats");
+    if (formats && !plain_text(cJSON_GetStringValue(formats), sizeof m->formats - 1))
+        return err_set(err, E_FORMAT, "field \"formats\" is not a short text");
+    snprintf(m->formats, sizeof m->formats, "%s", formats ? formats->valuestring : TRAIN_FORMATS_F32);
     m->ranks = (int)ranks;
     m->config = xstrdup(config);
     m->quant = xstrdup(quant);

@@ -221,11 +221,27 @@ static int place_folder(const char *out, int64_t step, char *left, size_t size, 
 // ---------------------------------------------------------------------------------------------
 // What is saved
 
+// What the arrays are kept in: the same text wherever the same bits go on.
+static void formats_text(char *buf, size_t size, const ParamTable *t, Rounding rounding) {
+    static const char *const states[] = {[STATE_F32] = "fp32", [STATE_BF16] = "bf16", [STATE_INT8] = "int8",
+                                         [STATE_INT4] = "int4", [STATE_FP8] = "fp8"};
+    bool narrow = false, rows = false;
+    StateFormat state = STATE_F32;                       // small tensors' moments are f32 whatever the others' are
+    for (int i = 0; i < t->n; i++) {
+        narrow = narrow || t->p[i].format == PARAM_BF16;
+        rows = rows || t->p[i].format == PARAM_INT8;
+        if (t->p[i].state != STATE_F32) state = t->p[i].state;
+    }
+    snprintf(buf, size, "masters %s%s, moments %s%s", narrow ? "bf16" : "fp32", rows ? " and int8 rows" : "", states[state],
+             !narrow && !rows ? "" : rounding == ROUND_NEAREST ? ", rounded to nearest" : ", rounded stochastically");
+}
+
 static void describe(TrainMarker *m, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
                      const OwnTable *own, const StateArray *arrays, int n_arrays) {
     *m = (TrainMarker){.progress = *p, .ranks = own->R, .n_tensors = own->table->n, .n_arrays = n_arrays};
     m->config = llama_config_to_json(c, "float32");
     m->quant = quant_plan_to_json(plan);
+    formats_text(m->formats, sizeof m->formats, own->table, p->rounding);
     for (int a = 0; a < n_arrays; a++) snprintf(m->arrays[a], sizeof m->arrays[a], "%s", arrays[a].name);
     m->tensors = xcalloc((size_t)m->n_tensors, sizeof *m->tensors);
     for (int i = 0; i < m->n_tensors; i++) {
@@ -269,25 +285,20 @@ static struct {
     int64_t saved_step;
 } save;
 
-// Where the copy of a tensor's rows lies in the copy of an array, in values; returns the length of that. If this rank
-// writes all the rows it holds, an array is copied as it is, in one piece.
-static bool writes_all(const OwnTable *own) { return !own->replicated || own->R == 1; }
-
-static size_t copy_layout(const OwnTable *own, size_t *offset) {
-    size_t n = 0;
-    if (writes_all(own)) {
-        for (int i = 0; offset && i < own->held.n; i++) offset[i] = own->held.p[i].offset;
-        return own->held.n_elements;
-    }
-    for (int i = 0; i < own->held.n; i++) {
-        if (offset) offset[i] = n;
-        n += (size_t)split_count(&own->split[i], own->rank) * (size_t)own->held.p[i].cols;
-    }
-    return n;
+// What this rank writes of tensor i of an array: all rows it holds, or, where every rank holds all, its part by `split`.
+static Stretch stretch_of(const OwnTable *own, const StateArray *array, int i) {
+    const StateTensor *t = &array->t[i];
+    size_t row = (size_t)t->values * dtype_size(t->dtype);
+    int64_t skip = (split_begin(&own->split[i], own->rank) - own->row0[i]) / t->unit;
+    int64_t rows = split_count(&own->split[i], own->rank) / t->unit;
+    return (Stretch){rows ? (const uint8_t *)t->data + (size_t)skip * row : NULL, (size_t)rows * row};
 }
 
-size_t train_state_copy_bytes(const OwnTable *own, int n_arrays) {
-    return copy_layout(own, NULL) * sizeof(float) * (size_t)n_arrays;
+size_t train_state_copy_bytes(const OwnTable *own, const StateArray *arrays, int n_arrays) {
+    size_t bytes = 0;
+    for (int a = 0; a < n_arrays; a++)
+        for (int i = 0; i < own->held.n; i++) bytes += stretch_of(own, &arrays[a], i).bytes;
+    return bytes;
 }
 
 // On the CPU one thread alone does not fill the memory's bandwidth.
@@ -302,29 +313,33 @@ static void copy_out(void *host, const void *dev, size_t bytes) {
         memcpy((uint8_t *)host + k, (const uint8_t *)dev + k, bytes - k < part ? bytes - k : part);
 }
 
-// in_place: the file is written from the arrays themselves.
+// in_place: the file is written from the arrays themselves. Else they are copied, what lies together in one piece.
 static void copy_arrays(const OwnTable *own, const StateArray *arrays, int n_arrays, bool in_place) {
-    size_t *offset = xcalloc((size_t)own->held.n + 1, sizeof *offset), n = copy_layout(own, offset);
     save.stretches = xcalloc((size_t)n_arrays * (size_t)own->held.n + 1, sizeof *save.stretches);
     save.n_stretches = 0;
-    for (int a = 0; a < n_arrays; a++) {
-        float *copy = in_place ? NULL : (float *)save.copy + (size_t)a * n;
-        if (!in_place && writes_all(own) && n) copy_out(copy, arrays[a].data, n * sizeof *copy);
+    Stretch run = {0};                                           // still to be copied, to `copy`
+    uint8_t *copy = save.copy;
+    for (int a = 0; a < n_arrays; a++)
         for (int i = 0; i < own->held.n; i++) {
-            const Param *p = &own->held.p[i];
-            int64_t skip = split_begin(&own->split[i], own->rank) - own->row0[i];
-            size_t bytes = (size_t)split_count(&own->split[i], own->rank) * (size_t)p->cols * sizeof *copy;
-            if (!bytes) continue;
-            const float *rows = arrays[a].data + p->offset + skip * p->cols;
-            if (!in_place && !writes_all(own)) copy_out(copy + offset[i], rows, bytes);
-            const float *from = in_place ? rows : copy + offset[i];
-            save.stretches[save.n_stretches++] = (Stretch){(const uint8_t *)from, bytes};
+            Stretch s = stretch_of(own, &arrays[a], i);
+            if (!s.bytes) continue;
+            if (in_place) {
+                save.stretches[save.n_stretches++] = s;
+                continue;
+            }
+            if (run.bytes && s.data != run.data + run.bytes) {
+                copy_out(copy, run.data, run.bytes);
+                copy += run.bytes;
+                run.bytes = 0;
+            }
+            if (!run.bytes) run.data = s.data;
+            save.stretches[save.n_stretches++] = (Stretch){copy + run.bytes, s.bytes};
+            run.bytes += s.bytes;
         }
-    }
-    free(offset);
+    if (run.bytes) copy_out(copy, run.data, run.bytes);
 }
 
-static StWriter *declare_file(const TrainMarker *m, const OwnTable *own) {
+static StWriter *declare_file(const TrainMarker *m, const OwnTable *own, const StateArray *arrays) {
     StWriter *w = st_writer_new();
     TrainFileMeta meta[TRAIN_FILE_META];
     train_file_meta(meta, m, own->rank);
@@ -333,9 +348,10 @@ static StWriter *declare_file(const TrainMarker *m, const OwnTable *own) {
     for (int a = 0; a < m->n_arrays; a++)
         for (int i = 0; i < m->n_tensors; i++) {
             char name[128];
-            int64_t shape[2] = {split_count(&own->split[i], own->rank), own->table->p[i].cols};
+            const StateTensor *t = &arrays[a].t[i];
+            int64_t shape[2] = {split_count(&own->split[i], own->rank) / t->unit, t->values};
             tensor_name(name, sizeof name, m->arrays[a], m->tensors[i].name);
-            if (shape[0]) st_writer_tensor(w, name, DT_F32, 2, shape);
+            if (shape[0] && shape[1]) st_writer_tensor(w, name, t->dtype, 2, shape);
         }
     return w;
 }
@@ -592,7 +608,7 @@ static int start_save(const char *out, const TrainProgress *p, const LlamaConfig
     if (save.saved_step == p->step && !strcmp(save.saved_out, out)) return 0;
     if (strlen(out) > MAX_OUT)
         return err_set(err, E_USAGE, "--out has a name of %zu bytes; %d are possible", strlen(out), MAX_OUT);
-    size_t bytes = in_place ? 0 : train_state_copy_bytes(own, n_arrays);
+    size_t bytes = in_place ? 0 : train_state_copy_bytes(own, arrays, n_arrays);
     if ((rc = take_copy(bytes, err)) < 0) return rc;
     copy_arrays(own, arrays, n_arrays, in_place);
     if ((rc = device_sync(err)) < 0) {
@@ -604,7 +620,7 @@ static int start_save(const char *out, const TrainProgress *p, const LlamaConfig
     save.rank = own->rank;
     save.keep = keep;
     describe(&save.m, p, c, plan, own, arrays, n_arrays);
-    save.writer = declare_file(&save.m, own);
+    save.writer = declare_file(&save.m, own, arrays);
 
     // Signals are the training thread's.
     sigset_t all, before;
@@ -655,7 +671,7 @@ static void names_of(char *buf, size_t size, const TrainMarker *m) {
 }
 
 // Whether the checkpoint is one of this run, as `mine` describes it.
-static int check_run(const TrainMarker *m, const TrainMarker *mine, const char *path, Err *err) {
+static int check_run(const TrainMarker *m, const TrainMarker *mine, const StateArray *arrays, const char *path, Err *err) {
     const TrainProgress *p = &m->progress, *now = &mine->progress;
     int rc = check_same("model configuration", m->config, mine->config, path, err);
     if (rc == 0) rc = check_same("quantization scheme", m->quant, mine->quant, path, err);
@@ -665,6 +681,9 @@ static int check_run(const TrainMarker *m, const TrainMarker *mine, const char *
                        "%s was written with other training data, --seq-len (%d) or --seed (%llu); resume with "
                        "the same, or choose another --out",
                        path, p->T, (unsigned long long)p->seed);
+    if (strcmp(m->formats, mine->formats))
+        return err_set(err, E_USAGE, "%s holds %s; this run has %s; resume with the --master, --optim-state and --rounding it "
+                       "was started with, or choose another --out", path, m->formats, mine->formats);
     char theirs[160], ours[160];
     names_of(theirs, sizeof theirs, m);
     names_of(ours, sizeof ours, mine);
@@ -680,6 +699,10 @@ static int check_run(const TrainMarker *m, const TrainMarker *mine, const char *
         if (strcmp(name, expected) || rows != expected_rows)
             return err_set(err, E_FORMAT, "%s: tensor %d is %s of %lld rows; its configuration has %s of %lld", path, i,
                            name, (long long)rows, expected, (long long)expected_rows);
+        for (int a = 0; a < m->n_arrays; a++)
+            if (m->tensors[i].split.unit % arrays[a].t[i].unit)
+                return err_set(err, E_FORMAT, "%s deals out %s in %lld rows; %lld of it share a scale in %s", path, name,
+                               (long long)m->tensors[i].split.unit, (long long)arrays[a].t[i].unit, arrays[a].name);
     }
     return 0;
 }
@@ -693,7 +716,7 @@ static int64_t shared_rows(const TrainMarker *m, const OwnTable *own, int i, int
     return e > *begin ? e - *begin : 0;
 }
 
-static int check_header(const Safetensors *st, const TrainMarker *m, const ParamTable *table, int rank, Err *err) {
+static int check_header(const Safetensors *st, const TrainMarker *m, const StateArray *arrays, int rank, Err *err) {
     TrainFileMeta meta[TRAIN_FILE_META];
     int rc = 0, expected = 0;
     train_file_meta(meta, m, rank);
@@ -707,15 +730,16 @@ static int check_header(const Safetensors *st, const TrainMarker *m, const Param
     for (int a = 0; a < m->n_arrays && rc == 0; a++)
         for (int i = 0; i < m->n_tensors && rc == 0; i++) {
             char name[128];
-            int64_t rows = split_count(&m->tensors[i].split, rank);
-            if (!rows) continue;
+            const StateTensor *want = &arrays[a].t[i];
+            int64_t rows = split_count(&m->tensors[i].split, rank) / want->unit;
+            if (!rows || !want->values) continue;
             expected++;
             tensor_name(name, sizeof name, m->arrays[a], m->tensors[i].name);
             const StTensor *t = safetensors_find(st, name);
             if (!t) rc = err_set(err, E_FORMAT, "%s: no tensor %s", st->path, name);
-            else if (t->dtype != DT_F32 || t->ndim != 2 || t->shape[0] != rows || t->shape[1] != table->p[i].cols)
-                rc = err_set(err, E_FORMAT, "%s: %s is not F32 of %lld by %lld", st->path, name, (long long)rows,
-                             (long long)table->p[i].cols);
+            else if (t->dtype != want->dtype || t->ndim != 2 || t->shape[0] != rows || t->shape[1] != want->values)
+                rc = err_set(err, E_FORMAT, "%s: %s is not %s of %lld by %lld", st->path, name, dtype_name(want->dtype),
+                             (long long)rows, (long long)want->values);
         }
     if (rc == 0 && st->n != expected)
         rc = err_set(err, E_FORMAT, "%s has %d tensors, expected %d", st->path, st->n, expected);
@@ -736,18 +760,18 @@ static int load_file(const char *path, const TrainMarker *m, int rank, const Own
                      "checkpoint in the file latest", path, MARKER_NAME);
     Safetensors st = {0};
     if (rc == 0) rc = safetensors_parse(&st, map.data, map.size, path, err);
-    if (rc == 0) rc = check_header(&st, m, own->table, rank, err);
+    if (rc == 0) rc = check_header(&st, m, arrays, rank, err);
     for (int a = 0; a < m->n_arrays && rc == 0; a++)
         for (int i = 0; i < m->n_tensors; i++) {
-            const Param *p = &own->held.p[i];
+            const StateTensor *t = &arrays[a].t[i];
             int64_t begin, rows = shared_rows(m, own, i, rank, &begin);
-            if (!rows) continue;
+            if (!rows || !t->values) continue;
             char name[128];
             tensor_name(name, sizeof name, m->arrays[a], m->tensors[i].name);
             const uint8_t *data = safetensors_find(&st, name)->data;
-            size_t row = (size_t)p->cols * sizeof(float);
-            device_copy_in(arrays[a].data + p->offset + (begin - own->row0[i]) * p->cols,
-                           data + (size_t)(begin - split_begin(&m->tensors[i].split, rank)) * row, (size_t)rows * row);
+            size_t row = (size_t)t->values * dtype_size(t->dtype);
+            int64_t to = (begin - own->row0[i]) / t->unit, from = (begin - split_begin(&m->tensors[i].split, rank)) / t->unit;
+            device_copy_in((uint8_t *)t->data + (size_t)to * row, data + (size_t)from * row, (size_t)(rows / t->unit) * row);
         }
     safetensors_close(&st);
     file_unmap(&map);
@@ -820,7 +844,7 @@ int train_state_load(const char *out, TrainProgress *p, const LlamaConfig *c, co
     free(text);
     if (rc < 0) return rc;
     describe(&mine, p, c, plan, own, arrays, n_arrays);
-    rc = check_run(&m, &mine, path, err);
+    rc = check_run(&m, &mine, arrays, path, err);
     train_marker_free(&mine);
     if (rc == 0 && m.progress.step != step)
         rc = err_set(err, E_FORMAT, "%s is of step %" PRId64 ": was the folder renamed?", path, m.progress.step);
@@ -835,7 +859,10 @@ int train_state_load(const char *out, TrainProgress *p, const LlamaConfig *c, co
         snprintf(path, sizeof path, "%s/%s", dir, name);
         rc = load_file(path, &m, r, own, arrays, err);
     }
-    if (rc == 0) *p = m.progress;
+    if (rc == 0) {
+        m.progress.rounding = p->rounding;
+        *p = m.progress;
+    }
     train_marker_free(&m);
     return rc < 0 ? rc : 1;
 }

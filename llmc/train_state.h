@@ -15,10 +15,15 @@ typedef struct {
     int64_t tokens, skipped;
     uint64_t data_hash, seed;
     int T;
+    Rounding rounding;                         // of parameters that are not f32
 } TrainProgress;
 
-// Masters and optimizer state: f32 in device memory, laid out by OwnTable.held. AdamW has master, m, v; SGD master, m.
-typedef struct { const char *name; float *data; } StateArray;
+// One array of a checkpoint: what it holds of each tensor. A row of the array belongs to `unit` rows of the tensor and has
+// `values` of dtype (F32, BF16, I8 or U8); values 0: it has nothing of this tensor. `data` is in device memory, the
+// array rows of the tensor rows that OwnTable.held has, one after the other. unit divides the tensor's split.unit. In
+// files such a tensor is (array rows, values).
+typedef struct { DType dtype; int64_t unit, values; void *data; } StateTensor;
+typedef struct { const char *name; const StateTensor *t; } StateArray;         // t (own->held.n)
 
 // Before the first save or load of a run: rank 0 removes what a killed run left half written in OUT. No other rank may
 // have begun to save.
@@ -42,11 +47,12 @@ int train_state_finish(Err *err);
 // another one failed, whose file rank 0 would wait for without end. A save that was complete by then stays.
 void train_state_abandon(void);
 // Bytes of host memory that train_state_save takes for its copy, at the first save, and keeps.
-size_t train_state_copy_bytes(const OwnTable *own, int n_arrays);
+size_t train_state_copy_bytes(const OwnTable *own, const StateArray *arrays, int n_arrays);
 // Loads the checkpoint that OUT/latest names, or the newest complete one if that file is missing: the rows this rank
 // holds, from whichever files have them, after checking the checksum of every file it reads. Of the other files each
 // rank checks a share, so that a damaged file is found by some rank: ranks must agree on the result. Configuration,
-// scheme, T, data and seed must be those of this run. Returns 1 if one was loaded, 0 if there is none.
+// scheme, formats (of the table), rounding, T, data and seed must be those of this run. Returns 1 if one was loaded, 0 if
+// there is none.
 int train_state_load(const char *out, TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
                      const OwnTable *own, const StateArray *arrays, int n_arrays, Err *err);
 
@@ -59,11 +65,15 @@ enum { MARKER_MAX_ARRAYS = 8, MARKER_MAX_RANKS = 65536 };
 typedef struct {
     TrainProgress progress;
     char *config, *quant;                      // JSON texts, compared as they were written
+    char formats[96];                          // what masters and moments are kept in, compared as it was written
     char arrays[MARKER_MAX_ARRAYS][16];
     int n_arrays, ranks, n_tensors;
     struct { char name[96]; RowSplit split; } *tensors;              // (n_tensors)
     struct { uint64_t bytes, checksum; } *files;                     // (ranks)
 } TrainMarker;
+
+// The formats of a marker that does not say any.
+#define TRAIN_FORMATS_F32 "masters fp32, moments fp32"
 
 char *train_marker_to_json(const TrainMarker *m);                    // malloc'ed; ends with the checksum of the rest
 // From outside: the checksum first, then every field's type and range. `what` names the file in messages.

@@ -200,11 +200,12 @@ static void trainers_losses(float *losses, const Variant *v, const int32_t *toke
     Acts s = {0};
     Arena real = {.err = &err};
     must(param_table_build(&m.table, &m.c, &m.plan, &err), &err);
-    m.master = take(&real, m.table.n_elements, 4, "");
     Shard shard;
     m.shard = &shard;
     must(shard_plan(&shard, &m.c, &m.plan, &m.table, SHARD_NONE, true, 1, 0, &err), &err);
     must(shard_alloc(&shard, &err), &err);
+    must(store_plan(&m.store, &shard, true, &err), &err);
+    must(store_alloc(&m.store, &err), &err);
     m.cos_t = take(&real, (size_t)T_ALL * (size_t)m.c.HS / 2, 4, "");
     m.sin_t = take(&real, (size_t)T_ALL * (size_t)m.c.HS / 2, 4, "");
     llama_rope_table(m.cos_t, m.sin_t, &m.c, T_ALL);
@@ -212,7 +213,7 @@ static void trainers_losses(float *losses, const Variant *v, const int32_t *toke
     must(real.rc, &err);
     for (int i = 0; i < m.table.n; i++) {
         const Param *p = &m.table.p[i];
-        random_rows(&m.c, p, 0, p->rows, m.master + p->offset, NULL);
+        random_rows(&m.c, p, 0, p->rows, store_param(&m.store, i, 0).data, NULL);
     }
     llama_requantize(&m, true);
     *s.state = (StepState){.t = 1};
@@ -224,6 +225,7 @@ static void trainers_losses(float *losses, const Variant *v, const int32_t *toke
     memcpy(losses, s.losses, s.N * sizeof *losses);
     while (n_taken > 0) device_free(taken[--n_taken]);
     free(s.block);
+    store_free(&m.store);
     shard_free(&shard);
     param_table_free(&m.table);
 }

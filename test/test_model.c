@@ -27,12 +27,9 @@ static void fixture_init(Fixture *f, const LlamaConfig *c, const QuantPlan *plan
     if (param_table_build(&m->table, &m->c, &m->plan, &err) < 0) fail_msg("%s", err.text);
     m->shard = &f->shard;
     if (shard_plan(m->shard, &m->c, &m->plan, &m->table, SHARD_NONE, true, 1, 0, &err) < 0 ||
-        shard_alloc(m->shard, &err) < 0) fail_msg("%s", err.text);
-    size_t n = m->table.n_elements;
+        shard_alloc(m->shard, &err) < 0 || store_plan(&m->store, m->shard, true, &err) < 0 ||
+        store_alloc(&m->store, &err) < 0) fail_msg("%s", err.text);
     Arena a = {.err = &err};
-    m->master = take(&a, n, 4, "");
-    m->m = take(&a, n, 4, "");
-    m->v = take(&a, n, 4, "");
     m->cos_t = take(&a, (size_t)T * c->HS / 2, 4, "");
     m->sin_t = take(&a, (size_t)T * c->HS / 2, 4, "");
     llama_rope_table(m->cos_t, m->sin_t, c, T);
@@ -43,7 +40,7 @@ static void fixture_init(Fixture *f, const LlamaConfig *c, const QuantPlan *plan
 static void fixture_free(Fixture *f) {
     Llama *m = &f->m;
     Acts *s = &f->s;
-    void *own[] = {m->master,  m->m,     m->v,     m->cos_t,  m->sin_t,   s->x_final,
+    void *own[] = {m->cos_t,   m->sin_t, s->x_final,
                    s->lnf,     s->rstdf, s->maskf, s->delta, s->logits, s->dlogits, s->losses, s->tokens,
                    s->targets, s->dres,  s->dc,    s->dwide, s->dffn,   s->scaled,  s->state};
     for (int l = 0; l < m->c.L; l++) {
@@ -57,6 +54,7 @@ static void fixture_free(Fixture *f) {
     }
     for (size_t i = 0; i < sizeof own / sizeof *own; i++) device_free(own[i]);
     free(s->block);
+    store_free(&m->store);
     shard_free(m->shard);
     param_table_free(&m->table);
 }
@@ -78,12 +76,14 @@ static void random_tokens(Fixture *f) {
     }
 }
 
+static float *master(const Fixture *f, int i) { return store_param(&f->m.store, i, 0).data; }
+
 static void random_weights(Fixture *f, float scale) {
     for (int i = 0; i < f->m.table.n; i++) {
         const Param *p = &f->m.table.p[i];
         size_t n = (size_t)(p->rows * p->cols);
-        param_init_random(f->m.master + p->offset, p, &f->m.c, 11, 0, n);
-        for (size_t k = 0; k < n; k++) f->m.master[p->offset + k] *= p->rows == 1 ? 1.0f : scale;
+        param_init_random(master(f, i), p, &f->m.c, 11, 0, n);
+        for (size_t k = 0; k < n; k++) master(f, i)[k] *= p->rows == 1 ? 1.0f : scale;
     }
 }
 
@@ -134,7 +134,7 @@ static void golden(const char *path) {
         const Param *p = &f.m.table.p[i];
         const StTensor *t = safetensors_find(&st, p->name);
         if (!t) fail_msg("golden %s has no %s", path, p->name);
-        convert_to_f32(f.m.master + p->offset, t->data, t->dtype, (size_t)(p->rows * p->cols));
+        convert_to_f32(master(&f, i), t->data, t->dtype, (size_t)(p->rows * p->cols));
     }
     llama_requantize(&f.m, false);
     double ours = fixture_loss(&f, true);
@@ -185,7 +185,7 @@ static void test_finite_differences(void **u) {
             const Param *p = &f.m.table.p[i];
             size_t n = (size_t)(p->rows * p->cols);
             double norm = 0, dot = 0;
-            float *d = xmalloc(n * 4), *keep = xmalloc(n * 4), *at = f.m.master + p->offset;
+            float *d = xmalloc(n * 4), *keep = xmalloc(n * 4), *at = master(&f, i);
             memcpy(keep, at, n * 4);
             // Half random, half along the gradient, so that the derivative is not lost in noise.
             double gnorm = 0;
@@ -263,7 +263,9 @@ static void test_straight_through(void **u) {
     fixture_init(&b, &c, NULL, 2, 16, false, false);
     random_weights(&a, 4); random_tokens(&a); random_tokens(&b);
     llama_requantize(&a.m, true);
-    for (size_t i = 0; i < a.m.table.n_elements; i++) b.m.master[i] = x2f(a.shard.work[i]);
+    for (int i = 0; i < a.m.table.n; i++)
+        for (int64_t k = 0; k < a.m.table.p[i].rows * a.m.table.p[i].cols; k++)
+            master(&b, i)[k] = x2f(shard_weight(&a.shard, i)[k]);
     llama_requantize(&b.m, false);
     double la = fixture_loss(&a, true), lb = fixture_loss(&b, true);
     assert_memory_equal(&la, &lb, sizeof la);
@@ -338,16 +340,15 @@ static void test_skip_on_nan(void **u) {
     fixture_loss(&f, true);
     f.shard.grad[f.m.table.n_elements / 2] = NAN;
     f.s.state->lr = 1;
-    size_t n = f.m.table.n_elements;
-    float *master = memcpy(xmalloc(n * 4), f.m.master, n * 4);
+    size_t n = f.m.table.n_elements, stored = f.m.store.arena_bytes;
+    void *store = memcpy(xmalloc(stored), f.m.store.arena, stored);
     floatX *work = memcpy(xmalloc(n * sizeof(floatX)), f.shard.work, n * sizeof(floatX));
     UpdateParams up = {.kind = OPTIM_ADAMW, .adamw = {0.9, 0.999, 1e-8, 0}, .weight_decay = 0.1f, .clip = 1};
     llama_update(&f.m, f.s.state, &up);
     assert_int_equal(f.s.state->skip, 1);
-    assert_memory_equal(master, f.m.master, n * 4);
+    assert_memory_equal(store, f.m.store.arena, stored);
     assert_memory_equal(work, f.shard.work, n * sizeof(floatX));
-    for (size_t i = 0; i < n; i++) assert_true(f.m.m[i] == 0 && f.m.v[i] == 0);
-    free(master); free(work);
+    free(store); free(work);
     fixture_free(&f);
 }
 

@@ -6,6 +6,7 @@
 #include "device.h"
 #include "rng.h"
 #include "shard.h"
+#include "store.h"
 
 typedef struct { LlamaConfig c; QuantPlan plan; ParamTable table; } Model;
 
@@ -137,12 +138,17 @@ static void one_model_weights(Model *m, ShardLevel level, bool quantized) {
     assert_int_equal(shard_plan(&s, &m->c, &m->plan, &m->table, level, quantized, 1, 0, &err), 0);
     assert_int_equal(shard_alloc(&s, &err), 0);
     size_t most = (size_t)m->c.V * (size_t)m->c.C;
-    float *master = xcalloc(s.own.held.n_elements, 4), *scale = xcalloc((size_t)m->c.V, 4);
+    Store store;
+    assert_int_equal(store_plan(&store, &s, false, &err), 0);
+    assert_int_equal(store_alloc(&store, &err), 0);
+    float *scale = xcalloc((size_t)m->c.V, 4);
     floatX *want = xcalloc(most > 65536 ? most : 65536, sizeof *want);
     for (int round = 0; round < 3; round++) {
         bool fq = round != 1;
-        random_values(master, s.own.held.n_elements, (uint64_t)round);
-        shard_requantize(&s, master, fq);
+        for (int i = 0; i < m->table.n; i++)
+            random_values(store_param(&store, i, 0).data, (size_t)(m->table.p[i].rows * m->table.p[i].cols),
+                          (uint64_t)(100 * round + i));
+        shard_requantize(&s, &store, fq);
         for (int pass = 0; pass < 2; pass++)
             for (int k = 0; k < m->c.L + 2; k++) {
                 int l = pass ? m->c.L - k : k - 1;
@@ -152,7 +158,7 @@ static void one_model_weights(Model *m, ShardLevel level, bool quantized) {
                     const Param *p = &m->table.p[i];
                     int unit = p->role == ROLE_EMBED ? SHARD_EMBED : p->layer < 0 ? m->c.L : p->layer;
                     if (unit != l) continue;
-                    const float *rows = master + s.own.held.p[i].offset;
+                    const float *rows = store_param(&store, i, 0).data;
                     ops->weight_fq(want, scale, rows, fq ? &p->scheme.weight : NULL, p->rows, p->cols);
                     assert_memory_equal(shard_weight(&s, i), want, (size_t)(p->rows * p->cols) * sizeof *want);
                     // Where one linear works as codes, others fused with it have scales too: ones.
@@ -163,12 +169,13 @@ static void one_model_weights(Model *m, ShardLevel level, bool quantized) {
                 }
             }
         if (s.head) {
-            ops->weight_fq(want, scale, master + s.own.held.p[0].offset, fq ? &m->plan.tied_head : NULL, m->c.V, m->c.C);
+            ops->weight_fq(want, scale, store_param(&store, 0, 0).data, fq ? &m->plan.tied_head : NULL, m->c.V, m->c.C);
             assert_memory_equal(s.head, want, most * sizeof *want);
             if (s.head_scale) assert_memory_equal(s.head_scale, scale, (size_t)m->c.V * 4);
         }
     }
-    free(master); free(scale); free(want);
+    free(scale); free(want);
+    store_free(&store);
     shard_free(&s);
 }
 
@@ -194,8 +201,10 @@ static void test_gradients(void **state) {
             make(&m, k);
             assert_int_equal(shard_plan(&s, &m.c, &m.plan, &m.table, (ShardLevel)level, true, 1, 0, &err), 0);
             assert_int_equal(shard_alloc(&s, &err), 0);
-            float *master = xcalloc(s.own.held.n_elements, 4);
-            shard_requantize(&s, master, true);
+            Store store;
+            assert_int_equal(store_plan(&store, &s, false, &err), 0);
+            assert_int_equal(store_alloc(&store, &err), 0);
+            shard_requantize(&s, &store, true);
             for (int step = 0; step < 2; step++) {
                 double squares = 0;
                 for (int micro = 0; micro < 3; micro++)
@@ -227,7 +236,7 @@ static void test_gradients(void **state) {
                 shard_sum_state(&s, &st, true);
                 assert_true(st.grad_squares == squares);       // small integers: exact in any order
             }
-            free(master);
+            store_free(&store);
             shard_free(&s);
             param_table_free(&m.table);
         }

@@ -144,18 +144,28 @@ static uint32_t value_of(int64_t step, int array, int tensor, int64_t row, int64
 
 typedef struct {
     OwnTable own;
+    float *data[3];                    // laid out by own.held
+    StateTensor *tensors[3];
     StateArray arrays[3];
 } Rank;
 
 static void rank_open(Rank *k, int R, int rank, bool replicated) {
     Err err = {0};
     if (own_table_build(&k->own, &table, NULL, R, rank, replicated, &err)) fail_msg("%s", err.text);
-    for (int a = 0; a < 3; a++)
-        k->arrays[a] = (StateArray){array_names[a], calloc(k->own.held.n_elements + 1, sizeof(float))};
+    for (int a = 0; a < 3; a++) {
+        k->data[a] = calloc(k->own.held.n_elements + 1, sizeof(float));
+        k->tensors[a] = calloc((size_t)table.n, sizeof *k->tensors[a]);
+        for (int i = 0; i < table.n; i++)
+            k->tensors[a][i] = (StateTensor){DT_F32, 1, table.p[i].cols, k->data[a] + k->own.held.p[i].offset};
+        k->arrays[a] = (StateArray){array_names[a], k->tensors[a]};
+    }
 }
 
 static void rank_close(Rank *k) {
-    for (int a = 0; a < 3; a++) free(k->arrays[a].data);
+    for (int a = 0; a < 3; a++) {
+        free(k->data[a]);
+        free(k->tensors[a]);
+    }
     own_table_free(&k->own);
 }
 
@@ -165,7 +175,7 @@ static int64_t rank_values(const Rank *k, int64_t step, bool write) {
     for (int a = 0; a < 3; a++)
         for (int i = 0; i < table.n; i++) {
             const Param *p = &k->own.held.p[i];
-            uint32_t *x = (uint32_t *)(k->arrays[a].data + p->offset);
+            uint32_t *x = (uint32_t *)(k->data[a] + p->offset);
             for (int64_t r = 0; r < p->rows; r++)
                 for (int64_t c = 0; c < p->cols; c++, x++) {
                     uint32_t v = value_of(step, a, i, k->own.row0[i] + r, c);
@@ -407,8 +417,8 @@ static void folder_contents(void **state) {
     Rank own, all;
     rank_open(&own, 3, 1, false);
     rank_open(&all, 3, 1, true);
-    assert_int_equal(train_state_copy_bytes(&own.own, 3), 12 * own.own.held.n_elements);
-    assert_int_equal(train_state_copy_bytes(&all.own, 2), 8 * own.own.held.n_params);
+    assert_int_equal(train_state_copy_bytes(&own.own, own.arrays, 3), 12 * own.own.held.n_params);
+    assert_int_equal(train_state_copy_bytes(&all.own, all.arrays, 2), 8 * own.own.held.n_params);
     rank_close(&own);
     rank_close(&all);
 }
@@ -889,11 +899,11 @@ static void one_process(void **state) {
 
     // No memory for the copy; no such folder; a file where the folder should be.
 #ifndef __SANITIZE_ADDRESS__
-    size_t n = k.own.held.n_elements;
-    k.own.held.n_elements = (size_t)1 << 50;
+    int64_t n = k.tensors[0][0].values;
+    k.tensors[0][0].values = (int64_t)1 << 50;
     TrainProgress p = progress_of(8);
     assert_int_equal(train_state_save(out, &p, &config, &plan, &k.own, k.arrays, 3, 0, &err), E_NOMEM);
-    k.own.held.n_elements = n;
+    k.tensors[0][0].values = n;
 #endif
     write_whole(in_out("step-8.tmp"), "x", 1);
     assert_int_equal(rank_save(&k, 8, 0, &err), 0);
@@ -997,7 +1007,10 @@ static void marker_too_long(void **state) {
         own.split[i] = (RowSplit){.rows = 1, .unit = 1, .R = 1};
     }
     own.held = many;
-    StateArray array = {"master", calloc(N, sizeof(float))};
+    StateTensor *tensors = calloc(N, sizeof *tensors);
+    float *data = calloc(N, sizeof *data);
+    for (int i = 0; i < N; i++) tensors[i] = (StateTensor){DT_F32, 1, 1, data + i};
+    StateArray array = {"master", tensors};
     Err err = {0};
     TrainProgress p = progress_of(3);
     assert_int_equal(train_state_save(out, &p, &config, &plan, &own, &array, 1, 0, &err), 0);
@@ -1007,7 +1020,8 @@ static void marker_too_long(void **state) {
     free(many.p);
     free(own.row0);
     free(own.split);
-    free(array.data);
+    free(data);
+    free(tensors);
 }
 
 // ---------------------------------------------------------------------------------------------

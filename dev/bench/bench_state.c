@@ -14,7 +14,7 @@
 #include <unistd.h>
 #include "checksum.h"
 #include "device.h"
-#include "train_state.h"
+#include "store.h"
 
 #define REPEATS 5
 
@@ -30,22 +30,28 @@ int main(int argc, char **argv) {
     LlamaConfig c;
     QuantPlan plan;
     ParamTable table;
-    OwnTable own;
+    Shard shard;
+    Store store;
+    StateArray arrays[STORE_MAX_ARRAYS];
     quant_plan_none(&plan);
     if (device_init("cpu", 0, &err) || llama_config_named(&c, argc > 1 ? argv[1] : "135M", &err) ||
-        param_table_build(&table, &c, &plan, &err) || own_table_build(&own, &table, NULL, 1, 0, true, &err))
+        param_table_build(&table, &c, &plan, &err) ||
+        shard_plan(&shard, &c, &plan, &table, SHARD_NONE, true, 1, 0, &err) || store_plan(&store, &shard, true, &err) ||
+        store_alloc(&store, &err) || store_arrays(&store, arrays) != 3)
         fail(&err);
-    size_t bytes = train_state_copy_bytes(&own, 3), part = bytes / 3;
-    StateArray arrays[3] = {{"master", NULL}, {"m", NULL}, {"v", NULL}};
+    const OwnTable *own = &shard.own;
+    size_t bytes = train_state_copy_bytes(own, arrays, 3), part = bytes / 3;
+    uint8_t *data[3];                                // of each array; its tensors follow one another
     for (int a = 0; a < 3; a++) {
-        if (device_alloc((void **)&arrays[a].data, part, "state", &err)) fail(&err);
-        for (size_t i = 0; i < part / 4; i++) arrays[a].data[i] = (float)(i * 2654435761u % 1000003);
+        data[a] = arrays[a].t[0].data;
+        float *x = arrays[a].t[0].data;
+        for (size_t i = 0; i < part / 4; i++) x[i] = (float)(i * 2654435761u % 1000003);
     }
     double seconds = 1e30;
     uint64_t sum = 0;
     for (int r = 0; r < REPEATS; r++) {
         double t = now_seconds();
-        sum += checksum_of(arrays[r % 3].data, part);
+        sum += checksum_of(data[r % 3], part);
         seconds = best(seconds, now_seconds() - t);
     }
     printf("result state_checksum %.2f GB/s\n", (double)part / seconds / 1e9);
@@ -59,7 +65,7 @@ int main(int argc, char **argv) {
     for (int r = 0; r < REPEATS; r++) {
         p.step = r + 1;
         double t0 = now_seconds();
-        if (train_state_save(out, &p, &c, &plan, &own, arrays, 3, 1, &err)) fail(&err);
+        if (train_state_save(out, &p, &c, &plan, own, arrays, 3, 1, &err)) fail(&err);
         double t1 = now_seconds();
         if (train_state_finish(&err)) fail(&err);
         double t2 = now_seconds();
@@ -73,8 +79,7 @@ int main(int argc, char **argv) {
         double t = now_seconds();
 #pragma omp parallel for schedule(static) num_threads(device_threads())
         for (size_t k = 0; k < part; k += 1 << 22)
-            memcpy((char *)arrays[1 + r % 2].data + k, (char *)arrays[0].data + k,
-                   part - k < 1 << 22 ? part - k : 1 << 22);
+            memcpy(data[1 + r % 2] + k, data[0] + k, part - k < 1 << 22 ? part - k : 1 << 22);
         seconds = best(seconds, now_seconds() - t);
     }
     printf("result state_memcpy %.2f GB/s\n", 2 * (double)part / seconds / 1e9);
@@ -83,7 +88,7 @@ int main(int argc, char **argv) {
     printf("result state_bytes %.3f GB\n", (double)bytes / 1e9);
     printf("result state_write %.2f GB/s\n", (double)bytes / write / 1e9);
     double t = now_seconds();
-    if (train_state_load(out, &p, &c, &plan, &own, arrays, 3, &err) != 1) fail(&err);
+    if (train_state_load(out, &p, &c, &plan, own, arrays, 3, &err) != 1) fail(&err);
     printf("result state_load %.2f GB/s\n", (double)bytes / (now_seconds() - t) / 1e9);
 
     char path[1200];
