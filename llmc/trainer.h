@@ -98,7 +98,8 @@ typedef struct {
 typedef struct {
     const TrainOptions *o;
     LlamaConfig c;
-    QuantPlan plan;              // the caller's, between trainer_begin and trainer_prepare
+    QuantPlan plan;              // set by the caller between trainer_begin and trainer_prepare, as
+    Rounding rounding;           //   is this: how updated parameters are rounded that are not f32
     ParamTable table;
     Shard shard;
     Store store;

@@ -8,19 +8,8 @@
 
 enum { T_ALL = 41, BATCH = 3 };
 
-// The trainer keeps its buffers until the process ends; here they are noted and released.
-static void *taken[256];
-static int n_taken;
-static int noted_alloc(void **out, size_t bytes, const char *what, Err *err) {
-    int rc = device_alloc(out, bytes, what, err);
-    assert_true(n_taken < 256);
-    if (rc == 0) taken[n_taken++] = *out;
-    return rc;
-}
 #define main train_main
-#define device_alloc noted_alloc
 #include "../train_llama_qat.c"
-#undef device_alloc
 #undef main
 
 static void must(int rc, const Err *err) {
@@ -196,25 +185,22 @@ static void neighbours_change_no_bit(void **state) {
 // The trainer's own forward on the same weights.
 static void trainers_losses(float *losses, const Variant *v, const int32_t *tokens, const int32_t *targets) {
     Err err = {0};
-    Llama m = {.c = small_config(v->tied), .plan = plan_of(v)};
-    Acts s = {0};
-    Arena real = {.err = &err};
-    must(param_table_build(&m.table, &m.c, &m.plan, &err), &err);
+    QuantPlan plan = plan_of(v);
+    LlamaConfig c = small_config(v->tied);
+    ParamTable table;
     Shard shard;
-    m.shard = &shard;
-    must(shard_plan(&shard, &m.c, &m.plan, &m.table, SHARD_NONE, true, 1, 0, &err), &err);
+    Store store;
+    Llama m = {.c = c, .plan = &plan, .table = &table, .shard = &shard, .store = &store};
+    Acts s;
+    must(param_table_build(&table, &c, &plan, &err), &err);
+    must(shard_plan(&shard, &m.c, &plan, &table, SHARD_NONE, true, 1, 0, &err), &err);
     must(shard_alloc(&shard, &err), &err);
-    must(store_plan(&m.store, &shard, true, &err), &err);
-    must(store_alloc(&m.store, &err), &err);
-    m.cos_t = take(&real, (size_t)T_ALL * (size_t)m.c.HS / 2, 4, "");
-    m.sin_t = take(&real, (size_t)T_ALL * (size_t)m.c.HS / 2, 4, "");
-    llama_rope_table(m.cos_t, m.sin_t, &m.c, T_ALL);
-    take_acts(&real, &s, &m, BATCH, T_ALL, 1, false, false);
-    must(real.rc, &err);
-    for (int i = 0; i < m.table.n; i++) {
-        const Param *p = &m.table.p[i];
-        random_rows(&m.c, p, 0, p->rows, store_param(&m.store, i, 0).data, NULL);
-    }
+    must(store_plan(&store, &shard, true, &err), &err);
+    must(store_alloc(&store, &err), &err);
+    ActsShape shape = {.B = BATCH, .T = T_ALL, .grad_accum = 1, .quantized = true, .row_scales = true};
+    must(acts_alloc(&s, &c, &shape, &err), &err);
+    for (int i = 0; i < table.n; i++)
+        random_rows(&c, &table.p[i], 0, table.p[i].rows, store_param(&store, i, 0).data, NULL);
     llama_requantize(&m, true);
     *s.state = (StepState){.t = 1};
     memcpy(s.tokens, tokens, s.N * sizeof *tokens);
@@ -223,11 +209,10 @@ static void trainers_losses(float *losses, const Variant *v, const int32_t *toke
     llama_loss(&m, &s, false, 0);
     must(device_sync(&err), &err);
     memcpy(losses, s.losses, s.N * sizeof *losses);
-    while (n_taken > 0) device_free(taken[--n_taken]);
-    free(s.block);
-    store_free(&m.store);
+    acts_free(&s);
+    store_free(&store);
     shard_free(&shard);
-    param_table_free(&m.table);
+    param_table_free(&table);
 }
 
 static void trainer_file_and_server_agree(void **state) {

@@ -7,7 +7,7 @@
 #undef main
 #include "llmc/rng.h"
 
-typedef struct { Llama m; Shard shard; Acts s; int B, T; } Fixture;
+typedef struct { QuantPlan plan; ParamTable table; Shard shard; Store store; Llama m; Acts s; } Fixture;
 
 static void setup_options(void) {
     Err err = {0};
@@ -20,43 +20,25 @@ static void fixture_init(Fixture *f, const LlamaConfig *c, const QuantPlan *plan
                          bool clip) {
     Err err = {0};
     memset(f, 0, sizeof *f);
-    f->B = B; f->T = T;
-    Llama *m = &f->m;
-    m->c = *c;
-    if (plan) m->plan = *plan; else quant_plan_none(&m->plan);
-    if (param_table_build(&m->table, &m->c, &m->plan, &err) < 0) fail_msg("%s", err.text);
-    m->shard = &f->shard;
-    if (shard_plan(m->shard, &m->c, &m->plan, &m->table, SHARD_NONE, true, 1, 0, &err) < 0 ||
-        shard_alloc(m->shard, &err) < 0 || store_plan(&m->store, m->shard, true, &err) < 0 ||
-        store_alloc(&m->store, &err) < 0) fail_msg("%s", err.text);
-    Arena a = {.err = &err};
-    m->cos_t = take(&a, (size_t)T * c->HS / 2, 4, "");
-    m->sin_t = take(&a, (size_t)T * c->HS / 2, 4, "");
-    llama_rope_table(m->cos_t, m->sin_t, c, T);
-    take_acts(&a, &f->s, m, B, T, 1, recompute, clip);
-    if (a.rc < 0) fail_msg("%s", err.text);
+    f->m = (Llama){.c = *c, .plan = &f->plan, .table = &f->table, .shard = &f->shard, .store = &f->store};
+    if (plan) f->plan = *plan; else quant_plan_none(&f->plan);
+    if (param_table_build(&f->table, c, &f->plan, &err) < 0) fail_msg("%s", err.text);
+    if (shard_plan(&f->shard, &f->m.c, &f->plan, &f->table, SHARD_NONE, true, 1, 0, &err) < 0 ||
+        shard_alloc(&f->shard, &err) < 0 || store_plan(&f->store, &f->shard, true, &err) < 0 ||
+        store_alloc(&f->store, &err) < 0) fail_msg("%s", err.text);
+    run.B = B;
+    run.T = T;
+    run.recompute = recompute;
+    qat.ste = clip;
+    ActsShape shape = acts_shape(&f->table, &f->plan);
+    if (acts_alloc(&f->s, c, &shape, &err) < 0) fail_msg("%s", err.text);
 }
 
 static void fixture_free(Fixture *f) {
-    Llama *m = &f->m;
-    Acts *s = &f->s;
-    void *own[] = {m->cos_t,   m->sin_t, s->x_final,
-                   s->lnf,     s->rstdf, s->maskf, s->delta, s->logits, s->dlogits, s->losses, s->tokens,
-                   s->targets, s->dres,  s->dc,    s->dwide, s->dffn,   s->scaled,  s->state};
-    for (int l = 0; l < m->c.L; l++) {
-        BlockActs *k = &s->block[l];
-        device_free(k->x);
-        if (l && s->recompute) continue;
-        void *b[] = {k->ln1, k->rstd1, k->qkv,      k->att,   k->attq == k->att ? NULL : k->attq,
-                     k->lse, k->x2,    k->ln2,      k->rstd2, k->gateup,
-                     k->ffn, k->mask1, k->mask_att, k->mask2, k->mask_ffn};
-        for (size_t i = 0; i < sizeof b / sizeof *b; i++) device_free(b[i]);
-    }
-    for (size_t i = 0; i < sizeof own / sizeof *own; i++) device_free(own[i]);
-    free(s->block);
-    store_free(&m->store);
-    shard_free(m->shard);
-    param_table_free(&m->table);
+    acts_free(&f->s);
+    store_free(&f->store);
+    shard_free(&f->shard);
+    param_table_free(&f->table);
 }
 
 static double fixture_loss(Fixture *f, bool backward) {
@@ -76,11 +58,11 @@ static void random_tokens(Fixture *f) {
     }
 }
 
-static float *master(const Fixture *f, int i) { return store_param(&f->m.store, i, 0).data; }
+static float *master(const Fixture *f, int i) { return store_param(&f->store, i, 0).data; }
 
 static void random_weights(Fixture *f, float scale) {
-    for (int i = 0; i < f->m.table.n; i++) {
-        const Param *p = &f->m.table.p[i];
+    for (int i = 0; i < f->table.n; i++) {
+        const Param *p = &f->table.p[i];
         size_t n = (size_t)(p->rows * p->cols);
         param_init_random(master(f, i), p, &f->m.c, 11, 0, n);
         for (size_t k = 0; k < n; k++) master(f, i)[k] *= p->rows == 1 ? 1.0f : scale;
@@ -130,8 +112,8 @@ static void golden(const char *path) {
     Fixture f;
     fixture_init(&f, &c, NULL, (int)tokens->shape[0], (int)tokens->shape[1], false, false);
     for (size_t i = 0; i < f.s.N; i++) { f.s.tokens[i] = int_at(tokens, i); f.s.targets[i] = int_at(targets, i); }
-    for (int i = 0; i < f.m.table.n; i++) {
-        const Param *p = &f.m.table.p[i];
+    for (int i = 0; i < f.table.n; i++) {
+        const Param *p = &f.table.p[i];
         const StTensor *t = safetensors_find(&st, p->name);
         if (!t) fail_msg("golden %s has no %s", path, p->name);
         convert_to_f32(master(&f, i), t->data, t->dtype, (size_t)(p->rows * p->cols));
@@ -144,8 +126,8 @@ static void golden(const char *path) {
         fail_msg("%s: loss %.7f, reference %.7f", path, ours, (double)ref_loss);
     assert_true(f.s.N <= (size_t)f.s.chunk);   // so that all logits are still there
     check_tensor("logits", f.s.logits, (const float *)logits->data, f.s.N * (size_t)c.V);
-    for (int i = 0; i < f.m.table.n; i++) {
-        const Param *p = &f.m.table.p[i];
+    for (int i = 0; i < f.table.n; i++) {
+        const Param *p = &f.table.p[i];
         char name[128];
         snprintf(name, sizeof name, "grad.%s", p->name);
         const StTensor *t = safetensors_find(&st, name);
@@ -181,8 +163,8 @@ static void test_finite_differences(void **u) {
         llama_requantize(&f.m, false);
         fixture_loss(&f, true);
         double tokens = (double)f.s.state->tokens;
-        for (int i = 0; i < f.m.table.n; i++) {
-            const Param *p = &f.m.table.p[i];
+        for (int i = 0; i < f.table.n; i++) {
+            const Param *p = &f.table.p[i];
             size_t n = (size_t)(p->rows * p->cols);
             double norm = 0, dot = 0;
             float *d = xmalloc(n * 4), *keep = xmalloc(n * 4), *at = master(&f, i);
@@ -247,7 +229,7 @@ static void test_recompute_equal(void **u) {
             llama_requantize(&a.m, true); llama_requantize(&b.m, true);
             double la = fixture_loss(&a, true), lb = fixture_loss(&b, true);
             assert_memory_equal(&la, &lb, sizeof la);
-            assert_memory_equal(a.shard.grad, b.shard.grad, a.m.table.n_elements * 4);
+            assert_memory_equal(a.shard.grad, b.shard.grad, a.table.n_elements * 4);
             fixture_free(&a); fixture_free(&b);
         }
 }
@@ -263,13 +245,13 @@ static void test_straight_through(void **u) {
     fixture_init(&b, &c, NULL, 2, 16, false, false);
     random_weights(&a, 4); random_tokens(&a); random_tokens(&b);
     llama_requantize(&a.m, true);
-    for (int i = 0; i < a.m.table.n; i++)
-        for (int64_t k = 0; k < a.m.table.p[i].rows * a.m.table.p[i].cols; k++)
+    for (int i = 0; i < a.table.n; i++)
+        for (int64_t k = 0; k < a.table.p[i].rows * a.table.p[i].cols; k++)
             master(&b, i)[k] = x2f(shard_weight(&a.shard, i)[k]);
     llama_requantize(&b.m, false);
     double la = fixture_loss(&a, true), lb = fixture_loss(&b, true);
     assert_memory_equal(&la, &lb, sizeof la);
-    assert_memory_equal(a.shard.grad, b.shard.grad, a.m.table.n_elements * 4);
+    assert_memory_equal(a.shard.grad, b.shard.grad, a.table.n_elements * 4);
     fixture_free(&a); fixture_free(&b);
 }
 
@@ -290,7 +272,7 @@ static void test_update_keeps_working_values(void **u) {
             UpdateParams up = {.kind = kind ? OPTIM_SGD : OPTIM_ADAMW, .adamw = {0.9, 0.999, 1e-8, 0}, .momentum = 0.9f,
                                .weight_decay = 0.1f, .clip = 1, .ste_clip = true};
             llama_update(&f.m, f.s.state, &up);
-            size_t n = f.m.table.n_elements * sizeof(floatX), rows = f.m.table.n_rows * 4;
+            size_t n = f.table.n_elements * sizeof(floatX), rows = f.table.n_rows * 4;
             floatX *work = memcpy(xmalloc(n), f.shard.work, n);
             float *scale = memcpy(xmalloc(rows), f.shard.wscale, rows);
             llama_requantize(&f.m, false);
@@ -324,7 +306,7 @@ static void test_accumulation(void **u) {
     assert_int_equal(one.s.state->tokens, both.s.state->tokens);
     assert_true(fabs(one.s.state->loss_sum - both.s.state->loss_sum) < 1e-9 * both.s.state->loss_sum);
     // fp32 sums of 32 terms in another order: 32 * 2^-24 of the largest partial sum.
-    check_tensor("accumulated gradients", one.shard.grad, both.shard.grad, both.m.table.n_elements);
+    check_tensor("accumulated gradients", one.shard.grad, both.shard.grad, both.table.n_elements);
     fixture_free(&both); fixture_free(&one);
 }
 
@@ -338,15 +320,15 @@ static void test_skip_on_nan(void **u) {
     random_weights(&f, 4); random_tokens(&f);
     llama_requantize(&f.m, true);
     fixture_loss(&f, true);
-    f.shard.grad[f.m.table.n_elements / 2] = NAN;
+    f.shard.grad[f.table.n_elements / 2] = NAN;
     f.s.state->lr = 1;
-    size_t n = f.m.table.n_elements, stored = f.m.store.arena_bytes;
-    void *store = memcpy(xmalloc(stored), f.m.store.arena, stored);
+    size_t n = f.table.n_elements, stored = f.store.arena_bytes;
+    void *store = memcpy(xmalloc(stored), f.store.arena, stored);
     floatX *work = memcpy(xmalloc(n * sizeof(floatX)), f.shard.work, n * sizeof(floatX));
     UpdateParams up = {.kind = OPTIM_ADAMW, .adamw = {0.9, 0.999, 1e-8, 0}, .weight_decay = 0.1f, .clip = 1};
     llama_update(&f.m, f.s.state, &up);
     assert_int_equal(f.s.state->skip, 1);
-    assert_memory_equal(store, f.m.store.arena, stored);
+    assert_memory_equal(store, f.store.arena, stored);
     assert_memory_equal(work, f.shard.work, n * sizeof(floatX));
     free(store); free(work);
     fixture_free(&f);
