@@ -22,6 +22,8 @@ typedef struct {
     bool scaled;            // column n of the f32 sum is multiplied by scale[n] before it is rounded
     int64_t M, N, K;
     int64_t lda;            // values from one k of a to the next where ta: M, or more for a part of the rows
+    int64_t ldc;            // values from one row of c to the next: N, or more for a part of the columns
+    const int8_t *codes;    // what b is made from, in working memory, or NULL
 } Product;
 
 static int max_threads(void) {
@@ -30,6 +32,18 @@ static int max_threads(void) {
 #else
     return 1;
 #endif
+}
+
+// Codes as X: exact.
+static void widen_codes(floatX *y, const int8_t *codes, int64_t n) {
+    int64_t whole = n / 32;
+#pragma omp parallel for
+    for (int64_t i = 0; i < whole; i++)
+        v32_storex(y + i * 32, v16_from_i8(codes + i * 32), v16_from_i8(codes + i * 32 + 16));
+    for (int64_t i = whole * 32; i < n; i++) y[i] = f2x(codes[i]);
+}
+static size_t codes_bytes(const Product *p) {
+    return p->codes ? ((size_t)p->N * (size_t)p->K * sizeof(floatX) + 63) & ~(size_t)63 : 0;
 }
 
 #ifdef HAVE_DNNL
@@ -113,7 +127,7 @@ static dnnl_status_t cached_fill(Cached *e) {
     dnnl_primitive_desc_t pd = NULL;
     if ((s = make_desc(&a, p->M, p->K, e->type, p->ta ? 1 : p->K, p->ta ? p->lda : 1))) return s;
     if ((s = make_desc(&b, p->K, p->N, e->type, p->tb ? 1 : p->N, p->tb ? p->K : 1))) goto free_a;
-    if ((s = make_desc(&c, p->M, p->N, out, p->N, 1))) goto free_b;
+    if ((s = make_desc(&c, p->M, p->N, out, p->ldc, 1))) goto free_b;
     if ((s = make_desc(&w, 1, p->N, dnnl_f32, p->N, 1))) goto free_c;
     if ((s = dnnl_primitive_attr_create(&attr)) || (s = dnnl_post_ops_create(&post)) ||
         (s = dnnl_primitive_attr_set_scratchpad_mode(attr, dnnl_scratchpad_mode_user)) ||
@@ -138,8 +152,8 @@ free_a:
 }
 
 static bool same_product(const Product *a, const Product *b) {
-    return a->M == b->M && a->N == b->N && a->K == b->K && a->lda == b->lda && a->ta == b->ta && a->tb == b->tb &&
-           a->out_f32 == b->out_f32 && a->accumulate == b->accumulate && a->scaled == b->scaled;
+    return a->M == b->M && a->N == b->N && a->K == b->K && a->lda == b->lda && a->ldc == b->ldc && a->ta == b->ta &&
+           a->tb == b->tb && a->out_f32 == b->out_f32 && a->accumulate == b->accumulate && a->scaled == b->scaled;
 }
 
 // Makes room for n more. All entries go at once: one taken out would break the probing.
@@ -277,11 +291,14 @@ static void widen(float *y, const bf16 *x, int64_t n) {
     for (int64_t i = whole * 16; i < n; i++) y[i] = bf16_to_f32(x[i]);
 }
 
-static void narrow(bf16 *y, const float *x, int64_t n) {
-    int64_t whole = n / 16;
+// rows of n values each, ldy apart in y.
+static void narrow(bf16 *y, int64_t ldy, const float *x, int64_t rows, int64_t n) {
 #pragma omp parallel for
-    for (int64_t i = 0; i < whole; i++) v16_store_bf16(y + i * 16, v16_load(x + i * 16, 16), 16);
-    for (int64_t i = whole * 16; i < n; i++) y[i] = bf16_from_f32(x[i]);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < n; i += 16) {
+            int left = n - i < 16 ? (int)(n - i) : 16;
+            v16_store_bf16(y + r * ldy + i, v16_load(x + r * n + i, left), left);
+        }
 }
 
 // A bf16 product in f32: operands are widened, the result is rounded as f2x does.
@@ -292,7 +309,7 @@ static void widened_run(const Plan *plan, const Product *p, char *scratch, void 
     widen(wa, a, p->M * p->K);
     widen(wb, b, p->K * p->N);
     plan_run(plan, p, scratch, wc, wa, wb, scale);
-    if (!p->out_f32) narrow(c, wc, p->M * p->N);
+    if (!p->out_f32) narrow(c, p->ldc, wc, p->M, p->N);
 }
 #endif
 
@@ -305,11 +322,18 @@ static void product(const Product *p, void *c, const floatX *a, const floatX *b,
     const bool wide = !dnnl_has_bf16();
     const dnnl_data_type_t type = wide ? dnnl_f32 : dnnl_bf16;
 #endif
-    if (!make_plan(&plan, p, type)) return;
+    Product planned = *p;
+    if (wide && !p->out_f32) planned.ldc = p->N;        // c is working memory, rounded to X afterwards
+    if (!make_plan(&plan, &planned, type)) return;
     int64_t extra = wide ? p->M * p->K + p->K * p->N + (p->out_f32 ? 0 : p->M * p->N) : 0;
-    size_t bytes = plan_scratch(&plan) * (size_t)plan.slices + (size_t)extra * sizeof(float);
+    size_t bytes = plan_scratch(&plan) * (size_t)plan.slices + (size_t)extra * sizeof(float) + codes_bytes(p);
     char *scratch = bytes ? cpu_workspace(bytes) : NULL;
     if (bytes && !scratch) return;
+    if (p->codes) {
+        b = (const floatX *)(const void *)scratch;
+        widen_codes((floatX *)(void *)scratch, p->codes, p->N * p->K);
+        scratch += codes_bytes(p);
+    }
 #ifndef PRECISION_FP32
     if (wide) {
         widened_run(&plan, p, scratch, c, a, b, scale);
@@ -364,7 +388,7 @@ static void write_rows(const Product *p, void *c, const float *sum, int64_t m0, 
         for (int n = 0; n < cols; n += 16) {
             int left = cols - n < 16 ? cols - n : 16;
             v16 v = v16_load(sum + m * PANEL + n, 16);
-            int64_t at = (m0 + m) * p->N + n0 + n;
+            int64_t at = (m0 + m) * p->ldc + n0 + n;
             if (p->scaled) v *= v16_load(scale + n0 + n, left);
             if (p->accumulate) v += v16_load((float *)c + at, left);
             if (p->out_f32) v16_store((float *)c + at, v, left);
@@ -375,8 +399,13 @@ static void write_rows(const Product *p, void *c, const float *sum, int64_t m0, 
 static void product(const Product *p, void *c, const floatX *a, const floatX *b, const float *scale) {
     int64_t units = (p->K + UNIT - 1) / UNIT, threads = max_threads();
     int64_t padded = (p->M + ROWS_TILE - 1) / ROWS_TILE * ROWS_TILE;
-    unit_t *pa = cpu_workspace((size_t)(units * (padded + threads * PANEL)) * sizeof *pa);
-    if (!pa) return;
+    char *scratch = cpu_workspace(codes_bytes(p) + (size_t)(units * (padded + threads * PANEL)) * sizeof(unit_t));
+    if (!scratch) return;
+    unit_t *pa = (unit_t *)(void *)(scratch + codes_bytes(p));
+    if (p->codes) {
+        b = (const floatX *)(const void *)scratch;
+        widen_codes((floatX *)(void *)scratch, p->codes, p->N * p->K);
+    }
     size_t am = p->ta ? 1 : (size_t)units, ak = p->ta ? ROWS_TILE : 1;
     int64_t panels = (p->N + PANEL - 1) / PANEL, blocks = (p->M + ROWS_TASK - 1) / ROWS_TASK;
 #pragma omp parallel
@@ -420,35 +449,78 @@ const char *cpu_matmul_description(void) { return "built-in matmul"; }
 #endif
 
 void cpu_linear_forward(floatX *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC) {
-    Product p = {.tb = true, .scaled = wscale, .M = (int64_t)N, .N = OC, .K = C};
+    Product p = {.tb = true, .scaled = wscale, .M = (int64_t)N, .N = OC, .K = C, .ldc = OC};
     if (N) product(&p, y, x, w, wscale);
 }
 
 void cpu_linear_forward_f32(float *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC) {
-    Product p = {.tb = true, .out_f32 = true, .scaled = wscale, .M = (int64_t)N, .N = OC, .K = C};
+    Product p = {.tb = true, .out_f32 = true, .scaled = wscale, .M = (int64_t)N, .N = OC, .K = C, .ldc = OC};
     if (N) product(&p, y, x, w, wscale);
+}
+
+static void scale_columns(floatX *out, const floatX *in, const float *scale, size_t N, int C) {
+#pragma omp parallel for
+    for (size_t n = 0; n < N; n++)
+        for (int c = 0; c < C; c += 16) {
+            int left = C - c < 16 ? C - c : 16;
+            v16 v = v16_loadx(in + n * (size_t)C + c, left) * v16_load(scale + c, left);
+            v16_storex(out + n * (size_t)C + c, v, left);
+        }
 }
 
 void cpu_linear_backward_input(floatX *dx, const floatX *dy, const floatX *w, const float *wscale, floatX *dy_scaled,
                                size_t N, int C, int OC) {
     if (wscale) {
-#pragma omp parallel for
-        for (size_t n = 0; n < N; n++)
-            for (int o = 0; o < OC; o += 16) {
-                int left = OC - o < 16 ? OC - o : 16;
-                v16 v = v16_loadx(dy + n * (size_t)OC + o, left) * v16_load(wscale + o, left);
-                v16_storex(dy_scaled + n * (size_t)OC + o, v, left);
-            }
+        scale_columns(dy_scaled, dy, wscale, N, OC);
         dy = dy_scaled;
     }
-    Product p = {.M = (int64_t)N, .N = C, .K = OC};
+    Product p = {.M = (int64_t)N, .N = C, .K = OC, .ldc = C};
     if (N) product(&p, dx, dy, w, NULL);
 }
 
 void cpu_linear_backward_weight(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC,
                                 bool accumulate) {
     Product p = {.ta = true, .out_f32 = true, .accumulate = accumulate, .M = OC, .N = C, .K = (int64_t)N,
-                 .lda = OC};
+                 .lda = OC, .ldc = C};
     if (N) product(&p, dw, dy, x, NULL);
     else if (!accumulate) memset(dw, 0, (size_t)OC * (size_t)C * sizeof *dw);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The linears with INT8 weights in floating point: the same products of the codes as X. A large table (the head) is
+// widened and multiplied in pieces of rows, so that the widened codes are read from the cache: a column's bits do not
+// depend on the columns beside it (test_ops_int8).
+#define PIECE_BYTES ((int64_t)4 << 20)
+
+static void w8_forward(const Product *whole, void *y, const floatX *x, const float *wscale) {
+    if (!whole->M) return;
+    int64_t rows = PIECE_BYTES / (int64_t)sizeof(floatX) / whole->K & ~63ll;
+    if (rows < 64 || rows * 2 > whole->N) rows = whole->N;
+    for (int64_t n = 0; n < whole->N; n += rows) {
+        Product p = *whole;
+        p.N = whole->N - n < rows ? whole->N - n : rows;
+        p.codes = whole->codes + n * p.K;
+        void *at = p.out_f32 ? (void *)((float *)y + n) : (void *)((floatX *)y + n);
+        product(&p, at, x, NULL, wscale + n);
+    }
+}
+
+void cpu_linear_w8_forward(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
+                           int OC) {
+    Product p = {.tb = true, .scaled = true, .M = (int64_t)N, .N = OC, .K = C, .ldc = OC, .codes = codes};
+    w8_forward(&p, y, x, wscale);
+}
+
+void cpu_linear_w8_forward_f32(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
+                               int OC) {
+    Product p = {.tb = true, .out_f32 = true, .scaled = true, .M = (int64_t)N, .N = OC, .K = C, .ldc = OC,
+                 .codes = codes};
+    w8_forward(&p, y, x, wscale);
+}
+
+void cpu_linear_w8_backward_input(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale,
+                                  floatX *dy_scaled, size_t N, int C, int OC) {
+    scale_columns(dy_scaled, dy, wscale, N, OC);
+    Product p = {.M = (int64_t)N, .N = C, .K = OC, .ldc = C, .codes = codes};
+    if (N) product(&p, dx, dy_scaled, NULL, NULL);
 }

@@ -160,29 +160,40 @@ static inline void pack_along_f32(unit_t *dst, const float *src, int n) {
 }
 
 #ifdef QLLM_AVX512
-// 16 x 16 units, transposed in registers.
-static inline void transpose_16x16(unit_t *dst, size_t ldd, const unit_t *const rows[16]) {
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i]);
+// 16 x 16 units, transposed.
+VEC void transpose_registers(__m512i r[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) {
         r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
         r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
         r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
         r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         __m512i a = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), b = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
         __m512i c = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
         __m512i d = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-        _mm512_storeu_si512(dst + (size_t)i * ldd, _mm512_shuffle_i32x4(a, c, 0x88));
-        _mm512_storeu_si512(dst + (size_t)(i + 4) * ldd, _mm512_shuffle_i32x4(b, d, 0x88));
-        _mm512_storeu_si512(dst + (size_t)(i + 8) * ldd, _mm512_shuffle_i32x4(a, c, 0xdd));
-        _mm512_storeu_si512(dst + (size_t)(i + 12) * ldd, _mm512_shuffle_i32x4(b, d, 0xdd));
+        r[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+        r[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        r[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
     }
+}
+
+static inline void transpose_16x16(unit_t *dst, size_t ldd, const unit_t *const rows[16]) {
+    __m512i r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i]);
+    transpose_registers(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(dst + (size_t)i * ldd, r[i]);
 }
 #endif
 
