@@ -1,6 +1,6 @@
 // The maps of block-wise optimizer states (optimizer.h): the value of each code, ascending. m uses the signed ones, v
 // the unsigned ones. STATE_MAP_S8 and _U8 are the dynamic maps of "8-bit optimizers via block-wise quantization"
-// (Dettmers et al., 2021): decade i of seven, from 10^(i-7) to 10^(i-6), is cut into 2^i equal steps (unsigned 2^(i+1)),
+// (Dettmers et al., 2021): decade i of seven, from 10^(i-7) to 10^(i-6), is cut into 2^i equal steps (unsigned: twice),
 // whose middles are values; then their negatives, 0 and 1. STATE_MAP_S4: the same with three decades, up to 10^(i-2).
 // STATE_MAP_U4: (j + 1) / 16. All in f32 as PyTorch computes them (test_optimizer compares them with torchao's).
 //

@@ -1,0 +1,159 @@
+// Sixteen lanes to and from the formats of optimizer.h: bytes, INT8 codes, bf16 with random bits, codes of block-wise
+// states. The same bits as its scalar functions.
+#ifndef QLLM_CPU_LOWBIT_H
+#define QLLM_CPU_LOWBIT_H
+#include "optimizer.h"
+#include "vec.h"
+
+VEC v16i v16i_set1(int x) { return (v16i){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+VEC v16 v16_abs(v16 x) { return (v16)((v16i)x & 0x7fffffff); }
+VEC v16 v16_to_f32(v16i x) { return __builtin_convertvector(x, v16); }
+
+#ifdef QLLM_AVX512
+VEC v16 v16_floor(v16 a) { return (v16)_mm512_roundscale_ps((__m512)a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+VEC v16i v16_truncate(v16 a) { return (v16i)_mm512_cvttps_epi32((__m512)a); }
+VEC v16i v16i_select(v16i k, v16i a, v16i b) {
+    return (v16i)_mm512_mask_mov_epi32((__m512i)b, _mm512_movepi32_mask((__m512i)k), (__m512i)a);
+}
+VEC __m128i bytes_load(const void *p, int n) {
+    return n == 16 ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8(v16_mask(n), p);
+}
+VEC v16 v16_load_i8(const int8_t *p, int n) { return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes_load(p, n))); }
+VEC v16i v16i_load_u8(const uint8_t *p, int n) { return (v16i)_mm512_cvtepu8_epi32(bytes_load(p, n)); }
+// The lower byte of each lane.
+VEC void v16i_store_u8(void *p, v16i v, int n) {
+    __m128i b = _mm512_cvtepi32_epi8((__m512i)v);
+    if (n == 16) _mm_storeu_si128((__m128i *)p, b);
+    else _mm_mask_storeu_epi8(p, v16_mask(n), b);
+}
+VEC void v16i_store_u16(uint16_t *p, v16i v, int n) {
+    __m256i b = _mm512_cvtepi32_epi16((__m512i)v);
+    if (n == 16) _mm256_storeu_si256((__m256i *)(void *)p, b);
+    else _mm256_mask_storeu_epi16(p, v16_mask(n), b);
+}
+// Lane i: table[k[i]], of 256.
+VEC v16 v16_pick256(const float *table, v16i k) {
+    __m512i i = (__m512i)k;
+    __m512 t[8];
+    for (int j = 0; j < 8; j++)
+        t[j] = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32 * j), i, _mm512_loadu_ps(table + 32 * j + 16));
+    __mmask16 b5 = _mm512_test_epi32_mask(i, _mm512_set1_epi32(32));
+    __mmask16 b6 = _mm512_test_epi32_mask(i, _mm512_set1_epi32(64));
+    for (int j = 0; j < 8; j += 2) t[j] = _mm512_mask_mov_ps(t[j], b5, t[j + 1]);
+    for (int j = 0; j < 8; j += 4) t[j] = _mm512_mask_mov_ps(t[j], b6, t[j + 2]);
+    return (v16)_mm512_mask_mov_ps(t[0], _mm512_test_epi32_mask(i, _mm512_set1_epi32(128)), t[4]);
+}
+#else
+VEC v16 v16_floor(v16 a) {
+    for (int i = 0; i < 16; i++) a[i] = floorf(a[i]);
+    return a;
+}
+VEC v16i v16_truncate(v16 a) { return __builtin_convertvector(a, v16i); }
+VEC v16i v16i_select(v16i k, v16i a, v16i b) { return (a & k) | (b & ~k); }
+VEC v16 v16_load_i8(const int8_t *p, int n) {
+    v16 v = {0};
+    for (int i = 0; i < n; i++) v[i] = (float)p[i];
+    return v;
+}
+VEC v16i v16i_load_u8(const uint8_t *p, int n) {
+    v16i v = {0};
+    for (int i = 0; i < n; i++) v[i] = p[i];
+    return v;
+}
+VEC void v16i_store_u8(void *p, v16i v, int n) {
+    uint8_t *bytes = p;
+    for (int i = 0; i < n; i++) bytes[i] = (uint8_t)v[i];
+}
+VEC void v16i_store_u16(uint16_t *p, v16i v, int n) {
+    for (int i = 0; i < n; i++) p[i] = (uint16_t)v[i];
+}
+VEC v16 v16_pick256(const float *table, v16i k) {
+    v16 v;
+    for (int i = 0; i < 16; i++) v[i] = table[k[i] & 255];
+    return v;
+}
+#endif
+
+// The largest magnitude so far of each lane; NaN takes no part. Lanes from n on must be 0.
+VEC v16 v16_amax(v16 amax, v16 x) { return v16_max(v16_abs(x), amax); }
+
+// int8_clamp of rounded codes, as numbers to store.
+VEC v16i int8_codes16(v16 q) {
+    q = v16_nan_to(q, v16_set1(0.0f));
+    return v16_truncate(v16_min(v16_set1(127.0f), v16_max(v16_set1(-128.0f), q)));
+}
+VEC v16i int8_nearest16(v16 x, v16 inv) { return int8_codes16(v16_rint(x * inv)); }
+// words: 32 random bits a lane.
+VEC v16i int8_stochastic16(v16 x, v16 inv, v16i words) {
+    v16 u = v16_to_f32((v16i)((v16u)words >> 8)) * v16_set1(5.9604644775390625e-8f);
+    return int8_codes16(v16_floor(x * inv + u));
+}
+
+// bf16_stochastic: the bf16's bits in the lower halves. r: 16 random bits a lane.
+VEC v16i bf16_stochastic16(v16 x, v16i r) {
+    v16i u = (v16i)x, up = (r < (u & 0xffff)) & 0x10000;
+    v16i special = (u & 0x7f800000) == 0x7f800000;
+    v16i kept = (v16i)((v16u)v16_bf16_bits(x) >> 16), rounded = (v16i)((v16u)(u + up) >> 16);
+    return v16i_select(special, kept, rounded);
+}
+
+// f8_e4m3_to_f32 of codes 0 to 255.
+VEC v16 f8_to_f32_16(v16i code) {
+    v16i a = code & 0x7f, sign = (v16i)((v16u)code << 24) & (int)0x80000000u;
+    v16 sub = v16_to_f32(a) * v16_set1(0.001953125f);
+    v16i bits = v16i_select(a < 8, (v16i)sub, (v16i)((v16u)a << 20) + 0x3c000000);
+    return (v16)(v16i_select(a == 0x7f, v16i_set1(0x7fc00000), bits) | sign);
+}
+// f8_e4m3_from_f32 of numbers that are not NaN.
+VEC v16i f8_from_f32_16(v16 x) {
+    v16i u = (v16i)x, a = u & 0x7fffffff, sign = (v16i)((v16u)u >> 24) & 0x80;
+    v16i normal = (a + 0x7ffff + ((a >> 20) & 1) - 0x3c000000) >> 20;
+    v16i sub = v16_truncate(v16_rint(v16_min((v16)a, v16_set1(1.0f)) * v16_set1(512.0f)));
+    v16i code = v16i_select(a < 0x3c800000, sub, normal);
+    return v16i_select(a >= 0x43e00000, v16i_set1(0x7e), code) | sign;
+}
+
+// A map of states and a quick way to its codes. Its values lie on straight lines, one a decade, whose slopes fall: the
+// least of the lines is the position of u among the codes, up to a fifth of a step where decades meet. A quarter less
+// (nearer to zero) is the code or, by one, too small; the edge above it decides. Codes are those of state_map_code.
+typedef struct {
+    const float *map, *edges;
+    int values, lines;
+    float middle;                    // the code of zero where there are negative values
+    float slope[7], start[7];
+} StateMap;
+
+static const float state_edges_s8[256] = {STATE_EDGES_S8}, state_edges_u8[256] = {STATE_EDGES_U8};
+static const float state_edges_s4[16] = {STATE_EDGES_S4}, state_edges_u4[16] = {STATE_EDGES_U4};
+
+static inline StateMap state_map_quick(StateFormat f, bool is_signed) {
+    bool eight = f == STATE_INT8;
+    StateMap q = {.map = state_map(f, is_signed), .values = eight ? 256 : 16, .lines = eight ? 7 : is_signed ? 3 : 1};
+    q.edges = eight ? (is_signed ? state_edges_s8 : state_edges_u8) : is_signed ? state_edges_s4 : state_edges_u4;
+    if (!eight && !is_signed) {                      // evenly spaced: code 0 is worth 1/16, its upper edge 1.5/16
+        q.slope[0] = 16.0f;
+        q.start[0] = -0.5f;
+        return q;
+    }
+    if (is_signed) q.middle = (float)(q.values / 2 - 1);
+    double decade = 1.0, steps = is_signed ? 1.0 : 2.0;
+    for (int i = 1; i < q.lines; i++) decade /= 10.0;
+    for (int i = 0; i < q.lines; i++, decade *= 10.0, steps *= 2.0) {
+        double first = is_signed ? steps : steps - 1.0;                   // codes from zero's on
+        q.slope[i] = (float)(steps / 0.9 / decade);
+        q.start[i] = (float)(first - steps / 9.0);
+    }
+    return q;
+}
+// Is inlined with constant values and lines. u: at most 1 in magnitude, not NaN; below zero an unsigned code is 0.
+VEC v16i state_codes16(const StateMap *q, int values, int lines, bool is_signed, v16 u) {
+    v16 a = is_signed ? v16_abs(u) : v16_max(u, v16_set1(0.0f));
+    v16 at = v16_fma(a, v16_set1(q->slope[0]), v16_set1(q->start[0]));
+    for (int i = 1; i < lines; i++) at = v16_min(at, v16_fma(a, v16_set1(q->slope[i]), v16_set1(q->start[i])));
+    at = at - v16_set1(0.25f);
+    if (is_signed) at = (v16)((v16i)at ^ ((v16i)u & (int)0x80000000u)) + v16_set1(q->middle);
+    v16i code = v16_truncate(at);                    // towards zero: between -1 and 0 the code is 0
+    v16 edge = values == 256 ? v16_pick256(q->edges, code) : v16_pick(q->edges, code);
+    return code - (u >= edge);
+}
+#endif
