@@ -236,11 +236,8 @@ static size_t places(size_t *place, const ParamTable *t, bool one_block, PlaceOf
     return end;
 }
 
-// What keeps a tensor of INT8 rows from working.
-static int check_int8(const Param *p, Err *err) {
-    if (p->format == PARAM_INT8 && (p->role == ROLE_EMBED || param_is_norm(p)))
-        return err_set(err, E_USAGE, "%s cannot be trained as INT8 rows: it is read as values, not by a linear; leave it "
-                       "unquantized", p->name);
+// A fused linear reads one kind of weights.
+static int check_fused(const Param *p, Err *err) {
     if (starts_group(p) || (p->format == PARAM_INT8) == ((p - 1)->format == PARAM_INT8)) return 0;
     return err_set(err, E_USAGE, "%s and %s are read by one linear, but only one of them is trained as INT8 rows; let one "
                    "rule cover both", (p - 1)->name, p->name);
@@ -266,7 +263,7 @@ int shard_plan(Shard *s, const LlamaConfig *c, const QuantPlan *plan, const Para
     *s = (Shard){.c = c, .plan = plan, .level = level, .gather_quantized = gather_quantized, .held = -1,
                  .gathering = {.unit = -1}, .reducing = {.unit = -1}};
     int rc = own_table_build(&s->own, table, c->tied ? &plan->tied_head : NULL, R, rank, level == SHARD_NONE, err);
-    for (int i = 0; i < table->n && rc == 0; i++) rc = check_int8(&table->p[i], err);
+    for (int i = 0; i < table->n && rc == 0; i++) rc = check_fused(&table->p[i], err);
     if (rc < 0) {
         own_table_free(&s->own);
         return rc;
@@ -488,12 +485,22 @@ void shard_weights_changed(Shard *s, const Store *store, bool fake_quant) {
     }
 }
 
+static void unit_scales(float *scale, int64_t rows) {
+    float *ones = xmalloc((size_t)rows * sizeof *ones);
+    for (int64_t r = 0; r < rows; r++) ones[r] = 1;
+    device_copy_in(scale, ones, (size_t)rows * sizeof *ones);
+    free(ones);
+}
+
 void shard_requantize(Shard *s, const Store *store, bool fake_quant) {
     const ParamTable *t = s->own.table;
     for (int i = 0; i < t->n && s->level == SHARD_NONE; i++) {
         const Part p = {.i = i};
         StoredParam from = store_param(store, i, 0);
-        if (from.data == (void *)shard_weight(s, i)) continue;             // works as it is stored
+        if (from.data == (void *)shard_weight(s, i)) {                     // works as it is stored
+            if (has_scales(s, &p) && from.format != PARAM_INT8) unit_scales(shard_weight_scale(s, i), t->p[i].rows);
+            continue;
+        }
         bool scaled = from.format == PARAM_F32 || has_scales(s, &p);
         work_rows(s, shard_weight(s, i), scaled ? shard_weight_scale(s, i) : NULL, from,
                   fake_quant ? &t->p[i].scheme.weight : NULL, t->p[i].rows, t->p[i].cols);

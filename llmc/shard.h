@@ -79,8 +79,7 @@ typedef struct {
 } Shard;
 
 // Lays everything out for rank `rank` of R; allocates nothing on the device. c, plan and table must outlive it, and the
-// table has its formats (param_table_formats). E_USAGE for INT8 rows where no linear can read them: an embedding, or one
-// part of a fused linear alone.
+// table has its formats (param_table_formats). E_USAGE where only a part of a fused linear is INT8 rows.
 int shard_plan(Shard *s, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table, ShardLevel level,
                bool gather_quantized, int R, int rank, Err *err);
 // Bytes that a rank receives in one step of grad_accum micro-steps, with fake quantization on.

@@ -28,6 +28,10 @@ static const struct { const char *shape, *scheme, *weight, *embedding, *head, *r
     {"tiny", "int4wo-32", NULL, NULL, NULL, NULL},
     {"tiny", "int8wo", NULL, NULL, NULL, "*layers.1.self_attn.k_proj*=none"},
     {"tiny-untied", "int8wo", NULL, NULL, NULL, "*.up_proj*=int4wo-32"},
+    {"tiny", "int8qt", NULL, NULL, NULL, NULL},
+    {"tiny-untied", "int8qt", NULL, NULL, NULL, NULL},
+    {"tiny", "int8qt", NULL, NULL, "int8,channel,rows", "*layers.1.mlp.down_proj*=none"},
+    {"tiny", "int8qt", NULL, "int4,group=32", "int8,channel,rows", "*layers.0.self_attn.?_proj*=int8wo"},
 };
 #define N_MODELS ((int)(sizeof models / sizeof *models))
 static void make(Model *m, int i) {
@@ -69,6 +73,115 @@ static void test_rows_are_dealt_out(void **state) {
         }
         param_table_free(&m.table);
     }
+}
+
+// Blocks that share a scale of moments stay on one rank too, in tensors of any width.
+static void test_blocks_of_moments(void **state) {
+    (void)state;
+    static const StateFormat formats[] = {STATE_INT8, STATE_INT4, STATE_FP8};
+    for (int k = 0; k < N_MODELS; k++)
+        for (int f = 0; f < 3; f++) {
+            Model m;
+            Err err;
+            make(&m, k);
+            param_table_formats(&m.table, PARAM_BF16, formats[f]);
+            int blocked = 0;
+            for (int R = 1; R <= 5; R++) {
+                int64_t *next = xcalloc((size_t)m.table.n, sizeof *next);
+                for (int r = 0; r < R; r++) {
+                    OwnTable o;
+                    assert_int_equal(own_table_build(&o, &m.table, &m.plan.tied_head, R, r, false, &err), 0);
+                    for (int i = 0; i < m.table.n; i++) {
+                        const Param *p = &o.held.p[i];
+                        int block = state_block(p->state);
+                        assert_int_equal(o.row0[i], next[i]);
+                        next[i] += p->rows;
+                        assert_int_equal(p->state, m.table.p[i].state);
+                        if (!block) continue;
+                        blocked++;
+                        assert_int_equal(o.row0[i] * p->cols % block, 0);
+                        assert_int_equal(p->rows * p->cols % block, 0);
+                    }
+                    own_table_free(&o);
+                }
+                for (int i = 0; i < m.table.n; i++) assert_int_equal(next[i], m.table.p[i].rows);
+                free(next);
+            }
+            assert_true(blocked > 0);
+            param_table_free(&m.table);
+        }
+}
+
+// One linear cannot read codes and values.
+static void test_fused_linears_are_of_one_kind(void **state) {
+    (void)state;
+    static const struct { const char *rule, *word; } bad[] = {
+        {"*layers.1.self_attn.k_proj*=none", "layers.1.self_attn.k_proj"},
+        {"*layers.0.self_attn.v_proj*=int8wo", "layers.0.self_attn.v_proj"},
+        {"*.gate_proj*=int4wo-32", "layers.0.mlp.gate_proj"},
+    };
+    for (int k = 0; k < 3; k++) {
+        Model m;
+        Err err;
+        Shard s;
+        make_model(&m, "tiny", "int8qt", NULL, NULL, NULL, bad[k].rule);
+        param_table_formats(&m.table, PARAM_BF16, STATE_F32);
+        assert_int_equal(shard_plan(&s, &m.c, &m.plan, &m.table, SHARD_NONE, true, 1, 0, &err), E_USAGE);
+        if (!strstr(err.text, bad[k].word)) fail_msg("%s", err.text);
+        param_table_free(&m.table);
+    }
+}
+
+// INT8 rows: a code a value and four bytes a row, half of bf16 but for those, under either way of gathering; gradients
+// and norms as ever.
+static void test_bytes_of_int8_rows(void **state) {
+    (void)state;
+    Model m, plain;
+    Err err;
+    make_model(&m, "1M", "int8qt", NULL, NULL, NULL, NULL);
+    make_model(&plain, "1M", "none", NULL, NULL, NULL, NULL);
+    param_table_formats(&m.table, PARAM_BF16, STATE_F32);
+    double values = 0, rows = 0;                           // of the linears of a block
+    int linears = 0;
+    for (int i = 0; i < m.table.n; i++)
+        if (m.table.p[i].layer == 0 && m.table.p[i].decay) {
+            assert_int_equal(m.table.p[i].format, PARAM_INT8);
+            values += (double)m.table.p[i].rows * (double)m.table.p[i].cols;
+            rows += (double)m.table.p[i].rows;
+            linears++;
+        }
+    for (int R = 1; R <= 4; R++)
+        for (int level = SHARD_OPTIM; level <= SHARD_FULL; level++) {
+            WireBytes wire[2], floats;
+            Shard s;
+            for (int quantized = 0; quantized < 2; quantized++) {
+                assert_int_equal(shard_plan(&s, &m.c, &m.plan, &m.table, (ShardLevel)level, quantized, R, R - 1, &err), 0);
+                wire[quantized] = shard_plan_wire(&s, 1);
+                if (quantized) break;
+                shard_free(&s);
+            }
+            Shard f;
+            assert_int_equal(shard_plan(&f, &plain.c, &plain.plan, &plain.table, (ShardLevel)level, true, R, R - 1, &err),
+                             0);
+            floats = shard_plan_wire(&f, 1);
+            assert_true(wire[0].linears == wire[1].linears && wire[0].others == wire[1].others);
+            assert_true(wire[1].others == floats.others && wire[1].gradients == floats.gradients);
+            // Of each rank but one its rows, padded to those of the rank with most (a row more of each tensor at most)
+            // and to 16 bytes.
+            double times = level == SHARD_FULL ? 2 * m.c.L - 1 : m.c.L, most = 512, per_rank = (values + 4 * rows) / R;
+            assert_true(wire[1].linears >= times * (R - 1) * per_rank);
+            assert_true(wire[1].linears <= times * (R - 1) * (per_rank + linears * (most + 4 + 2 * 16)));
+            if (R > 1) assert_true(wire[1].linears <= (0.5 + 2.0 / 64) * floats.linears * 2 / sizeof(floatX));
+            // What is whole: codes instead of floatX, with the same row scales.
+            double blocks = level == SHARD_FULL ? 1 : m.c.L, saved = f.memory.weights - s.memory.weights;
+            double expected = blocks * values * (double)(sizeof(floatX) - 1);
+            assert_true(saved > expected - blocks * 1024 && saved < expected + blocks * 1024);
+            assert_true(s.memory.gradients == f.memory.gradients);
+            shard_free(&s);
+            shard_free(&f);
+        }
+    param_table_free(&m.table);
+    param_table_free(&plain.table);
 }
 
 // Codes with bf16 scales of int4 groups of 32 are 0.28 of bf16; nothing is sent that no rank needs.
@@ -131,23 +244,49 @@ static void random_values(float *x, size_t n, uint64_t seed) {
     for (size_t i = 0; i < n; i++) x[i] = ((float)philox(seed, 1, i).v[0] / 4294967296.0f - 0.5f) * 0.1f;
 }
 
-// Whole weights, after each change of the masters, are those of weight_fq; under full blocks come and go.
+// What the store is to hold of tensor i in round `round`, and, as f32, what it then stands for.
+static void fill(Store *store, const Model *m, int i, int round, float *values) {
+    Err err;
+    const Param *p = &m->table.p[i];
+    size_t n = (size_t)(p->rows * p->cols);
+    random_values(values, n, (uint64_t)(100 * round + i));
+    if (p->format != PARAM_INT8) {
+        assert_int_equal(store_set_rows(store, i, 0, p->rows, values, &err), 0);
+        for (size_t k = 0; k < n && p->format == PARAM_BF16; k++) values[k] = bf16_round(values[k]);
+        return;
+    }
+    int8_t *codes = xcalloc(n, 1);
+    float *scale = xcalloc((size_t)p->rows, 4);
+    for (size_t k = 0; k < n; k++) codes[k] = (int8_t)philox(7, (uint64_t)(100 * round + i), k).v[0];
+    for (int64_t r = 0; r < p->rows; r++) scale[r] = values[r] + 1;
+    store_set_codes(store, i, 0, p->rows, codes, scale);
+    for (size_t k = 0; k < n; k++) values[k] = (float)codes[k] * scale[k / (size_t)p->cols];
+    free(codes);
+    free(scale);
+}
+
+// Codes and scales that stand for `values`, and the scales that `fill` drew.
+static void same_codes(const int8_t *codes, const float *scale, const float *values, int64_t rows, int64_t cols) {
+    for (int64_t k = 0; k < rows * cols; k++) assert_true((float)codes[k] * scale[k / cols] == values[k]);
+}
+
+// Whole weights, after each change of the store, are those of weight_fq, or the codes; under full blocks come and go.
 static void one_model_weights(Model *m, ShardLevel level, bool quantized) {
     Err err;
     Shard s;
     assert_int_equal(shard_plan(&s, &m->c, &m->plan, &m->table, level, quantized, 1, 0, &err), 0);
     assert_int_equal(shard_alloc(&s, &err), 0);
     size_t most = (size_t)m->c.V * (size_t)m->c.C;
+    if (most < 65536) most = 65536;
     Store store;
     assert_int_equal(store_plan(&store, &s, false, &err), 0);
     assert_int_equal(store_alloc(&store, &err), 0);
-    float *scale = xcalloc((size_t)m->c.V, 4);
-    floatX *want = xcalloc(most > 65536 ? most : 65536, sizeof *want);
+    float *scale = xcalloc((size_t)m->c.V, 4), **values = xcalloc((size_t)m->table.n, sizeof *values);
+    floatX *want = xcalloc(most, sizeof *want);
+    for (int i = 0; i < m->table.n; i++) values[i] = xcalloc((size_t)(m->table.p[i].rows * m->table.p[i].cols), 4);
     for (int round = 0; round < 3; round++) {
         bool fq = round != 1;
-        for (int i = 0; i < m->table.n; i++)
-            random_values(store_param(&store, i, 0).data, (size_t)(m->table.p[i].rows * m->table.p[i].cols),
-                          (uint64_t)(100 * round + i));
+        for (int i = 0; i < m->table.n; i++) fill(&store, m, i, round, values[i]);
         shard_requantize(&s, &store, fq);
         for (int pass = 0; pass < 2; pass++)
             for (int k = 0; k < m->c.L + 2; k++) {
@@ -158,36 +297,53 @@ static void one_model_weights(Model *m, ShardLevel level, bool quantized) {
                     const Param *p = &m->table.p[i];
                     int unit = p->role == ROLE_EMBED ? SHARD_EMBED : p->layer < 0 ? m->c.L : p->layer;
                     if (unit != l) continue;
-                    const float *rows = store_param(&store, i, 0).data;
-                    ops->weight_fq(want, scale, rows, fq ? &p->scheme.weight : NULL, p->rows, p->cols);
+                    if (p->format == PARAM_INT8) {
+                        same_codes(shard_codes(&s, i), shard_weight_scale(&s, i), values[i], p->rows, p->cols);
+                        continue;
+                    }
+                    ops->weight_fq(want, scale, values[i], fq ? &p->scheme.weight : NULL, p->rows, p->cols);
                     assert_memory_equal(shard_weight(&s, i), want, (size_t)(p->rows * p->cols) * sizeof *want);
                     // Where one linear works as codes, others fused with it have scales too: ones.
                     bool scales = quant_works_as_codes(&p->scheme.weight) ||
-                                  (p->layer >= 0 && p->decay && quant_works_as_codes(&m->plan.linear.weight));
+                                  (p->layer >= 0 && p->decay && quant_works_as_codes(&m->plan.linear.weight) &&
+                                   !quant_is_int8_rows(&m->plan.linear.weight));
                     if (scales)
                         assert_memory_equal(shard_weight_scale(&s, i), scale, (size_t)p->rows * 4);
                 }
             }
-        if (s.head) {
-            ops->weight_fq(want, scale, store_param(&store, 0, 0).data, fq ? &m->plan.tied_head : NULL, m->c.V, m->c.C);
-            assert_memory_equal(s.head, want, most * sizeof *want);
+        if (s.head && quant_is_int8_rows(&m->plan.tied_head)) {
+            for (int64_t r = 0; r < m->c.V; r++) {
+                const float *row = values[0] + r * m->c.C;
+                float amax = 0;
+                for (int c = 0; c < m->c.C; c++) amax = fmaxf(amax, fabsf(row[c]));
+                assert_true(s.head_scale[r] == int8_row_scale(amax));
+                for (int c = 0; c < m->c.C; c++)
+                    assert_int_equal(shard_head_codes(&s)[r * m->c.C + c],
+                                     int8_nearest(row[c], int8_row_inv(int8_row_scale(amax))));
+            }
+        } else if (s.head) {
+            ops->weight_fq(want, scale, values[0], fq ? &m->plan.tied_head : NULL, m->c.V, m->c.C);
+            assert_memory_equal(s.head, want, (size_t)m->c.V * (size_t)m->c.C * sizeof *want);
             if (s.head_scale) assert_memory_equal(s.head_scale, scale, (size_t)m->c.V * 4);
         }
     }
-    free(scale); free(want);
+    for (int i = 0; i < m->table.n; i++) free(values[i]);
+    free(values); free(scale); free(want);
     store_free(&store);
     shard_free(&s);
 }
 
 static void test_weights(void **state) {
     (void)state;
-    for (int k = 0; k < N_MODELS; k++) {
-        Model m;
-        make(&m, k);
-        for (int level = SHARD_NONE; level <= SHARD_FULL; level++)
-            for (int quantized = 0; quantized < 2; quantized++) one_model_weights(&m, (ShardLevel)level, quantized);
-        param_table_free(&m.table);
-    }
+    for (int k = 0; k < N_MODELS; k++)
+        for (int others = PARAM_F32; others <= PARAM_BF16; others++) {
+            Model m;
+            make(&m, k);
+            param_table_formats(&m.table, (ParamFormat)others, STATE_F32);
+            for (int level = SHARD_NONE; level <= SHARD_FULL; level++)
+                for (int quantized = 0; quantized < 2; quantized++) one_model_weights(&m, (ShardLevel)level, quantized);
+            param_table_free(&m.table);
+        }
 }
 
 // What the model writes into gradients, micro-step after micro-step, arrives as its sum, in own rows.
@@ -199,6 +355,7 @@ static void test_gradients(void **state) {
             Err err;
             Shard s;
             make(&m, k);
+            param_table_formats(&m.table, PARAM_F32, STATE_F32);
             assert_int_equal(shard_plan(&s, &m.c, &m.plan, &m.table, (ShardLevel)level, true, 1, 0, &err), 0);
             assert_int_equal(shard_alloc(&s, &err), 0);
             Store store;
@@ -248,7 +405,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rows_are_dealt_out), cmocka_unit_test(test_bytes_on_the_wire),
         cmocka_unit_test(test_memory),             cmocka_unit_test(test_weights),
-        cmocka_unit_test(test_gradients),
+        cmocka_unit_test(test_gradients),          cmocka_unit_test(test_blocks_of_moments),
+        cmocka_unit_test(test_bytes_of_int8_rows), cmocka_unit_test(test_fused_linears_are_of_one_kind),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
