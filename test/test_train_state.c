@@ -18,6 +18,7 @@
 #include "checksum.h"
 #include "device.h"
 #include "safetensors.h"
+#include "store.h"
 #include "train_state.h"
 
 // ---------------------------------------------------------------------------------------------
@@ -413,6 +414,9 @@ static void folder_contents(void **state) {
     char *latest = (char *)read_whole(in_out("latest"), &size);
     assert_string_equal(latest, "step-12\n");
     free(latest);
+    char *marker = (char *)read_whole(in_out("step-12/checkpoint.json"), &size);
+    assert_null(strstr(marker, "formats"));                    // said of other formats than f32 alone
+    free(marker);
     // The copy in memory is this rank's share: all that it holds, or its part of what all hold.
     Rank own, all;
     rank_open(&own, 3, 1, false);
@@ -666,6 +670,12 @@ static void hostile_markers(void **state) {
         {"\"loader_position\":\t\"", "\"loader_position\":\t\"-"},
         {"\"tokens\":\t\"", "\"tokens\":\t\"9999999999"},
         {"\"seq_len\":\t64", "\"seq_len\":\t0"},
+        {"\"arrays\":\t[", "\"formats\":\t7, \"arrays\":\t["},
+        {"\"arrays\":\t[", "\"formats\":\t\"\", \"arrays\":\t["},
+        {"\"arrays\":\t[", "\"formats\":\t\"masters \\u001b[2J\", \"arrays\":\t["},
+        {"\"arrays\":\t[", "\"formats\":\t\"masters bf16, moments int8, rounded stochastically, and this makes it far too "
+                          "long to be taken as it is\", \"arrays\":\t["},
+        {"\"arrays\":\t[", "\"formats\":\t\"masters bf16, moments fp32\", \"arrays\":\t["},
     };
     for (size_t i = 0; i < sizeof edits / sizeof *edits; i++) {
         const char *at = strstr(text, edits[i].from), *sum = strstr(text, ",\n\t\"checksum\"");
@@ -699,6 +709,233 @@ static void hostile_markers(void **state) {
     assert_int_equal(load_ranks(1, false, "step-5/checkpoint.json"), E_FORMAT);
     unlink(in_out("step-5/checkpoint.json"));
     assert_int_equal(must_load(), 0);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Other formats than f32: INT8 rows, bf16, moments in blocks
+
+typedef struct {
+    ParamTable table;
+    Shard shard;
+    Store store;
+    StateArray arrays[STORE_MAX_ARRAYS];
+    int n;
+} Typed;
+
+typedef struct { const char *scheme; ParamFormat others; StateFormat state; Rounding rounding; } Formats;
+
+static void typed_open(Typed *k, const Formats *f, int R, int rank, bool replicated) {
+    Err err = {0};
+    // Blocks of moments take 4 rows of most tensors, 8 of down_proj; k_proj and norms are too small for any.
+    model(NULL, NULL);
+    config.C = 64; config.NH = 8; config.NKV = 2; config.FF = 96; config.V = 72;
+    if (quant_plan_from_options(&plan, NULL, f->scheme, NULL, NULL, NULL, NULL, NULL, 0, &err) ||
+        param_table_build(&k->table, &config, &plan, &err))
+        fail_msg("%s", err.text);
+    param_table_formats(&k->table, f->others, f->state);
+    if (shard_plan(&k->shard, &config, &plan, &k->table, replicated ? SHARD_NONE : SHARD_FULL, true, R, rank, &err) ||
+        shard_alloc(&k->shard, &err) || store_plan(&k->store, &k->shard, true, &err) || store_alloc(&k->store, &err))
+        fail_msg("%s", err.text);
+    k->n = store_arrays(&k->store, k->arrays);
+}
+
+static void typed_close(Typed *k) {
+    store_free(&k->store);
+    shard_free(&k->shard);
+    param_table_free(&k->table);
+}
+
+// Writes bytes that depend on the step and the place in the whole tensor, or counts those that differ.
+static int64_t typed_values(const Typed *k, int64_t step, bool write) {
+    int64_t wrong = 0;
+    for (int a = 0; a < k->n; a++)
+        for (int i = 0; i < k->table.n; i++) {
+            const StateTensor *t = &k->arrays[a].t[i];
+            int64_t bytes = t->values * (int64_t)dtype_size(t->dtype), row0 = k->shard.own.row0[i] / t->unit;
+            uint8_t *x = t->data;
+            for (int64_t r = 0; r < k->shard.own.held.p[i].rows / t->unit; r++)
+                for (int64_t c = 0; c < bytes; c++, x++) {
+                    uint8_t v = (uint8_t)value_of(step, a, i, row0 + r, c);
+                    if (write) *x = v;
+                    else wrong += *x != v;
+                }
+        }
+    return wrong;
+}
+
+static int typed_save(const Formats *f, int R, bool replicated, int64_t step, Err *err) {
+    pid_t pids[8];
+    for (int r = R - 1; r >= 0; r--) {
+        pids[r] = fork();
+        if (pids[r]) continue;
+        Typed k;
+        typed_open(&k, f, R, r, replicated);
+        TrainProgress p = progress_of(step);
+        p.rounding = f->rounding;
+        typed_values(&k, step, true);
+        int rc = r % 2 ? train_state_save_last(out, &p, &config, &plan, &k.shard.own, k.arrays, k.n, 0, err)
+                       : train_state_save(out, &p, &config, &plan, &k.shard.own, k.arrays, k.n, 0, err);
+        if (rc == 0) rc = train_state_finish(err);
+        if (rc) fprintf(stderr, "%s\n", err->text);
+        _exit(rc != 0);
+    }
+    int rc = 0;
+    for (int r = 0; r < R; r++) {
+        int status;
+        waitpid(pids[r], &status, 0);
+        if (!WIFEXITED(status) || WEXITSTATUS(status)) rc = -1;
+    }
+    return rc;
+}
+
+// The step, 0, or the error.
+static int64_t typed_load(const Formats *f, int R, int rank, bool replicated, Err *err) {
+    Typed k;
+    typed_open(&k, f, R, rank, replicated);
+    TrainProgress p = progress_of(0);
+    p.rounding = f->rounding;
+    int64_t got = train_state_load(out, &p, &config, &plan, &k.shard.own, k.arrays, k.n, err);
+    if (got == 1) {
+        got = p.step;
+        assert_int_equal(p.rounding, f->rounding);
+        assert_int_equal(typed_values(&k, p.step, false), 0);
+    }
+    typed_close(&k);
+    return got;
+}
+
+static const Formats formats[] = {
+    {"none", PARAM_BF16, STATE_F32, ROUND_STOCHASTIC},    {"8da4w-32", PARAM_F32, STATE_INT8, ROUND_STOCHASTIC},
+    {"int8qt", PARAM_F32, STATE_F32, ROUND_STOCHASTIC},   {"int8qt", PARAM_BF16, STATE_INT8, ROUND_STOCHASTIC},
+    {"int8qt", PARAM_BF16, STATE_INT8, ROUND_NEAREST},    {"int8qt", PARAM_BF16, STATE_INT4, ROUND_STOCHASTIC},
+    {"int8qt", PARAM_BF16, STATE_FP8, ROUND_STOCHASTIC},  {"int8qt", PARAM_BF16, STATE_BF16, ROUND_STOCHASTIC},
+    {"int8qt", PARAM_F32, STATE_INT8, ROUND_STOCHASTIC},
+};
+#define N_FORMATS ((int)(sizeof formats / sizeof *formats))
+
+static void typed_arrays(void **state) {
+    (void)state;
+    static const int sizes[] = {1, 3, 5};
+    for (int f = 0; f < N_FORMATS; f++)
+        for (int from = 0; from < 3; from++)
+            for (int replicated = 0; replicated < 2; replicated++) {
+                Err err = {0};
+                fresh();
+                assert_int_equal(typed_save(&formats[f], sizes[from], replicated, 7, &err), 0);
+                for (int to = 0; to < 3; to++)
+                    for (int r = 0; r < sizes[to]; r++) {
+                        int64_t step = typed_load(&formats[f], sizes[to], r, (r + to) % 2, &err);
+                        if (step != 7) fail_msg("format %d, %d to %d: %s", f, sizes[from], sizes[to], err.text);
+                    }
+            }
+}
+
+// Another format or rounding is refused, with what there is, what this run has, and the options that say so.
+static void other_formats(void **state) {
+    (void)state;
+    Err err = {0};
+    static const struct { Formats saved, now; const char *has, *wants; } pairs[] = {
+        {{"none", PARAM_F32, STATE_F32, 0}, {"none", PARAM_BF16, STATE_F32, 0}, "masters fp32, moments fp32;",
+         "masters bf16, moments fp32, rounded stochastically;"},
+        {{"none", PARAM_F32, STATE_F32, 0}, {"none", PARAM_F32, STATE_INT8, 0}, "masters fp32, moments fp32;",
+         "masters fp32, moments int8;"},
+        {{"none", PARAM_F32, STATE_INT4, 0}, {"none", PARAM_F32, STATE_FP8, 0}, "moments int4;", "moments fp8;"},
+        {{"int8qt", PARAM_BF16, STATE_INT8, ROUND_NEAREST}, {"int8qt", PARAM_BF16, STATE_INT8, ROUND_STOCHASTIC},
+         "masters bf16 and int8 rows, moments int8, rounded to nearest;", "rounded stochastically;"},
+        {{"int8qt", PARAM_BF16, STATE_BF16, 0}, {"int8qt", PARAM_F32, STATE_BF16, 0}, "masters bf16 and int8 rows",
+         "masters fp32 and int8 rows"},
+    };
+    for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++)
+        for (int back = 0; back < 2; back++) {
+            const Formats *saved = back ? &pairs[i].now : &pairs[i].saved, *now = back ? &pairs[i].saved : &pairs[i].now;
+            fresh();
+            assert_int_equal(typed_save(saved, 2, false, 5, &err), 0);
+            assert_int_equal(typed_load(now, 1, 0, false, &err), E_USAGE);
+            if (!strstr(err.text, pairs[i].has) || !strstr(err.text, pairs[i].wants) || !strstr(err.text, "--optim-state") ||
+                !strstr(err.text, "--master") || !strstr(err.text, "--rounding"))
+                fail_msg("%s", err.text);
+            assert_int_equal(typed_load(saved, 3, 1, false, &err), 5);
+        }
+    // Where no tensor has blocks, or nothing is rounded, it is the same run.
+    const Formats exact = {"none", PARAM_F32, STATE_F32, ROUND_STOCHASTIC}, same = {"none", PARAM_F32, STATE_F32,
+                                                                                   ROUND_NEAREST};
+    fresh();
+    assert_int_equal(typed_save(&exact, 1, false, 5, &err), 0);
+    assert_int_equal(typed_load(&same, 1, 0, false, &err), 5);
+}
+
+// Files and markers with right checksums and wrong contents: another dtype or shape, scales left out, rows dealt out so
+// that blocks are cut.
+static void wrong_types(void **state) {
+    (void)state;
+    const Formats f = formats[3];
+    const char *file = "step-5/rank-00001-of-00002.safetensors", *marker = "step-5/checkpoint.json";
+    const char *const victims[] = {"master.model.layers.0.mlp.up_proj.weight", "master_scale.model.layers.1.mlp.up_proj.weight",
+                                   "m.model.layers.0.mlp.down_proj.weight", "v_scale.model.embed_tokens.weight",
+                                   "master.model.embed_tokens.weight"};
+    Err err = {0};
+    fresh();
+    assert_int_equal(typed_save(&f, 2, false, 5, &err), 0);
+    TrainMarker m;
+    get_marker(&m);
+    size_t size, bytes = (size_t)m.files[1].bytes;
+    uint64_t checksum = m.files[1].checksum;
+    uint8_t *data = read_whole(in_out(file), &size);
+    char path[700], aside[700];
+    strcpy(path, in_out(file));
+    strcpy(aside, in_out("aside"));
+    for (int kind = 0; kind <= 4; kind++)                        // as it is, dtype, shape, left out, renamed
+        for (int v = 0; v < 5; v++) {
+            Safetensors st;
+            Checksum sum;
+            bool met = false;
+            write_whole(path, data, bytes);
+            if (safetensors_open(&st, path, &err)) fail_msg("%s", err.text);
+            StWriter *w = st_writer_new();
+            for (int i = 0; i < st.n_meta; i++) st_writer_meta(w, st.meta[i].key, st.meta[i].value);
+            for (int i = 0; i < st.n; i++) {
+                const StTensor *t = &st.tensors[i];
+                bool it = !strcmp(t->name, victims[v]);
+                int64_t shape[2] = {t->shape[0], t->shape[1]};
+                DType dtype = t->dtype;
+                met = met || it;
+                if (it && kind == 1) dtype = dtype == DT_F32 ? DT_I32 : dtype == DT_I8 ? DT_U8 : dtype == DT_U8 ? DT_I8 : DT_F16;
+                if (it && kind == 2) shape[0] = t->shape[0] * t->shape[1], shape[1] = 1;
+                if (it && kind == 2 && t->shape[1] == 1) shape[0] = 1, shape[1] = t->shape[0];
+                if (it && kind == 3) continue;
+                st_writer_tensor(w, it && kind == 4 ? "master.other" : t->name, dtype, 2, shape);
+            }
+            assert_true(met);
+            st_writer_checksum(w, &sum);
+            assert_int_equal(st_writer_begin(w, aside, &err), 0);
+            for (int i = 0; i < st.n; i++)
+                if (kind != 3 || strcmp(st.tensors[i].name, victims[v]))
+                    st_writer_data(w, st.tensors[i].data, st.tensors[i].bytes);
+            if (st_writer_finish(w, &err)) fail_msg("%s", err.text);
+            safetensors_close(&st);
+            rename(aside, path);
+            m.files[1].bytes = sum.bytes;
+            m.files[1].checksum = checksum_end(&sum);
+            put_marker(&m);
+            int64_t got = typed_load(&f, 1, 0, false, &err);
+            if (got != (kind ? E_FORMAT : 5) || (kind && !strstr(err.text, file))) fail_msg("%d: %s", kind, err.text);
+        }
+    write_whole(path, data, bytes);
+    m.files[1].bytes = bytes;
+    m.files[1].checksum = checksum;
+    for (int i = 0; i < m.n_tensors; i++) {
+        int64_t unit = m.tensors[i].split.unit;
+        if (unit == 1) continue;
+        m.tensors[i].split.unit = unit / 2;
+        put_marker(&m);
+        assert_int_equal(typed_load(&f, 1, 0, false, &err), E_FORMAT);
+        if (!strstr(err.text, marker) || !strstr(err.text, m.tensors[i].name)) fail_msg("%s", err.text);
+        m.tensors[i].split.unit = unit;
+    }
+    put_marker(&m);
+    assert_int_equal(typed_load(&f, 1, 0, false, &err), 5);
+    free(data);
+    train_marker_free(&m);
 }
 
 // Without `latest` the newest complete checkpoint is taken; what cannot be read is not taken for what is not there.
@@ -1315,6 +1552,9 @@ int main(int argc, char **argv) {
         cmocka_unit_test(wrong_files),
         cmocka_unit_test(hostile_markers),
         cmocka_unit_test(no_latest),
+        cmocka_unit_test(typed_arrays),
+        cmocka_unit_test(other_formats),
+        cmocka_unit_test(wrong_types),
         cmocka_unit_test(other_runs),
         cmocka_unit_test(keep_newest),
         cmocka_unit_test(clean_start),

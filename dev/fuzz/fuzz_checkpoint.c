@@ -26,7 +26,7 @@ static void try_marker(const char *text, size_t size) {
     char *again = train_marker_to_json(&m);
     if (!again || train_marker_parse(&m2, again, strlen(again), "fuzz", &err)) abort();
     if (m2.n_tensors != m.n_tensors || m2.ranks != m.ranks || m2.n_arrays != m.n_arrays ||
-        strcmp(m2.config, m.config) || strcmp(m2.quant, m.quant) || m2.progress.seed != m.progress.seed ||
+        strcmp(m2.config, m.config) || strcmp(m2.formats, m.formats) || strcmp(m2.quant, m.quant) || m2.progress.seed != m.progress.seed ||
         memcmp(m2.files, m.files, (size_t)m.ranks * sizeof *m.files))
         abort();
     free(again);
