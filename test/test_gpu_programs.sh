@@ -97,7 +97,24 @@ trained_is_served() {   # the trainer's last validation and eval of the packed f
     case $served in *"$trained"*) [ -n "$trained" ] ;; *) fails "trained $trained, served: $served" ;; esac
 }
 
-for name in no_gpu old_gpu small_gpu losses_as_on_the_cpu same_bits resume recompute_and_clip serve trained_is_served; do
+int8_training() {       # two orders of the threads, eager and in a graph, and a resumed run: the same file, which is what is served
+    qt() {  # OUT OPTIONS...
+        local out=$1
+        shift
+        "$sim/train_llama_qt" --init tiny --train-data "$work/text.txt" --batch 1 --seq-len 16 --lr 1e-3 --out "$out" --seed 5 \
+            --device cuda --matmul int8 --optim-state int8 --steps 4 "$@" >"$work/log" 2>&1 || fails "$(tail -n 2 "$work/log")"
+    }
+    qt "$work/q1" --save-every 2 --keep 0 && QLLM_NO_GRAPH=1 CUDASIM_ORDER=7 qt "$work/q2" || return
+    mkdir -p "$work/q3" && cp -r "$work/q1/step-2" "$work/q3/" && echo step-2 >"$work/q3/latest"
+    qt "$work/q3" --resume --val-data "$work/val.txt" --val-every 0 || return
+    cmp "$work/q1/model.bin" "$work/q2/model.bin" && cmp "$work/q1/model.bin" "$work/q3/model.bin" || { fails "files differ"; return; }
+    local trained served
+    trained=$(sed -n 's/^val .* loss \([0-9.]*\) .*/\1/p' "$work/log" | tail -n 1)
+    served=$("$sim/eval" "$work/q3/model.bin" --device cuda --val-data "$work/val.txt" --seq-len 16 2>&1)
+    case $served in *"$trained"*) [ -n "$trained" ] ;; *) fails "trained $trained, served: $served" ;; esac
+}
+
+for name in no_gpu old_gpu small_gpu losses_as_on_the_cpu same_bits resume recompute_and_clip serve trained_is_served int8_training; do
     [ $# -gt 0 ] && [ "$1" != $name ] && continue
     if [ $name != no_gpu ] && [ ! -x "$sim/train_llama_qat" ]; then
         echo "skip $name: the simulated programs are not built (make sim-programs)"

@@ -156,16 +156,21 @@ fi
 step "kernels" $((120 * slow)) "$BUILD/bf16/$gpu/bench_cuda"
 
 # train NAME SCHEME OPTIONS...: ms a step and share of the measured matmul rate, medians of the steps after the fourth.
+# SCHEME: of train_llama_qat, or qt-weight-only, qt-int8 for train_llama_qt with 8-bit states.
 train() {
-    local name=$1 scheme=$2 out ms share
+    local name=$1 scheme=$2 out ms share program
     shift 2
+    case $scheme in
+    qt-*) program=(train_llama_qt --matmul "${scheme#qt-}" --optim-state int8) ;;
+    *) program=(train_llama_qat --scheme "$scheme") ;;
+    esac
     if [ -z "$sim" ] && [ "$(date +%s)" -gt "$last_start" ]; then
         echo "skip train $name $scheme: no time is left"
         return
     fi
     out=$(mktemp -d)
     cat doc/*.md llmc/*.c llmc/cuda/*.cu >"$out/text.txt"
-    if "$(bin bf16)/train_llama_qat" --train-data "$out/text.txt" --scheme "$scheme" --device cuda --out "$out/run" \
+    if "$(bin bf16)/${program[0]}" "${program[@]:1}" --train-data "$out/text.txt" --device cuda --out "$out/run" \
         "$@" >"$out/log" 2>&1; then
         field() { sed -n "s/.*\"$1\": *\([0-9.e+-]*\).*/\1/p" "$out/run/log.jsonl" | tail -n +5 | sort -g |
             awk '{ v[NR] = $1 } END { print v[int((NR + 1) / 2)] }'; }
@@ -184,29 +189,33 @@ train() {
     fi
     rm -rf "$out"
 }
-overhead() {
+# compare SHAPE SCHEME RESULT: the step's time over that of plain training, or for qt-* the other way round.
+compare() {
     [ -n "$sim" ] && return 0
-    [ -s "$BUILD/ms-$1-none" ] && [ -s "$BUILD/ms-$1-8da4w-32" ] &&
-        paste "$BUILD/ms-$1-none" "$BUILD/ms-$1-8da4w-32" |
-        awk -v name="$1" '$1 > 0 { printf "result qat_overhead_8da4w_%s %.4f ratio\n", name, $2 / $1 }'
+    [ -s "$BUILD/ms-$1-none" ] && [ -s "$BUILD/ms-$1-$2" ] &&
+        paste "$BUILD/ms-$1-none" "$BUILD/ms-$1-$2" | awk -v name="$3_$1" -v speedup="${2%%-*}" '
+            $1 > 0 && $2 > 0 { printf "result %s %.4f ratio\n", name, speedup == "qt" ? $1 / $2 : $2 / $1 }'
 }
 train_all() {
     if [ -n "$sim" ]; then
         train tiny none --init tiny --batch 1 --seq-len 16 --steps 6 --no-save
         train tiny 8da4w-32 --init tiny --batch 1 --seq-len 16 --steps 6 --no-save
+        train tiny qt-int8 --init tiny --batch 1 --seq-len 16 --steps 6 --no-save
         return
     fi
     # 16k tokens a micro-step.
     for shape in 135M 1B 8B-4; do
-        for scheme in none 8da4w-32; do
+        for scheme in none 8da4w-32 qt-int8 qt-weight-only; do
             train $shape $scheme --init $shape --batch 8 --seq-len 2048 --steps 12 --lr 1e-4 --no-save
         done
-        overhead $shape
+        compare $shape 8da4w-32 qat_overhead_8da4w
+        compare $shape qt-int8 qt_int8_speedup
+        compare $shape qt-weight-only qt_weight_only_speed
     done
     return 0
 }
 if [ -n "$programs" ]; then
-    export -f train train_all overhead bin
+    export -f train train_all compare bin
     rm -f "$BUILD"/ms-*
     last_start=$(($(date +%s) + time_for_all - SECONDS - 40))
     export BUILD sim last_start
