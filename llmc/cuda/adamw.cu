@@ -13,53 +13,28 @@
 //                   for the whole tensor, whose partial ranges tensor_kernel reads (6 bytes a weight more)
 // A thread has 64 bytes of loads under way (AdamW), a multiprocessor of 1024 threads or more 64 KB: twice what hides
 // the latency of memory at 3 TB/s.
+#include "adamw.cuh"
 #include "quantblock.cuh"
-
-typedef enum { UPDATE_NONE, UPDATE_ADAMW, UPDATE_SGD, UPDATE_MASK } UpdateKind;     // MASK: weight_ste_mask
 
 #define THREADS 256              // of team_kernel, flat_kernel and tensor_kernel
 #define MAX_BLOCK_THREADS 512    // of block_kernel
 #define MAX_CACHE (96 << 10)     // bytes of weights that block_kernel keeps; longer ones are read again
 #define MAX_PARTIALS 1024        // blocks of flat_kernel that leave a range
 
-// What the caller fixes of an update, and what a step makes of it.
-struct Hyper {
-    float beta1, beta2;
-    float decay;                 // weight decay
-    float c1, c2, eps;           // AdamW: 1 - beta1, 1 - beta2; SGD: c1 = momentum
-};
-struct Step { float grad_scale, lr, decay, c1, c2, bc1, sqrt_bc2, eps; };
-
-// False where the step is skipped. All threads call it, once. The powers are a chain of up to 2 log2(t) products in
-// double: two threads make them for all.
-template <int KIND> static __device__ __forceinline__ bool step_begin(Step *s, const StepState *state, Hyper h) {
-    if (KIND == UPDATE_NONE || KIND == UPDATE_MASK) return true;
-    if (state->skip) return false;
-    s->grad_scale = state->grad_scale;
-    s->lr = state->lr;
-    s->decay = KIND == UPDATE_ADAMW ? state->lr * h.decay : h.decay;
-    s->c1 = h.c1;
-    s->c2 = h.c2;
-    s->eps = h.eps;
-    if (KIND == UPDATE_ADAMW) {
-        __shared__ float correction[2];
-        if (threadIdx.x == 0) correction[0] = 1.0f - pow_int_f32(h.beta1, state->t);
-        if (threadIdx.x == blockDim.x - 1) correction[1] = sqrtf(1.0f - pow_int_f32(h.beta2, state->t));
-        __syncthreads();                                       // both are there
-        s->bc1 = correction[0];
-        s->sqrt_bc2 = correction[1];
-    }
-    return true;
-}
-
 template <int V> struct Values { Vec<float, V> p, g, m, v; };
+
+template <int KIND, int V>
+static __device__ __forceinline__ Vec<float, V> load_masters(const float *master, size_t at) {
+    if constexpr (KIND == UPDATE_BF16) return from_bf16(vec_load<bf16, V>((const bf16 *)master + at));
+    else return vec_load<float, V>(master + at);
+}
 
 template <int KIND, int V>
 static __device__ __forceinline__ Values<V> load_values(const float *master, const float *m, const float *v,
                                                         const float *grad, size_t at) {
     Values<V> x = {};
-    x.p = vec_load<float, V>(master + at);
-    if (KIND != UPDATE_NONE) x.g = vec_load<float, V>(grad + at);
+    x.p = load_masters<KIND, V>(master, at);
+    if (KIND != UPDATE_NONE && KIND != UPDATE_BF16) x.g = vec_load<float, V>(grad + at);
     if (KIND == UPDATE_ADAMW || KIND == UPDATE_SGD) x.m = vec_load<float, V>(m + at);
     if (KIND == UPDATE_ADAMW) x.v = vec_load<float, V>(v + at);
     return x;
@@ -72,21 +47,13 @@ static __device__ __forceinline__ void update_values(Values<V> *x, const Step *s
     (void)x, (void)s, (void)master, (void)m, (void)v, (void)at;
     if constexpr (KIND == UPDATE_ADAMW || KIND == UPDATE_SGD) {
         for (int i = 0; i < V; i++) {
-            float p = x->p.v[i], g = x->g.v[i] * s->grad_scale, mi = x->m.v[i];
             if (KIND == UPDATE_ADAMW) {
-                float vi = x->v.v[i];
-                p = p - s->decay * p;
-                mi = mi + s->c1 * (g - mi);
-                vi = vi + s->c2 * (g * g - vi);
-                float den = sqrtf(vi) / s->sqrt_bc2 + s->eps;
-                p = p - s->lr * (mi / s->bc1) / den;
-                x->v.v[i] = vi;
-            } else {
-                mi = s->c1 * mi + (g + s->decay * p);
-                p = p - s->lr * mi;
+                adamw_value(&x->p.v[i], &x->m.v[i], &x->v.v[i], x->g.v[i], s);
+                continue;
             }
-            x->p.v[i] = p;
-            x->m.v[i] = mi;
+            float p = x->p.v[i], g = x->g.v[i] * s->grad_scale;
+            x->m.v[i] = s->c1 * x->m.v[i] + (g + s->decay * p);
+            x->p.v[i] = p - s->lr * x->m.v[i];
         }
         vec_store(master + at, x->p);
         vec_store(m + at, x->m);
@@ -204,7 +171,7 @@ block_kernel(float *master, float *m, float *v, floatX *work, float *wscale, flo
         size_t at = block_at(&b, k, e);
         Vec<float, V> g = {};
         if (KIND == UPDATE_MASK) g = vec_load<float, V>(grad + at);
-        Vec<bf16, V> r = cached ? vec_load<bf16, V>(cache + e) : to_bf16(vec_load<float, V>(master + at));
+        Vec<bf16, V> r = cached ? vec_load<bf16, V>(cache + e) : to_bf16(load_masters<KIND, V>(master, at));
         emit<KIND, V>(work, grad, from_bf16(r), g, &q, at);
     }
     if (codes && wscale && threadIdx.x == 0) wscale[k] = q.scale;
@@ -241,14 +208,14 @@ flat_kernel(float *master, float *m, float *v, floatX *work, float *wscale, cons
 }
 
 // The second pass: every block of threads makes the tensor's scale for itself.
-template <int V, bool MASK>
+template <int KIND, int V>
 static __device__ __forceinline__ void tensor_step(floatX *work, float *grad, const float *master, const BlockQuant *q,
                                                    size_t at) {
     Vec<float, V> g = {};
-    if (MASK) g = vec_load<float, V>(grad + at);
-    emit<MASK ? UPDATE_MASK : UPDATE_NONE, V>(work, grad, from_bf16(to_bf16(vec_load<float, V>(master + at))), g, q, at);
+    if (KIND == UPDATE_MASK) g = vec_load<float, V>(grad + at);
+    emit<KIND, V>(work, grad, from_bf16(to_bf16(load_masters<KIND, V>(master, at))), g, q, at);
 }
-template <int V, bool MASK>
+template <int KIND, int V>
 static __global__ void __launch_bounds__(THREADS)
 tensor_kernel(floatX *work, float *wscale, float *grad, const float *master, const StepState *state,
               const float2 *partials, int n_partials, size_t rows, size_t n, QuantSpec s) {
@@ -260,8 +227,8 @@ tensor_kernel(floatX *work, float *wscale, float *grad, const float *master, con
     BlockQuant q = block_quant(mn, mx, &s, false);
     size_t id = (size_t)blockIdx.x * THREADS + threadIdx.x, vectors = n / V;
     for (size_t i = id; i < vectors; i += (size_t)gridDim.x * THREADS)
-        tensor_step<V, MASK>(work, grad, master, &q, i * V);
-    if (id < n - vectors * V) tensor_step<1, MASK>(work, grad, master, &q, vectors * V + id);
+        tensor_step<KIND, V>(work, grad, master, &q, i * V);
+    if (id < n - vectors * V) tensor_step<KIND, 1>(work, grad, master, &q, vectors * V + id);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -296,15 +263,15 @@ static void launch_blocks(const Args *a, const Blocks *b, const QuantSpec *s, bo
 }
 
 template <int KIND, int V> static void launch_tensor(const Args *a, size_t rows, size_t n, const QuantSpec *s) {
-    const bool mask = KIND == UPDATE_MASK;
-    const int update = mask ? UPDATE_NONE : KIND;
+    const bool updates = KIND == UPDATE_ADAMW || KIND == UPDATE_SGD;
+    const int first_pass = KIND == UPDATE_MASK ? UPDATE_NONE : KIND, second_pass = updates ? UPDATE_NONE : KIND;
     size_t blocks = (n / V + THREADS) / THREADS;               // one thread at least, for the rest
     unsigned first = blocks < MAX_PARTIALS ? (unsigned)blocks : MAX_PARTIALS;
     float2 *partials = (float2 *)cuda_workspace(MAX_PARTIALS * sizeof(float2));
     if (!partials) return;
-    LAUNCH((flat_kernel<update, V, true>), first, THREADS, 0, cuda_stream)
+    LAUNCH((flat_kernel<first_pass, V, true>), first, THREADS, 0, cuda_stream)
         (a->master, a->m, a->v, a->work, a->wscale, a->grad, a->state, a->h, rows, n, partials);
-    LAUNCH((tensor_kernel<V, mask>), grid_for(blocks), THREADS, 0, cuda_stream)
+    LAUNCH((tensor_kernel<second_pass, V>), grid_for(blocks), THREADS, 0, cuda_stream)
         (a->work, a->wscale, a->grad, a->master, a->state, partials, (int)first, rows, n, *s);
 }
 
@@ -350,9 +317,7 @@ static void update_and_quantize(const Args *a, const QuantSpec *s, int64_t rows,
 
 void cuda_adamw_fq(float *master, float *m, float *v, floatX *work, float *wscale, const float *grad,
                    const StepState *state, const AdamWParams *h, const QuantSpec *wq, int64_t rows, int64_t cols) {
-    Hyper hyper = {(float)h->beta1, (float)h->beta2, (float)h->weight_decay, (float)(1.0 - h->beta1),
-                   (float)(1.0 - h->beta2), (float)h->eps};
-    Args a = {master, m, v, work, wscale, (float *)(uintptr_t)grad, state, hyper};
+    Args a = {master, m, v, work, wscale, (float *)(uintptr_t)grad, state, adamw_hyper(h)};
     update_and_quantize<UPDATE_ADAMW>(&a, wq, rows, cols);
 }
 
@@ -363,9 +328,15 @@ void cuda_sgd_fq(float *master, float *buf, floatX *work, float *wscale, const f
     update_and_quantize<UPDATE_SGD>(&a, wq, rows, cols);
 }
 
+void stored_weight_fq(floatX *work, float *wscale, StoredParam from, const StepState *state, const QuantSpec *wq,
+                      int64_t rows, int64_t cols) {
+    Args a = {(float *)from.data, nullptr, nullptr, work, wscale, nullptr, state, {}};
+    if (from.format == PARAM_BF16) update_and_quantize<UPDATE_BF16>(&a, wq, rows, cols);
+    else update_and_quantize<UPDATE_NONE>(&a, wq, rows, cols);
+}
+
 void cuda_weight_fq(floatX *work, float *wscale, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols) {
-    Args a = {(float *)(uintptr_t)master, nullptr, nullptr, work, wscale, nullptr, nullptr, {}};
-    update_and_quantize<UPDATE_NONE>(&a, wq, rows, cols);
+    stored_weight_fq(work, wscale, {PARAM_F32, (float *)(uintptr_t)master, nullptr}, nullptr, wq, rows, cols);
 }
 
 void cuda_weight_ste_mask(float *grad, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols) {

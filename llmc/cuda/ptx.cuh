@@ -89,6 +89,10 @@ static __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
     return r;
 }
+// The largest of the lanes' numbers, none of which is negative or NaN, in one instruction: their bits order as they do.
+static __device__ __forceinline__ float warp_max_abs(float a) {
+    return __uint_as_float(__reduce_max_sync(FULL_WARP, __float_as_uint(a)));
+}
 #else
 static inline void cp_async16(void *smem, const void *gmem, bool valid = true, CUDASIM_HERE) {
     cudasim::cp_async(smem, gmem, valid ? 16 : 0, file, line);
@@ -116,6 +120,10 @@ static inline float load4_if(const float *p, bool there) { return there ? *p : 0
 static inline uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t c) { return (a & mask) ^ c; }
 static inline uint32_t pack_bf16(float lo, float hi) {
     return (uint32_t)bf16_from_f32(lo) | (uint32_t)bf16_from_f32(hi) << 16;
+}
+static inline float warp_max_abs(float a, CUDASIM_HERE) {
+    for (int bits = 16; bits; bits >>= 1) a = fmaxf(a, __shfl_xor_sync(FULL_WARP, a, bits, 32, file, line));
+    return a;
 }
 #endif
 #endif
