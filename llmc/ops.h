@@ -197,8 +197,8 @@ typedef struct Ops {
     // stride a multiple of 16. Rows [k0, k0 + kn) of each rank's own take part, where a rank has so many; k0 and kn are
     // multiples of split.unit. R, kn and counts may be such that a rank has none.
     //
-    // rows_pack: wire <- rows of all ranks from a tensor (split.rows, row_bytes) of bytes; rows_unpack: back. row_bytes
-    // is even; rows and wire are aligned to 16 bytes or to row_bytes' largest power of two.
+    // rows_pack: wire <- rows of all ranks from a tensor (split.rows, row_bytes) of bytes; rows_unpack: back. Rows and wire
+    // are aligned to 16 bytes or to row_bytes' largest power of two.
     void (*rows_pack)(void *wire, size_t stride, const void *tensor, const RowSplit *split, int64_t k0, int64_t kn,
                       size_t row_bytes);
     void (*rows_unpack)(void *tensor, const void *wire, size_t stride, const RowSplit *split, int64_t k0, int64_t kn,

@@ -48,7 +48,7 @@ static size_t up16(size_t n) { return (n + 15) & ~(size_t)15; }
 
 static void test_rows(void **state) {
     (void)state;
-    static const size_t widths[] = {2, 4, 6, 34, 64, 4096};
+    static const size_t widths[] = {1, 2, 4, 6, 33, 34, 64, 4096};
     static const int64_t row_counts[] = {1, 3, 4, 17, 64};
     for (size_t c = 0; c < N_COUNTS; c++)
         for (size_t w = 0; w < sizeof widths / sizeof *widths; w++)

@@ -276,12 +276,16 @@ static void one_model_weights(Model *m, ShardLevel level, bool quantized) {
     Shard s;
     assert_int_equal(shard_plan(&s, &m->c, &m->plan, &m->table, level, quantized, 1, 0, &err), 0);
     assert_int_equal(shard_alloc(&s, &err), 0);
-    size_t most = (size_t)m->c.V * (size_t)m->c.C;
-    if (most < 65536) most = 65536;
+    size_t most = 0, rows = 0;
+    for (int i = 0; i < m->table.n; i++) {
+        size_t n = (size_t)(m->table.p[i].rows * m->table.p[i].cols);
+        if (n > most) most = n;
+        if ((size_t)m->table.p[i].rows > rows) rows = (size_t)m->table.p[i].rows;
+    }
     Store store;
     assert_int_equal(store_plan(&store, &s, false, &err), 0);
     assert_int_equal(store_alloc(&store, &err), 0);
-    float *scale = xcalloc((size_t)m->c.V, 4), **values = xcalloc((size_t)m->table.n, sizeof *values);
+    float *scale = xcalloc(rows, 4), **values = xcalloc((size_t)m->table.n, sizeof *values);
     floatX *want = xcalloc(most, sizeof *want);
     for (int i = 0; i < m->table.n; i++) values[i] = xcalloc((size_t)(m->table.p[i].rows * m->table.p[i].cols), 4);
     for (int round = 0; round < 3; round++) {
@@ -342,6 +346,28 @@ static void test_weights(void **state) {
             param_table_formats(&m.table, (ParamFormat)others, STATE_F32);
             for (int level = SHARD_NONE; level <= SHARD_FULL; level++)
                 for (int quantized = 0; quantized < 2; quantized++) one_model_weights(&m, (ShardLevel)level, quantized);
+            param_table_free(&m.table);
+        }
+}
+
+// bf16 parameters become working values by tiles: the same as in one piece, also in a last tile that is not full.
+static void test_tiles(void **state) {
+    (void)state;
+    static const char *const weights[] = {"int4,group=32", "int8,channel", "int5,block=11x16,asymmetric"};
+    for (int w = 0; w < 3; w++)
+        for (int level = SHARD_NONE; level <= SHARD_OPTIM; level++) {
+            Model m;
+            Err err;
+            assert_int_equal(llama_config_named(&m.c, "tiny", &err), 0);
+            m.c.FF = 11 * 3200;
+            char rule[64];
+            snprintf(rule, sizeof rule, "*.up_proj*=%s", weights[w]);
+            assert_int_equal(quant_plan_from_options(&m.plan, NULL, "none", NULL, NULL, NULL, NULL,
+                                                     (const char *[]){rule}, 1, &err), 0);
+            assert_int_equal(param_table_build(&m.table, &m.c, &m.plan, &err), 0);
+            param_table_formats(&m.table, PARAM_BF16, STATE_F32);
+            assert_true(m.c.FF * m.c.C > 2 << 20);
+            one_model_weights(&m, (ShardLevel)level, false);
             param_table_free(&m.table);
         }
 }
@@ -407,6 +433,7 @@ int main(void) {
         cmocka_unit_test(test_memory),             cmocka_unit_test(test_weights),
         cmocka_unit_test(test_gradients),          cmocka_unit_test(test_blocks_of_moments),
         cmocka_unit_test(test_bytes_of_int8_rows), cmocka_unit_test(test_fused_linears_are_of_one_kind),
+        cmocka_unit_test(test_tiles),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

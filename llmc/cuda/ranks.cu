@@ -48,7 +48,7 @@ static void copy_rows(void *wire, size_t stride, void *tensor, const RowSplit *s
     char *w = (char *)wire, *t = (char *)tensor;
     size_t bits = (size_t)(uintptr_t)w | (size_t)(uintptr_t)t | stride | row_bytes;
     auto run = bits % 16 == 0 ? copy<uint4> : bits % 8 == 0 ? copy<uint2> : bits % 4 == 0 ? copy<uint32_t>
-               : copy<uint16_t>;
+               : bits % 2 == 0 ? copy<uint16_t> : copy<uint8_t>;
     run(w, t, stride, split, k0, kn, row_bytes, pack);
 }
 

@@ -40,8 +40,8 @@ static void check_bytes(const char *what, const char *where, const std::vector<u
 // ---------------------------------------------------------------------------------------------
 
 CUDA_TEST(rows_between_ranks) {
-    // Rows of 2, 4, 8 and 16 bytes' alignment; pieces of more than one turn of a block.
-    const size_t row_bytes[] = {2, 6, 20, 24, 96, 1040};
+    // Rows of 1, 2, 4, 8 and 16 bytes' alignment; pieces of more than one turn of a block.
+    const size_t row_bytes[] = {2, 6, 20, 24, 37, 96, 1040};
     const int ranks[] = {1, 2, 3, 8};
     for (size_t bytes : row_bytes)
         for (int R : ranks)
