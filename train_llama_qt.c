@@ -274,9 +274,12 @@ static int parse_products(Int8Products *p, Err *err) {
 // Linears are INT8 rows; so is the head, unless it is to be float.
 static int plan_from_options(QuantPlan *plan, const LlamaConfig *c, const Int8Products *p, Err *err) {
     static const char *const float_head[] = {"lm_head.weight=none"};
+    const char *scheme = p->output ? "int8qt-int8" : "int8qt";
     bool int8 = qt.head == 0;
-    return quant_plan_from_options(plan, NULL, p->output ? "int8qt-int8" : "int8qt", NULL, NULL, NULL,
-                                   c->tied && int8 ? "int8,channel,rows" : NULL, float_head, !c->tied && !int8, err);
+    int rc = quant_plan_from_options(plan, NULL, scheme, NULL, NULL, NULL, c->tied && int8 ? "int8,channel,rows" : NULL,
+                                     float_head, !c->tied && !int8, err);
+    snprintf(plan->name, sizeof plan->name, "%s", scheme);         // whatever the head
+    return rc;
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -51,8 +51,8 @@ int main(int argc, char **argv) {
         exact = start - t * (double)lr;
         printf("%d,%.9g,%.9g,%.9g,%.9g\n", t, exact, mean, codes[0][1] * (double)scale[0], codes[1][1] * (double)scale[1]);
     }
-    // A step rounds by a fraction that is anywhere in a code: its variance is at most 1/4 code^2, and steps add up.
-    double error = sqrt(steps * 0.25 / (COLS - 1)) / 127.0;
+    // A step starts at a whole code and moves it with probability 1/50: a variance of 1/50 49/50, and steps add up.
+    double error = sqrt(steps * 0.0196 / (COLS - 1)) / 127.0;
     fprintf(stderr, "result rounding_stochastic_from_exact %.3f standard_errors\n", fabs(mean - exact) / error);
     fprintf(stderr, "result rounding_nearest_moved %.6f codes\n", fabs(codes[1][1] * (double)scale[1] - start) * 127.0);
     return 0;
