@@ -3,6 +3,7 @@
 //   build/bf16/bench/shard_plan --model 8B --ranks 8
 //   build/bf16/bench/shard_plan --model 405B --ranks 1024 --link 50 --batch 1 --seq-len 8192
 //   build/bf16/bench/shard_plan --model 70B                (1 to 1,024 ranks)
+//   build/bf16/bench/shard_plan --model 1B --scheme int8qt --master bf16-sr --optim-state int8
 // Sizes are those that the trainer allocates and sends (llmc/shard.c lays them out; nothing is allocated here). Times
 // replay the trainer's order of calls on two clocks, one that computes at --tflops and one that moves bytes at --link.
 #include <math.h>
@@ -12,10 +13,11 @@
 #include "llmc/llama.h"
 #include "llmc/logger.h"
 #include "llmc/shard.h"
+#include "llmc/store.h"
 
 static struct {
     const char *model, *scheme;
-    int ranks, shard, gather, B, T, grad_accum;
+    int ranks, shard, gather, master, optim_state, B, T, grad_accum;
     double link, tflops, latency;
 } run;
 
@@ -25,6 +27,8 @@ static const Option options[] = {
     {"--shard",      OPT_ENUM,   &run.shard,      "full",     "none,optim,grad,full", "as the trainer's"},
     {"--gather",     OPT_ENUM,   &run.gather,     "quant",    "quant,full", "as the trainer's"},
     {"--scheme",     OPT_STRING, &run.scheme,     "8da4w-32", NULL, "as the trainer's"},
+    {"--master",     OPT_ENUM,   &run.master,     "fp32",     "fp32,bf16-sr", "as the trainer's"},
+    {"--optim-state", OPT_ENUM,  &run.optim_state, "fp32",    "fp32,bf16,int8,int4,fp8", "as the trainer's"},
     {"--batch",      OPT_INT,    &run.B,          "2",        "1..65536", "sequences in a micro-batch of a rank"},
     {"--seq-len",    OPT_INT,    &run.T,          "8192",     "1..1048576", "tokens in a sequence"},
     {"--grad-accum", OPT_INT,    &run.grad_accum, "1",        "1..65536", "micro-batches in a step"},
@@ -110,10 +114,12 @@ static int plan(const LlamaConfig *c, const QuantPlan *q, const ParamTable *tabl
                 Err *err) {
     double most = 0, own = 0;                                                        // of the fullest rank
     Shard s;
+    Store store;
     for (int r = R - 1; r >= 0; r--) {
         int rc = shard_plan(&s, c, q, table, (ShardLevel)run.shard, run.gather == 0, R, r, err);
-        if (rc < 0) return rc;
-        double state = 12.0 * (double)s.own.held.n_elements;                          // master, m, v
+        if (rc < 0 || (rc = store_plan(&store, &s, true, err)) < 0) return rc;
+        double state = store.param_bytes + store.state_bytes;
+        store_free(&store);
         own = fmax(own, state);
         most = fmax(most, state + s.memory.weights + s.memory.gradients + s.memory.own_gradients + s.memory.buffers);
         if (r > 0) shard_free(&s);
@@ -141,12 +147,15 @@ static int run_plan(Err *err) {
     if (rc == 0) rc = quant_plan_from_options(&q, NULL, run.scheme, NULL, NULL, NULL, NULL, NULL, 0, err);
     if (rc == 0) rc = param_table_build(&table, &c, &q, err);
     if (rc < 0) return rc;
+    param_table_formats(&table, (ParamFormat)run.master, (StateFormat)run.optim_state);
     double links[3] = {25, 50, 400};
     int n_links = run.link > 0 ? 1 : 3;
     if (run.link > 0) links[0] = run.link;
     char count[32];
-    printf("%s: %s parameters, %s, --shard %s, --gather %s; %d x %d tokens x %d a rank and step; %g TFLOP/s a rank\n",
-           run.model, fmt_count(count, (double)table.n_params), run.scheme,
+    printf("%s: %s parameters, %s, masters %s, moments %s, --shard %s, --gather %s; %d x %d tokens x %d a rank and step; %g "
+           "TFLOP/s a rank\n", run.model, fmt_count(count, (double)table.n_params), run.scheme,
+           (const char *[]){"fp32", "bf16"}[run.master],
+           (const char *[]){"fp32", "bf16", "int8", "int4", "fp8"}[run.optim_state],
            (const char *[]){"none", "optim", "grad", "full"}[run.shard], run.gather ? "full" : "quant", run.B, run.T,
            run.grad_accum, run.tflops);
     printf("memory of a rank without activations, bytes that it receives in a step; step in seconds, and the share of it "
