@@ -206,8 +206,8 @@ typedef struct {
 void quant_plan_none(QuantPlan *p);
 // The plan of a program's options, each NULL when not given: --scheme NAME or --weight SPEC for linears, --activation
 // SPEC for their inputs, --embedding SPEC, --head SPEC, --rule RULE... What is not said is as in `base` (NULL: not
-// quantized); a scheme, or weights, replace its linears and rules. Named after the scheme, or the base, that it equals,
-// else "custom".
+// quantized); a scheme, or weights, replace its linears and rules. Named after the scheme (int8qt with or without a tied
+// head of INT8 rows), or the base, that it equals, else "custom".
 int quant_plan_from_options(QuantPlan *p, const QuantPlan *base, const char *scheme, const char *weight,
                             const char *activation, const char *embedding, const char *head, const char *const *rules,
                             int n_rules, Err *err);

@@ -52,6 +52,7 @@ int quant_plan_from_options(QuantPlan *p, const QuantPlan *base, const char *sch
     if ((rc = rows_check(p, err))) return rc;
     QuantPlan alone = {0};                       // the scheme and nothing else
     if (scheme && (rc = quant_scheme_from_name(&alone.linear, scheme, err))) return rc;
+    if (quant_is_int8_rows(&alone.linear.weight) && quant_is_int8_rows(&p->tied_head)) alone.tied_head = p->tied_head;
     const char *name = quant_plan_is_none(p)                    ? "none"
                        : scheme && quant_plan_equal(p, &alone) ? scheme
                        : base && quant_plan_equal(p, base)     ? base->name

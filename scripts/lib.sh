@@ -7,7 +7,7 @@ threads=(--threads "${THREADS:-0}")
 
 need_programs() {
     local p
-    for p in train_llama_qat quantize eval generate; do
+    for p in train_llama_qat train_llama_qt quantize eval generate; do
         [ -x "$bin/$p" ] || { echo "$bin/$p is not there: run make first" >&2; exit 1; }
     done
 }
@@ -28,16 +28,17 @@ run() {
 }
 
 # train LOG ARGUMENTS...: the same for a training run, with every 50th step line (STEP_LINES) and the validations shown.
+# PROGRAM names the trainer.
 train() {
-    local log=$1
+    local log=$1 program=$bin/${PROGRAM:-train_llama_qat}
     shift
     set -- "$@" "${threads[@]}"
-    echo "\$ $bin/train_llama_qat $*"
-    if ! "$bin/train_llama_qat" "$@" 2>&1 | tee "$log" | awk -v every="${STEP_LINES:-50}" '
+    echo "\$ $program $*"
+    if ! "$program" "$@" 2>&1 | tee "$log" | awk -v every="${STEP_LINES:-50}" '
             /^step/ { split($2, s, "/"); if (s[1] % every == 0) print; fflush(); next }
             /^val/ { print; fflush() }'; then
         tail -n 20 "$log" >&2
-        echo "failed: $bin/train_llama_qat $* (all it printed: $log)" >&2
+        echo "failed: $program $* (all it printed: $log)" >&2
         exit 1
     fi
 }

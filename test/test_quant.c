@@ -749,7 +749,9 @@ static void test_plan_rows(void **state) {
     Err err = {0};
     options_give(NULL, "int8qt", NULL, NULL, NULL, NULL, "int8qt", &p);
     assert_true(quant_plan_has_rows(&p));
-    options_give(NULL, "int8qt-int8", NULL, NULL, NULL, "int8,channel,rows", "custom", &p);
+    options_give(NULL, "int8qt-int8", NULL, NULL, NULL, "int8,channel", "custom", &p);
+    options_give(NULL, "int8wo", NULL, NULL, NULL, "int8,channel,rows", "custom", &p);
+    options_give(NULL, "int8qt-int8", NULL, NULL, NULL, "int8,channel,rows", "int8qt-int8", &p);
     assert_true(quant_plan_has_rows(&p) && quant_is_int8_rows(&p.tied_head));
     options_give(NULL, "none", NULL, NULL, NULL, "int8,rows", "custom", &p);
     assert_true(quant_plan_has_rows(&p));

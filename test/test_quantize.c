@@ -206,7 +206,7 @@ static void test_every_scheme(void **state) {
         {"--scheme 8da4w-32", "8da4w-32"}, {"--scheme 8da4w-64", "8da4w-64"}, {"--scheme int2-16", "int2-16"},
         {"--scheme int3-32", "int3-32"}, {"--scheme int5-64", "int5-64"}, {"--scheme int6-32", "int6-32"},
         {"--scheme int7-8", "int7-8"}, {"--scheme int8-32", "int8-32"}, {"--scheme int8qt", "int8qt"},
-        {"--scheme int8qt-int8", "int8qt-int8"}, {"--scheme int8qt --head int8,channel,rows", "custom"},
+        {"--scheme int8qt-int8", "int8qt-int8"}, {"--scheme int8qt --head int8,channel,rows", "int8qt"},
         {"--weight uint5,group=32,float --embedding int4,group=32 --head int8,channel", "custom"},
         {"--weight int4,group=16,asymmetric --head uint3,tensor", "custom"},
         {"--weight int4,block=2x16,symmetric-no-clip --embedding uint6,channel", "custom"},

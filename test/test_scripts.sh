@@ -73,8 +73,25 @@ table_is_right() {
     [ "$(out=$tmp bash -c '. scripts/lib.sh; json_field "$1" a x' - "$tmp/j")" = -3.5e-7 ]
 }
 
+# Four runs of a few steps: a table with a line each, curves, and losses that eval agrees with; a second call repeats none.
+qt_experiment_compares() {
+    [ -n "${QLLM_BIN:-}" ] || { echo "no QLLM_BIN"; return 77; }
+    awk -v seed=1 -v lines=200 -f test/babble.awk >"$tmp/t.txt"
+    awk -v seed=2 -v lines=30 -f test/babble.awk >"$tmp/v.txt"
+    qt() { TRAIN=$tmp/t.txt VAL=$tmp/v.txt SHAPE=tiny STEPS=4 SEEDS=3 BATCH=2 SEQ_LEN=64 VAL_EVERY=2 WARMUP=1 \
+        scripts/qt_experiment.sh "$tmp/qt"; }
+    qt || return 1
+    [ "$(cut -d, -f1,2,8 "$tmp/qt/table.csv" | tr '\n' ' ')" = \
+        "run,seed,eval bf16,3,equal weight-only,3,equal int8,3,equal nearest,3,equal " ] || return 1
+    [ "$(wc -l <"$tmp/qt/curves.csv")" = 9 ] || return 1
+    cp "$tmp/qt/table.csv" "$tmp/first.csv"
+    qt >"$tmp/again" && ! grep -q '^val ' "$tmp/again" && cmp "$tmp/first.csv" "$tmp/qt/table.csv" || return 1
+    ! RUNS="bf16 int9" qt
+}
+
 check runner_counts
 check text_is_held_out
 check plot_is_png
 check table_is_right
+check qt_experiment_compares
 exit $failed
