@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/lib.sh
-case $#${1:-} in 0 | 1[!-]*) ;; *) sed -n '2,11s/^# //p' "$0" >&2; exit 2 ;; esac
+case $#${1:-} in 0 | 1[!-]*) ;; *) sed -n '2,10s/^# //p' "$0" >&2; exit 2 ;; esac
 out=${1:-runs/qt}
 steps=${STEPS:-1000} T=${SEQ_LEN:-256} B=${BATCH:-16} tokenizer=${TOKENIZER:-bytes}
 read -r -a seeds <<<"${SEEDS:-1 2}"
