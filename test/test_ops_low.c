@@ -397,7 +397,9 @@ static void test_philox(void **state) {
         for (int n = 1; n <= 200; n += 33) {
             uint32_t words[256];
             uint64_t seed = 0x9e3779b97f4a7c15u * (uint64_t)n, stream = rounding_stream(n, 7);
-            philox_fill(words, seed, stream, first, n);
+            PhiloxKeys keys;
+            philox_keys(&keys, seed);
+            philox_fill(words, &keys, stream, first, n);
             for (int i = 0; i < n; i++)
                 assert_int_equal(words[i], philox(seed, stream, first + (uint64_t)i / 4).v[i % 4]);
         }

@@ -19,6 +19,7 @@ static size_t total;                   // N * C
 static floatX *a, *b, *c, *d, *small;  // (N, C) each; small: a row and more
 static float *f0, *f1, *f2, *f3;       // (total) f32 each
 static float *small_f;                 // (N)
+static float *block_scales;            // (2 * total / 128)
 static uint8_t *bytes;                 // (2 * total): masks, or codes
 static int32_t *ids;
 static StepState step = {.t = 3, .lr = 1e-4f, .grad_scale = 1e-3f, .tokens = 1};
@@ -91,6 +92,29 @@ static void adamw_uint4(void) { adamw_with(&uint4); }
 static void sgd(void) {
     step.skip = 0;
     ops_cpu.sgd_fq(f0, f1, a, NULL, f3, &step, 0.9f, 0.0f, NULL, (int64_t)N, C);
+}
+// Parameters in a, moments in b and c or f1 and f2, their scales and those of rows in small_f and small_f + N.
+static StoredState moment(StateFormat f, void *narrow, float *wide, float *scale) {
+    return (StoredState){.format = f, .data = f == STATE_F32 ? wide : narrow, .scale = scale};
+}
+static void low_with(ParamFormat pf, StateFormat sf) {
+    step.skip = 0;
+    step.grad_scale = 1e-3f;
+    StoredParam p = {.format = pf, .data = pf == PARAM_F32 ? (void *)f0 : a, .scale = small_f};
+    ops_cpu.adamw_low(p, moment(sf, b, f1, block_scales), moment(sf, c, f2, block_scales + total / 128),
+                      NULL, NULL, f3, &step, &params, NULL, ROUND_STOCHASTIC, 1, 0, (int64_t)N, C);
+}
+static void low_f32(void) { low_with(PARAM_F32, STATE_F32); }
+static void low_f32_int8(void) { low_with(PARAM_F32, STATE_INT8); }
+static void low_bf16_f32(void) { low_with(PARAM_BF16, STATE_F32); }
+static void low_bf16_int8(void) { low_with(PARAM_BF16, STATE_INT8); }
+static void low_int8_f32(void) { low_with(PARAM_INT8, STATE_F32); }
+static void low_int8_bf16(void) { low_with(PARAM_INT8, STATE_BF16); }
+static void low_int8_int8(void) { low_with(PARAM_INT8, STATE_INT8); }
+static void low_int8_int4(void) { low_with(PARAM_INT8, STATE_INT4); }
+static void low_int8_fp8(void) { low_with(PARAM_INT8, STATE_FP8); }
+static void int8_rows(void) {
+    ops_cpu.int8_rows((int8_t *)bytes, small_f, (StoredParam){.format = PARAM_BF16, .data = a}, (int64_t)N, C);
 }
 static void weight_fq(void) { ops_cpu.weight_fq(a, NULL, f0, NULL, (int64_t)N, C); }
 static void weight_fq_int4(void) { ops_cpu.weight_fq(a, NULL, f0, &int4, (int64_t)N, C); }
@@ -174,6 +198,7 @@ int main(int argc, char **argv) {
     bytes = alloc_or_die(2 * total, "bytes");
     small = alloc_or_die((C + FF) * X, "weights");
     small_f = alloc_or_die(N * sizeof *small_f, "row scales");
+    block_scales = alloc_or_die(total / 64 * sizeof *block_scales, "scales of blocks");
     ids = alloc_or_die(N * sizeof *ids, "token ids");
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < total; i++) {
@@ -195,7 +220,7 @@ int main(int argc, char **argv) {
     printf("result read_bandwidth %.1f GB/s\n", reading / 1e9);
     printf("  (copy by stores %.1f GB/s, by memcpy %.1f GB/s)\n", copy1 / 1e9, copy2 / 1e9);
 
-    double n = (double)total, half = n / 2;
+    double n = (double)total, half = n / 2, per256 = 8.0 / 256, per128 = 8.0 / 128;      // scales read and written
     double row4 = MATVEC_C / 2.0 + MATVEC_C / GROUP * 4.0, row8 = MATVEC_C + 4.0,
            row3 = MATVEC_C * 3 / 8.0 + MATVEC_C / GROUP * 4.0;
     // reads: true where the operation writes next to nothing, so that reading is its peak
@@ -219,6 +244,16 @@ int main(int argc, char **argv) {
         {"adamw_fq_int8", adamw_int8, n * (28 + X), false},
         {"adamw_fq_uint4_float", adamw_uint4, n * (28 + X), false},
         {"sgd", sgd, n * (20 + X), false},                                        // p, buf read and written, grad, work
+        {"adamw_low_f32_f32", low_f32, n * 28, false},                            // as adamw, no work
+        {"adamw_low_f32_int8", low_f32_int8, n * (16 + 2 * per256), false},
+        {"adamw_low_bf16_f32", low_bf16_f32, n * 24, false},
+        {"adamw_low_bf16_int8", low_bf16_int8, n * (12 + 2 * per256), false},
+        {"adamw_low_int8_f32", low_int8_f32, n * 22, false},
+        {"adamw_low_int8_bf16", low_int8_bf16, n * 14, false},
+        {"adamw_low_int8_int8", low_int8_int8, n * (10 + 2 * per256), false},     // p, m, v read, written; grad
+        {"adamw_low_int8_int4", low_int8_int4, n * (8 + 2 * per128), false},
+        {"adamw_low_int8_fp8", low_int8_fp8, n * (10 + 2 * per256), false},
+        {"int8_rows", int8_rows, n * (X + 1), false},                             // values, codes
         {"weight_copy", weight_fq, n * (4 + X), false},                           // master, work
         {"weight_fq_int4", weight_fq_int4, n * (4 + X), false},
         {"weight_fq_int8", weight_fq_int8, n * (4 + X), false},
@@ -244,9 +279,10 @@ int main(int argc, char **argv) {
     };
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
         if (argc > 1 && !strstr(table[i].name, argv[1])) continue;
-        double rate = table[i].bytes / best(table[i].run);
-        printf("result op_%s_bandwidth_share %.2f ratio   (%.1f GB/s)\n", table[i].name,
-               rate / (table[i].reads ? reading : copying), rate / 1e9);
+        double seconds = best(table[i].run), rate = table[i].bytes / seconds;
+        printf("result op_%s_bandwidth_share %.2f ratio   (%.1f GB/s; %.1f bytes, %.2f ns an element)\n",
+               table[i].name, rate / (table[i].reads ? reading : copying), rate / 1e9, table[i].bytes / n,
+               1e9 * seconds / n);
         fflush(stdout);
     }
     return 0;

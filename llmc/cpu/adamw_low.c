@@ -21,7 +21,8 @@ typedef struct {
     int64_t cols, b0, b1;            // b0 0: strips are steps
     int64_t width;                   // values of a strip
     bool stochastic, range_wanted;
-    uint64_t seed, stream, first;    // first: these rows' first value in the whole tensor
+    PhiloxKeys keys;
+    uint64_t stream, first;          // first: these rows' first value in the whole tensor
 } Low;
 
 // ---------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ static void int8_row_stochastic(int8_t *codes, const float *x, int64_t n, float 
     v16 inv = v16_set1(int8_row_inv(scale));
     for (int64_t c = 0; c < n; c += STEP, at += STEP) {
         int part = n - c < STEP ? (int)(n - c) : STEP, skip = (int)(at % 4);
-        philox_fill(words, l->seed, l->stream, at / 4, skip + part);
+        philox_fill(words, &l->keys, l->stream, at / 4, skip + part);
         for (int i = 0; i < part; i += 16) {
             int k = part - i < 16 ? part - i : 16;
             v16i random;
@@ -189,7 +190,7 @@ static void bf16_store(bf16 *out, float *x, int64_t n, const Low *l, uint64_t at
     uint32_t words[STEP / 2 + 2 * PHILOX_GROUP];
     for (int64_t c = 0; c < n; c += STEP, at += STEP) {
         int part = n - c < STEP ? (int)(n - c) : STEP, skip = (int)(at % 8);
-        if (l->stochastic) philox_fill(words, l->seed, l->stream, at / 8, (skip + part + 1) / 2);
+        if (l->stochastic) philox_fill(words, &l->keys, l->stream, at / 8, (skip + part + 1) / 2);
         for (int i = 0; i < part; i += 16) {
             int k = part - i < 16 ? part - i : 16;
             v16 value = v16_load(x + c + i, k);
@@ -322,8 +323,9 @@ void cpu_adamw_low(StoredParam p, StoredState m, StoredState v, floatX *work, fl
     Low l = {.u = adamw_update(state, h), .p = p, .m = m, .v = v, .grad = grad, .wscale = wscale, .cols = cols,
              .work = p.format == PARAM_INT8 ? NULL : work, .stochastic = rounding == ROUND_STOCHASTIC,
              .map = {state_map_quick(v.format, false), state_map_quick(m.format, true)},
-             .seed = state->seed, .stream = rounding_stream(tensor, state->t),
+             .stream = rounding_stream(tensor, state->t),
              .first = (uint64_t)row0 * (uint64_t)cols};
+    philox_keys(&l.keys, state->seed);
     int64_t unit;
     if (low_plan(&l, &unit, wq, rows) < 0) return;
     // Each thread a tile of its own, some cache lines apart.

@@ -19,21 +19,28 @@ VEC v8u v8u_mul32(v8u a, v8u b) {
 #endif
 }
 
+// The keys of ten rounds, in all lanes.
+typedef struct { v8u k[20]; } PhiloxKeys;
+
+VEC void philox_keys(PhiloxKeys *keys, uint64_t seed) {
+    for (uint32_t round = 0; round < 10; round++) {
+        keys->k[2 * round] = v8u_set1((uint32_t)seed + round * 0x9E3779B9u);
+        keys->k[2 * round + 1] = v8u_set1((uint32_t)(seed >> 32) + round * 0xBB67AE85u);
+    }
+}
+
 // Eight blocks from `block` on: 32 words, four a block. The counters are 32-bit numbers in 64-bit lanes, whose upper
 // halves hold rests: a product leaves its lower half where it is needed next.
-VEC void philox8(uint32_t *out, uint64_t seed, uint64_t stream, uint64_t block) {
+VEC void philox8(uint32_t *out, const PhiloxKeys *keys, uint64_t stream, uint64_t block) {
     // Even lanes hold blocks 0 to 3, odd ones 4 to 7: pairs of words then come out in order.
     v8u index = v8u_set1(block) + (v8u){0, 4, 1, 5, 2, 6, 3, 7};
     v8u c0 = index, c1 = index >> 32, c2 = v8u_set1(stream), c3 = v8u_set1(stream >> 32);
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     for (int round = 0; round < 10; round++) {
         v8u p0 = v8u_mul32(c0, v8u_set1(0xD2511F53u)), p1 = v8u_mul32(c2, v8u_set1(0xCD9E8D57u));
-        c0 = (p1 >> 32) ^ c1 ^ v8u_set1(k0);
-        c2 = (p0 >> 32) ^ c3 ^ v8u_set1(k1);
+        c0 = (p1 >> 32) ^ c1 ^ keys->k[2 * round];
+        c2 = (p0 >> 32) ^ c3 ^ keys->k[2 * round + 1];
         c1 = p1;
         c3 = p0;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
     }
     v8u lower = v8u_set1(0xffffffffu), first = (c0 & lower) | c1 << 32, second = (c2 & lower) | c3 << 32;
     v8u even = __builtin_shuffle(first, second, (v8u){0, 8, 2, 10, 4, 12, 6, 14});
@@ -43,7 +50,7 @@ VEC void philox8(uint32_t *out, uint64_t seed, uint64_t stream, uint64_t block) 
 }
 
 // At least n words of blocks from `block` on, in multiples of PHILOX_GROUP.
-VEC void philox_fill(uint32_t *out, uint64_t seed, uint64_t stream, uint64_t block, int n) {
-    for (int i = 0; i < n; i += PHILOX_GROUP) philox8(out + i, seed, stream, block + (uint64_t)i / 4);
+VEC void philox_fill(uint32_t *out, const PhiloxKeys *keys, uint64_t stream, uint64_t block, int n) {
+    for (int i = 0; i < n; i += PHILOX_GROUP) philox8(out + i, keys, stream, block + (uint64_t)i / 4);
 }
 #endif
