@@ -5,7 +5,7 @@
 //   c = a . b   is   D = A . B   with A = b^T, B = a^T:  m = N, n = M, k = K
 // No operand is copied: a (M, K) row-major is the library's (K, M) with leading dimension K, which is B as it stands;
 // stored (K, M) it is B transposed. Likewise b stored (K, N) is A as it stands, stored (N, K) A transposed:
-//   linear_forward TN, linear_backward_input NN, linear_backward_weight NT
+//   linear_forward TN, linear_backward_input NN, linear_backward_weight NT, and TN for int8, which takes no other
 // A scale for each column of c is one for each row of D: a vector of alphas, where the library takes that.
 #include "cublaslt.cuh"
 #ifdef __CUDACC__
@@ -112,7 +112,7 @@ const char *cublaslt_description(bool *found) {
 
 // ---------------------------------------------------------------------------------------------
 // Plans: descriptors and the algorithm for a product, found by its key in a hash table.
-typedef struct { bool ta, tb, out_f32, scaled; int64_t M, N, K; } Key;
+typedef struct { bool ta, tb, out_f32, scaled, i8; int64_t M, N, K, ld; } Key;
 struct CublasltPlan {
     Key key;
     bool used;
@@ -136,15 +136,15 @@ static void forget(Plan *plan) {
 }
 
 static bool same_key(const Key *a, const Key *b) {
-    return a->ta == b->ta && a->tb == b->tb && a->out_f32 == b->out_f32 && a->scaled == b->scaled && a->M == b->M &&
-           a->N == b->N && a->K == b->K;
+    return a->ta == b->ta && a->tb == b->tb && a->out_f32 == b->out_f32 && a->scaled == b->scaled && a->i8 == b->i8 &&
+           a->M == b->M && a->N == b->N && a->K == b->K && a->ld == b->ld;
 }
 
 // The key's place: its plan, or the free one where it belongs.
 static Plan *place(const Key *key) {
-    uint64_t h = (uint64_t)(key->ta + 2 * key->tb + 4 * key->out_f32 + 8 * key->scaled);
-    const int64_t sizes[3] = {key->M, key->N, key->K};
-    for (int i = 0; i < 3; i++) h = (h ^ (uint64_t)sizes[i]) * 0x9e3779b97f4a7c15u, h ^= h >> 29;
+    uint64_t h = (uint64_t)(key->ta + 2 * key->tb + 4 * key->out_f32 + 8 * key->scaled + 16 * key->i8);
+    const int64_t sizes[4] = {key->M, key->N, key->K, key->ld};
+    for (int i = 0; i < 4; i++) h = (h ^ (uint64_t)sizes[i]) * 0x9e3779b97f4a7c15u, h ^= h >> 29;
     size_t i = (size_t)(h % PLANS);
     while (plans[i].used && !same_key(&plans[i].key, key)) i = (i + 1) % PLANS;
     return &plans[i];
@@ -162,23 +162,27 @@ static bool describe(Plan *plan) {
     int32_t ta = k->tb ? CUBLAS_OP_T : CUBLAS_OP_N, tb = k->ta ? CUBLAS_OP_T : CUBLAS_OP_N;
     int32_t mode = k->scaled ? CUBLASLT_POINTER_MODE_ALPHA_DEVICE_VECTOR_BETA_ZERO : CUBLASLT_POINTER_MODE_HOST;
     uint64_t N = (uint64_t)k->N, M = (uint64_t)k->M, K = (uint64_t)k->K;
-    return LT_CHECK(cublasLtMatmulDescCreate, &plan->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F) &&
+    cudaDataType_t in = k->i8 ? CUDA_R_8I : type_x, out = k->i8 ? CUDA_R_32I : k->out_f32 ? CUDA_R_32F : type_x;
+    int64_t lda = k->i8 ? k->ld : k->ta ? k->M : k->K, ldb = k->i8 ? k->ld : k->tb ? k->K : k->N;
+    return LT_CHECK(cublasLtMatmulDescCreate, &plan->desc, k->i8 ? CUBLAS_COMPUTE_32I : CUBLAS_COMPUTE_32F,
+                    k->i8 ? CUDA_R_32I : CUDA_R_32F) &&
            LT_CHECK(cublasLtMatmulDescSetAttribute, plan->desc, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof ta) &&
            LT_CHECK(cublasLtMatmulDescSetAttribute, plan->desc, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof tb) &&
            LT_CHECK(cublasLtMatmulDescSetAttribute, plan->desc, CUBLASLT_MATMUL_DESC_POINTER_MODE, &mode,
                     sizeof mode) &&
-           LT_CHECK(cublasLtMatrixLayoutCreate, &plan->A, type_x, k->tb ? K : N, k->tb ? N : K, k->tb ? k->K : k->N) &&
-           LT_CHECK(cublasLtMatrixLayoutCreate, &plan->B, type_x, k->ta ? M : K, k->ta ? K : M, k->ta ? k->M : k->K) &&
-           LT_CHECK(cublasLtMatrixLayoutCreate, &plan->D, k->out_f32 ? CUDA_R_32F : type_x, N, M, k->N);
+           LT_CHECK(cublasLtMatrixLayoutCreate, &plan->A, in, k->tb ? K : N, k->tb ? N : K, ldb) &&
+           LT_CHECK(cublasLtMatrixLayoutCreate, &plan->B, in, k->ta ? M : K, k->ta ? K : M, lda) &&
+           LT_CHECK(cublasLtMatrixLayoutCreate, &plan->D, out, N, M, k->N);
 }
 
-// The heuristic's first choice. In a weight gradient parts of a split K may be reduced in compute type, in a pass of
-// its own with a fixed order; elsewhere K is not split.
+// The heuristic's first choice. In a weight gradient and for int8, parts of a split K may be reduced in compute type,
+// in a pass of its own with a fixed order; elsewhere K is not split.
 static bool choose(Plan *plan) {
     cublasLtMatmulPreference_t preference = nullptr;
     if (!LT_CHECK(cublasLtMatmulPreferenceCreate, &preference)) return false;
     uint64_t bytes = workspace_bytes;
-    uint32_t reduction = plan->key.ta ? CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE : CUBLASLT_REDUCTION_SCHEME_NONE;
+    bool split = plan->key.ta || plan->key.i8;
+    uint32_t reduction = split ? CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE : CUBLASLT_REDUCTION_SCHEME_NONE;
     uint32_t alignment = ALIGNMENT;
     bool set = LT_CHECK(cublasLtMatmulPreferenceSetAttribute, preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                         &bytes, sizeof bytes) &&
@@ -217,7 +221,7 @@ static const Plan *get(const Key *key) {
     if (plan->used) return plan;
     Key standard = *key;
     standard.M = CUBLASLT_ROWS;
-    const Plan *from = key->ta || key->M == CUBLASLT_ROWS ? nullptr : get(&standard);
+    const Plan *from = key->ta || key->i8 || key->M == CUBLASLT_ROWS ? nullptr : get(&standard);
     plan = place(key);                                         // the other one may have come to stand here
     plan->key = *key;
     plan->used = true;
@@ -226,23 +230,33 @@ static const Plan *get(const Key *key) {
     return plan;
 }
 
-const Plan *cublaslt_plan(const Product *p, bool scaled, const void *c, const floatX *a, const floatX *b) {
+// What this file asks of a product, beside a library that has an algorithm for it.
+static bool taken(const Product *p, bool scaled, const void *c, const void *a, const void *b) {
+    if (((uintptr_t)c | (uintptr_t)a | (uintptr_t)b) % ALIGNMENT) return false;
+    if (p->i8) return p->M > CUBLASLT_I8 && p->N % CUBLASLT_I8 == 0 && p->K % CUBLASLT_I8 == 0 &&
+                      p->ld % CUBLASLT_I8 == 0;
     int64_t row_a = p->ta ? p->M : p->K, row_b = p->tb ? p->K : p->N;
-    if (((uintptr_t)c | (uintptr_t)a | (uintptr_t)b) % ALIGNMENT || row_a % VEC_X || row_b % VEC_X || p->N % VEC_X ||
-        (scaled && p->accumulate) || !available()) return nullptr;
+    return row_a % VEC_X == 0 && row_b % VEC_X == 0 && p->N % VEC_X == 0 && !(scaled && p->accumulate);
+}
+
+const Plan *cublaslt_plan(const Product *p, bool scaled, const void *c, const void *a, const void *b) {
+    if (!taken(p, scaled, c, a, b) || !available()) return nullptr;
     if (plans_used > PLANS * 3 / 4) {                          // room for two
         for (int i = 0; i < PLANS; i++) forget(&plans[i]);
         plans_used = 0;
     }
-    Key key = {p->ta, p->tb, p->out_f32, scaled, p->M, p->N, p->K};
+    Key key = {p->ta, p->tb, p->out_f32, scaled, p->i8, p->M, p->N, p->K, p->ld};
     const Plan *plan = get(&key);
     return plan->works ? plan : nullptr;
 }
 
-void cublaslt_run(const Plan *plan, bool accumulate, void *c, const floatX *a, const floatX *b, const float *scale) {
-    const float one = 1.0f, beta = accumulate ? 1.0f : 0.0f;
-    const void *alpha = plan->key.scaled ? (const void *)scale : &one;
-    LT_CHECK(cublasLtMatmul, handle, plan->desc, alpha, b, plan->A, a, plan->B, &beta, c, plan->D, c, plan->D,
+void cublaslt_run(const Plan *plan, bool accumulate, void *c, const void *a, const void *b, const float *scale) {
+    const float one = 1.0f, added = accumulate ? 1.0f : 0.0f;
+    const int32_t one_i = 1, none_i = 0;
+    bool i8 = plan->key.i8;
+    const void *alpha = i8 ? (const void *)&one_i : plan->key.scaled ? (const void *)scale : &one;
+    const void *beta = i8 ? (const void *)&none_i : &added;
+    LT_CHECK(cublasLtMatmul, handle, plan->desc, alpha, b, plan->A, a, plan->B, beta, c, plan->D, c, plan->D,
              &plan->algo, workspace, workspace_bytes, cuda_stream);
 }
 #else
@@ -250,8 +264,8 @@ const char *cublaslt_description(bool *found) {
     *found = false;
     return "built without cublasLt.h: set CUBLAS_HOME";
 }
-const struct CublasltPlan *cublaslt_plan(const Product *, bool, const void *, const floatX *, const floatX *) {
+const struct CublasltPlan *cublaslt_plan(const Product *, bool, const void *, const void *, const void *) {
     return nullptr;
 }
-void cublaslt_run(const struct CublasltPlan *, bool, void *, const floatX *, const floatX *, const float *) {}
+void cublaslt_run(const struct CublasltPlan *, bool, void *, const void *, const void *, const float *) {}
 #endif

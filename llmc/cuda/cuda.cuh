@@ -38,8 +38,10 @@ extern const Ops ops_cuda;            // ops_cuda.cu
 extern cudaStream_t cuda_stream;      // where operations are launched
 // Working memory of one operation, 256-byte aligned, kept from call to call and grown when a larger one comes: what a
 // step needs is there after the first. Operations run one after another on one stream, so they share it. NULL when
-// there is none left; the error is then set.
-void *cuda_workspace(size_t bytes);
+// there is none left; the error is then set. OUTER: a second one, for an operation that calls another one, which has
+// the first for itself.
+enum CudaWorkspace { INNER, OUTER };
+void *cuda_workspace(size_t bytes, CudaWorkspace which = INNER);
 int cuda_mark(cudaStream_t stream);   // device_mark (device.h), on any stream
 }
 

@@ -265,9 +265,11 @@ static int marks_read(double *seconds) {
     return n;
 }
 
-void *cuda_workspace(size_t bytes) {
-    static void *p;
-    static size_t size;
+void *cuda_workspace(size_t bytes, CudaWorkspace which) {
+    static void *pointers[2];
+    static size_t sizes[2];
+    void *&p = pointers[which];
+    size_t &size = sizes[which];
     if (bytes <= size) return p;
     wait();                            // what still runs may use the old one,
     recorded.runs = 0;                 // and so would a recorded step: it begins anew

@@ -13,15 +13,8 @@
 // whatever stands beside it: bits of a row are the same for every N within a way.
 #include "cublaslt.cuh"
 #include "matmul.cuh"
-#include "ptx.cuh"
+#include "tiles.cuh"
 #include <stdlib.h>
-
-static __device__ __forceinline__ void store(floatX *p, float v) { *p = f2x(v); }
-static __device__ __forceinline__ float load(const floatX *p) { return x2f(*p); }
-#ifndef PRECISION_FP32
-static __device__ __forceinline__ void store(float *p, float v) { *p = v; }
-static __device__ __forceinline__ float load(const float *p) { return *p; }
-#endif
 
 // The last step of every own kernel: value s of c[m][n], scale and accumulate never together.
 template <class Out>
@@ -101,150 +94,34 @@ static void plain(const Product *p, Out *c, const floatX *a, const floatX *b, co
 }
 
 // ---------------------------------------------------------------------------------------------
-// Tiles on tensor cores. A block of eight warps makes 128 x 128 of c, a warp 64 x 32 of that in 64 registers a thread;
-// slices of 32 k pass through a ring of four buffers of 16 KiB, three of which are on their way while one is used. Two
-// blocks share a multiprocessor: 128 registers a thread, 128 KiB. A slice of 16 KiB serves 2^20 operations, 64 a byte:
-// 6 TB/s from the second-level cache make 380 TFLOP/s, about what warp-wide mma (of sm_80) reaches on Hopper, half of
-// what its own instructions do. Blocks run in bands of eight squares so that operands stay in that cache. This is for
-// machines without the library and for shapes that it does not take.
-//
-// In shared memory a slice lies as in device memory, in chunks of 8 values = 16 bytes, which ldmatrix reads 8 at a
-// time, one from each of 8 rows. They are stored under another number, so that each 8 lie in 8 different groups of 4
-// banks, as do the 8 that cp.async writes at a time:
-//   stored (rows, K): row r, chunk j of 4:   at r * 4 + (j ^ (r / 2 % 4)); two rows fill the 32 banks
-//   stored (K, rows): row k, chunk j of 16:  at k * 16 + (j ^ (k % 8));    a row fills them twice
-// Example: stored (rows, K), chunk 0 of rows 0..7 lies at 0, 4, 9, 13, 18, 22, 27, 31: modulo 8 that is 0, 4, 1, 5, 2,
-// 6, 3, 7.
+// Tiles on tensor cores (tiles.cuh).
 #ifndef PRECISION_FP32
-#define SQUARE 128
-#define SLICE 32
-#define STAGES 4
-#define THREADS 256
-#define SLICE_VALUES (SQUARE * SLICE)
-#define TILES_SHARED (STAGES * 2 * SLICE_VALUES * sizeof(bf16))
-
-template <bool ALONG_K> static __device__ __forceinline__ int chunk_at(int row, int j) {
-    return 8 * (ALONG_K ? row * (SLICE / 8) + (j ^ (row >> 1 & 3)) : row * (SQUARE / 8) + (j ^ (row & 7)));
-}
-
-// One operand's slice: two chunks a thread. VEC: rows in memory are aligned to 16 bytes, so that a chunk is one copy
-// and exists as a whole or not at all; else values come one by one.
-template <bool ALONG_K, bool VEC>
-static __device__ __forceinline__ void load_tile(bf16 *s, const bf16 *p, size_t row0, size_t rows, size_t k0,
-                                                 size_t K) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int chunks = (ALONG_K ? SLICE : SQUARE) / 8;
-        int t = threadIdx.x + half * THREADS, r = t / chunks, j = t % chunks;
-        size_t line = (ALONG_K ? row0 : k0) + r, at = (ALONG_K ? k0 : row0) + j * 8;
-        size_t lines = ALONG_K ? rows : K, length = ALONG_K ? K : rows;
-        bf16 *to = s + chunk_at<ALONG_K>(r, j);
-        bool there = line < lines && at < length;
-        const bf16 *from = there ? p + line * length + at : p;
-        if (VEC) {
-            cp_async16(to, from, there);
-        } else {
-            Vec<bf16, 8> v = {};
-            if (there)
-                for (int i = 0; i < 8; i++) if (at + i < length) v.v[i] = from[i];
-            vec_store(to, v);
-        }
-    }
-}
-
-// 16 rows of a from row m on and 16 of k from 16 kk on, in the layout of mma_bf16.
-template <bool ALONG_K>
-static __device__ __forceinline__ void fragment_a(uint32_t (&r)[4], const bf16 *s, int m, int kk) {
-    int lane = threadIdx.x % 32, i = lane / 8, l = lane % 8;   // this lane's address is for row l of matrix i
-    if (ALONG_K) ldmatrix_x4(r, s + chunk_at<true>(m + i % 2 * 8 + l, kk * 2 + i / 2));
-    else ldmatrix_x4_trans(r, s + chunk_at<false>(kk * 16 + i / 2 * 8 + l, m / 8 + i % 2));
-}
-// 16 columns of b from n on: two fragments of 8.
-template <bool ALONG_K>
-static __device__ __forceinline__ void fragment_b(uint32_t (&lo)[2], uint32_t (&hi)[2], const bf16 *s, int n, int kk) {
-    int lane = threadIdx.x % 32, i = lane / 8, l = lane % 8;
-    uint32_t r[4];
-    if (ALONG_K) ldmatrix_x4(r, s + chunk_at<true>(n + i / 2 * 8 + l, kk * 2 + i % 2));
-    else ldmatrix_x4_trans(r, s + chunk_at<false>(kk * 16 + i % 2 * 8 + l, n / 8 + i / 2));
-    lo[0] = r[0], lo[1] = r[1], hi[0] = r[2], hi[1] = r[3];
-}
-
-static __device__ __forceinline__ void store_pair(float *p, float a, float b) { vec_store(p, Vec<float, 2>{{a, b}}); }
-static __device__ __forceinline__ void store_pair(bf16 *p, float a, float b) {
-    *(uint32_t *)(void *)p = pack_bf16(a, b);
-}
-
 template <class Out, bool TA, bool TB, bool VEC>
-static __global__ void __launch_bounds__(THREADS, VEC ? 2 : 1)  // loading values one by one takes registers
+static __global__ void __launch_bounds__(TILE_THREADS, VEC ? 2 : 1)    // loading values one by one takes registers
 tiles_kernel(Out *c, const bf16 *a, const bf16 *b, const float *scale, size_t M, size_t N, size_t K, bool accumulate,
              bool pairs) {
-    DYN_SHARED(bf16, ring);                                    // STAGES of a slice of a and one of b
-    unsigned down = (unsigned)((M + SQUARE - 1) / SQUARE), across = (unsigned)((N + SQUARE - 1) / SQUARE);
-    unsigned band = blockIdx.x / (8 * across), within = blockIdx.x % (8 * across);
-    unsigned high = down - band * 8 < 8 ? down - band * 8 : 8; // squares in this column of the band
-    size_t m0 = (size_t)(band * 8 + within % high) * SQUARE, n0 = (size_t)(within / high) * SQUARE;
-    int warp = threadIdx.x / 32, wm = warp / 4 * 64, wn = warp % 4 * 32;
-    int steps = (int)((K + SLICE - 1) / SLICE);
-
-    auto fetch = [&](int step) {
-        if (step < steps) {
-            bf16 *s = ring + step % STAGES * 2 * SLICE_VALUES;
-            load_tile<!TA, VEC>(s, a, m0, M, (size_t)step * SLICE, K);
-            load_tile<TB, VEC>(s + SLICE_VALUES, b, n0, N, (size_t)step * SLICE, K);
-        }
-        cp_async_commit();                                     // an empty group keeps the count
-    };
-    for (int s = 0; s < STAGES - 1; s++) fetch(s);
-
+    DYN_SHARED(bf16, ring);
+    size_t m0, n0;
+    tile_place(&m0, &n0, M, N);
     float acc[4][4][4] = {};
-    for (int step = 0; step < steps; step++) {
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();            // this slice is there for all, and all are done with the one before it
-        fetch(step + STAGES - 1);   // which the new one replaces
-        const bf16 *sa = ring + step % STAGES * 2 * SLICE_VALUES, *sb = sa + SLICE_VALUES;
-#pragma unroll
-        for (int kk = 0; kk < SLICE / 16; kk++) {
-            uint32_t fa[4][4], fb[4][2];
-#pragma unroll
-            for (int i = 0; i < 4; i++) fragment_a<!TA>(fa[i], sa, wm + i * 16, kk);
-#pragma unroll
-            for (int j = 0; j < 4; j += 2) fragment_b<TB>(fb[j], fb[j + 1], sb, wn + j * 8, kk);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) mma_bf16(acc[i][j], fa[i], fb[j]);
+    tile_sums<TA, TB, VEC>(acc, ring, a, b, m0, n0, M, N, K, TA ? M : K, TB ? K : N);
+    tile_store(acc, m0, n0, M, [&](size_t m, size_t n, float s0, float s1) {
+        Out *p = c + m * N + n;
+        if (pairs && n < N && !accumulate) {
+            store_pair(p, scale ? s0 * scale[n] : s0, scale ? s1 * scale[n + 1] : s1);
+        } else {
+            if (n < N) finish(p, s0, scale, n, accumulate);
+            if (n + 1 < N) finish(p + 1, s1, scale, n + 1, accumulate);
         }
-    }
-
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            size_t m = m0 + wm + i * 16 + h * 8 + lane / 4;
-            if (m >= M) continue;
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                size_t n = n0 + wn + j * 8 + lane % 4 * 2;
-                Out *p = c + m * N + n;
-                float s0 = acc[i][j][2 * h], s1 = acc[i][j][2 * h + 1];
-                if (pairs && n < N && !accumulate) {
-                    store_pair(p, scale ? s0 * scale[n] : s0, scale ? s1 * scale[n + 1] : s1);
-                } else {
-                    if (n < N) finish(p, s0, scale, n, accumulate);
-                    if (n + 1 < N) finish(p + 1, s1, scale, n + 1, accumulate);
-                }
-            }
-        }
+    });
 }
 
 template <class Out, bool TA, bool TB>
 static void tiles(const Product *p, Out *c, const floatX *a, const floatX *b, const float *scale) {
     auto kernel = rows_aligned(p, a, b, 8) ? tiles_kernel<Out, TA, TB, true> : tiles_kernel<Out, TA, TB, false>;
-    int64_t down = (p->M + SQUARE - 1) / SQUARE, across = (p->N + SQUARE - 1) / SQUARE;
     if (!allow_shared(kernel, TILES_SHARED)) return;
     bool pairs = p->N % 2 == 0 && (uintptr_t)c % (2 * sizeof *c) == 0;
-    LAUNCH(kernel, (unsigned)(down * across), THREADS, TILES_SHARED, cuda_stream)
+    LAUNCH(kernel, tile_blocks(p->M, p->N), TILE_THREADS, TILES_SHARED, cuda_stream)
         (c, a, b, scale, (size_t)p->M, (size_t)p->N, (size_t)p->K, p->accumulate, pairs);
     CUDA_CHECK(cudaGetLastError());
 }
@@ -286,7 +163,7 @@ static void scale_columns(Out *y, const In *x, const float *scale, size_t rows, 
 // Which way.
 static int allowed_ways = -1;
 void cuda_matmul_allow(int ways) { allowed_ways = ways; }
-static bool allowed(int way) {
+bool cuda_matmul_allowed(int way) {
     if (allowed_ways < 0) {
         const char *without = getenv("QLLM_NO_CUBLASLT");
         allowed_ways = MATMUL_ALL & ~(without && strcmp(without, "0") != 0 ? MATMUL_LIBRARY : 0);
@@ -298,17 +175,13 @@ template <class Out, bool TA, bool TB>
 static void own(const Product *p, Out *c, const floatX *a, const floatX *b, const float *scale) {
 #ifndef PRECISION_FP32
     // N and the other of C and OC say whether a square would be mostly empty, the number of tokens does not.
-    if (allowed(MATMUL_TILES) && p->N >= 16 && (TA ? p->M : p->K) >= 16) {
+    if (cuda_matmul_allowed(MATMUL_TILES) && p->N >= 16 && (TA ? p->M : p->K) >= 16) {
         tiles<Out, TA, TB>(p, c, a, b, scale);
         return;
     }
 #endif
     plain<Out, TA, TB>(p, c, a, b, scale);
 }
-
-// Bytes of f32 between the library's matmul and the scaling of its columns. Most of it is read back from the
-// second-level cache (50 MB on Hopper), and the matmul still has thousands of rows or columns to work on.
-#define SCALED_BYTES ((size_t)64 << 20)
 
 // A product with a scale where the library leaves the scaling to us: in f32, some rows at a time, then rounded once.
 // False if the library does not take the product at all.
@@ -321,9 +194,7 @@ static bool scaled_after(const Product *p, float *y, const floatX *x, const floa
 }
 #ifndef PRECISION_FP32
 static bool scaled_after(const Product *p, bf16 *y, const floatX *x, const floatX *w, const float *scale) {
-    int64_t rows = (int64_t)(SCALED_BYTES / sizeof(float)) / p->N / 256 * 256;
-    if (rows < 256) rows = 256;
-    if (rows > p->M) rows = p->M;
+    int64_t rows = scaled_rows(p->M, p->N);
     Product part = *p;
     part.out_f32 = true;
     part.M = rows;
@@ -350,7 +221,7 @@ static void product(Product *p, Out *c, const floatX *a, const floatX *b, const 
     p->tb = TB;
     p->out_f32 = std::is_same<Out, float>::value;
     if (p->M == 0) return;
-    if (allowed(MATMUL_LIBRARY)) {
+    if (cuda_matmul_allowed(MATMUL_LIBRARY)) {
         // The library reads a vector of alphas in loads of a width that is not documented.
         const struct CublasltPlan *plan = (uintptr_t)scale % 16 ? nullptr : cublaslt_plan(p, scale != nullptr, c, a, b);
         if (plan) {
@@ -365,7 +236,7 @@ static void product(Product *p, Out *c, const floatX *a, const floatX *b, const 
 template <class Out>
 static void linear(Out *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC) {
     if (N == 0) return;
-    if (N <= CUDA_MATVEC_TOKENS && allowed(MATMUL_MATVEC)) {
+    if (N <= CUDA_MATVEC_TOKENS && cuda_matmul_allowed(MATMUL_MATVEC)) {
         cuda_matvec(y, x, w, wscale, N, C, OC);
         return;
     }
@@ -418,7 +289,7 @@ const char *cuda_matmul_description(void) {
 #else
     const char *ours = "own tiles";
 #endif
-    if (!allowed(MATMUL_LIBRARY)) {
+    if (!cuda_matmul_allowed(MATMUL_LIBRARY)) {
         snprintf(text, sizeof text, "%s (QLLM_NO_CUBLASLT)", ours);
         return text;
     }

@@ -17,7 +17,19 @@ const char *cuda_matmul_description(void);
 // a GPU, with 400 MB of its memory, or 0 where that is not free; 1e9 under the simulator, which measures nothing.
 double cuda_matmul_peak(void);
 // Which ways a product may take, for tests: all at first, but the library with QLLM_NO_CUBLASLT=1. The plain kernel is
-// always there.
+// always there, and for int8 the tiles are.
 enum { MATMUL_LIBRARY = 1, MATMUL_TILES = 2, MATMUL_MATVEC = 4, MATMUL_ALL = 7 };
 void cuda_matmul_allow(int ways);
+bool cuda_matmul_allowed(int way);
+
+// Bytes of unscaled sums between the library's matmul and the kernel that scales and rounds them, which then take some
+// rows at a time. Most of it is read back from the second-level cache (50 MB on Hopper), and the matmul still has
+// thousands of rows or columns to work on.
+#define SCALED_BYTES ((size_t)64 << 20)
+// So many rows of `columns` values of 4 bytes.
+static inline int64_t scaled_rows(int64_t rows, int64_t columns) {
+    int64_t most = (int64_t)(SCALED_BYTES / 4) / columns / 256 * 256;
+    if (most < 256) most = 256;
+    return rows < most ? rows : most;
+}
 #endif
