@@ -409,12 +409,24 @@ static void expect_codes(StateFormat f, bool is_signed, const StateMap *q, const
     bool eight = f == STATE_INT8;
     v16i got = f == STATE_FP8 ? f8_from_f32_16(v16_load(u, 16))
                               : state_codes16(q, q->values, q->lines, is_signed, v16_load(u, 16));
+    if (eight) {
+        v16 one = v16_set1(1.0f);
+        v16i quick = state_codes8(q, is_signed, v16_load(u, 16), one, one);
+        for (int i = 0; i < 16; i++) assert_int_equal(quick[i], got[i]);
+    }
     for (int i = 0; i < 16; i++) {
         int want = state_code(f, state_map(f, is_signed), u[i], 1.0f);
         if ((got[i] & 255) != want)
             fail_msg("%s%s: code of %.9g (%08x) is %d, expected %d", f == STATE_FP8 ? "e4m3" : eight ? "int8" : "int4",
                      is_signed ? " signed" : "", (double)u[i], f32_bits(u[i]), got[i] & 255, want);
     }
+}
+// The quick way with an inverse that is not exact.
+static void expect_scaled(bool is_signed, const StateMap *q, const float *x, float scale) {
+    v16 s = v16_set1(scale);
+    v16i got = state_codes8(q, is_signed, v16_load(x, 16), s, v16_set1(1.0f) / s);
+    for (int i = 0; i < 16; i++)
+        assert_int_equal(got[i], state_code(STATE_INT8, state_map(STATE_INT8, is_signed), x[i], scale));
 }
 // Sixteen codes at once: around every edge and value, and a million numbers of all magnitudes.
 static void test_codes(void **state) {
@@ -440,6 +452,16 @@ static void test_codes(void **state) {
                     if (r.v[2] & 1) u[i] = -u[i];
                 }
                 expect_codes(f, is_signed, &q, u);
+                if (f != STATE_INT8) continue;
+                // The same in blocks of many scales, in part just beside an edge.
+                float scale = ldexpf(1.0f + philox_uniform(philox(9, 0, k).v[0]), (int)(k % 120) - 40);
+                for (int i = 0; i < 16; i++) {
+                    float edge = q.edges[(k + 16 * (uint64_t)i) % 255];
+                    u[i] = scale * (i % 2 ? u[i] : f32_from_bits(f32_bits(edge) + (uint32_t)(k % 7) - 3u));
+                    if (!(fabsf(u[i]) <= scale)) u[i] = k % 2 ? scale : -scale;
+                }
+                if (k % 64 == 0) u[k / 64 % 16] = NAN;
+                expect_scaled(is_signed, &q, u, scale);
             }
         }
     for (int i = 0; i < 256; i += 16) {

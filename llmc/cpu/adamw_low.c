@@ -28,21 +28,6 @@ typedef struct {
 // ---------------------------------------------------------------------------------------------
 // Moments
 
-VEC void state_load_map(float *out, const uint8_t *codes, const float *scale, const StateMap *q, int n, int values) {
-    for (int i = 0; i < n; i += 16) {
-        int block = values == 256 ? 256 : 128;
-        v16 s = v16_set1(scale[i / block]), x;
-        if (values == 256) {
-            x = v16_pick256(q->map, v16i_load_u8(codes + i, 16));
-        } else {
-            v16i k;
-            for (int j = 0; j < 16; j++) k[j] = codes[(i + j) / 2] >> (j % 2 ? 0 : 4) & 15;
-            x = v16_pick(q->map, k);
-        }
-        v16_store(out + i, x * s, 16);
-    }
-}
-
 // n values from `at` on as f32: in `buffer`, or where they are.
 static float *state_load(float *buffer, const StoredState *s, const StateMap *q, size_t at, int n) {
     uint8_t *bytes = s->data;
@@ -56,10 +41,14 @@ static float *state_load(float *buffer, const StoredState *s, const StateMap *q,
         }
         break;
     case STATE_INT8:
-        state_load_map(buffer, bytes + at, s->scale + at / 256, q, n, 256);
+        for (int i = 0; i < n; i += 64)
+            state_values64(buffer + i, bytes + at + i, q, v16_set1(s->scale[(at + (size_t)i) / 256]));
         break;
     case STATE_INT4:
-        state_load_map(buffer, bytes + at / 2, s->scale + at / 128, q, n, 16);
+        for (int i = 0; i < n; i += 16) {
+            v16 x = v16_pick(q->map, nibbles_load(bytes + (at + (size_t)i) / 2));
+            v16_store(buffer + i, x * v16_set1(s->scale[(at + (size_t)i) / 128]), 16);
+        }
         break;
     case STATE_FP8:
         for (int i = 0; i < n; i += 16) {
@@ -76,19 +65,22 @@ VEC float block_scale(const float *x, int n, StateFormat f) {
     for (int i = 0; i < n; i += 16) amax = v16_amax(amax, v16_load(x + i, 16));
     return state_scale(f, v16_hmax(amax));
 }
-VEC v16 scaled16(const float *x, v16 s) { return v16_nan_to(v16_load(x, 16) / s, v16_set1(0.0f)); }
 
 VEC void store_codes8(uint8_t *codes, const float *x, float scale, const StateMap *q, bool is_signed) {
-    v16 s = v16_set1(scale);
-    for (int i = 0; i < 256; i += 16)
-        v16i_store_u8(codes + i, state_codes16(q, 256, 7, is_signed, scaled16(x + i, s)), 16);
+    v16 s = v16_set1(scale), inv = v16_set1(1.0f) / s;
+    for (int i = 0; i < 256; i += 16) {
+        v16 values = v16_load(x + i, 16);
+        // The inverse of a huge scale is subnormal: too coarse for the quick way.
+        v16i k = scale < 0x1p100f ? state_codes8(q, is_signed, values, s, inv)
+                                  : state_codes16(q, 256, 7, is_signed, state_scaled16(values, s));
+        v16i_store_u8(codes + i, k, 16);
+    }
 }
 VEC void store_codes4(uint8_t *codes, const float *x, float scale, const StateMap *q, bool is_signed) {
     v16 s = v16_set1(scale);
     for (int i = 0; i < 128; i += 16) {
-        uint8_t k[16];
-        v16i_store_u8(k, state_codes16(q, 16, is_signed ? 3 : 1, is_signed, scaled16(x + i, s)), 16);
-        for (int j = 0; j < 8; j++) codes[i / 2 + j] = (uint8_t)(k[2 * j] << 4 | k[2 * j + 1]);
+        v16 u = state_scaled16(v16_load(x + i, 16), s);
+        nibbles_store(codes + i / 2, state_codes16(q, 16, is_signed ? 3 : 1, is_signed, u));
     }
 }
 
@@ -123,7 +115,7 @@ static void state_store(const StoredState *s, const StateMap *q, const float *x,
         for (int i = 0; i < n; i += 256) {
             float scale = s->scale[(at + (size_t)i) / 256] = block_scale(x + i, 256, STATE_FP8);
             for (int j = i; j < i + 256; j += 16)
-                v16i_store_u8(bytes + at + j, f8_from_f32_16(scaled16(x + j, v16_set1(scale))), 16);
+                v16i_store_u8(bytes + at + j, f8_from_f32_16(state_scaled16(v16_load(x + j, 16), v16_set1(scale))), 16);
         }
         break;
     }

@@ -114,13 +114,16 @@ VEC v16i f8_from_f32_16(v16 x) {
 }
 
 // A map of states and a quick way to its codes. Its values lie on straight lines, one a decade, whose slopes fall: the
-// least of the lines is the position of u among the codes, up to a fifth of a step where decades meet. A quarter less
-// (nearer to zero) is the code or, by one, too small; the edge above it decides. Codes are those of state_map_code.
+// least of the lines is the position of u among the codes (of magnitudes), but that a decade's first code begins late,
+// by a fifth of a step (the lowest line is laid so that this holds there too). A quarter less is the code or, by one,
+// too small; the edge above it decides. Codes are those of state_map_code.
 typedef struct {
     const float *map, *edges;
     int values, lines;
     float middle;                    // the code of zero where there are negative values
     float slope[7], start[7];
+    float top_slope, top_start;      // a steeper line to the edge of the value 1
+    uint8_t planes[4][256];          // the values' bytes, lowest first
 } StateMap;
 
 static const float state_edges_s8[256] = {STATE_EDGES_S8}, state_edges_u8[256] = {STATE_EDGES_U8};
@@ -136,12 +139,23 @@ static inline StateMap state_map_quick(StateFormat f, bool is_signed) {
         return q;
     }
     if (is_signed) q.middle = (float)(q.values / 2 - 1);
+    if (eight) {
+        q.top_slope = is_signed ? 300.0f : 600.0f;
+        q.top_start = (is_signed ? 128.2f : 255.2f) - q.edges[254] * q.top_slope;
+        for (int c = 0; c < 256; c++)
+            for (int b = 0; b < 4; b++) q.planes[b][c] = (uint8_t)(f32_bits(q.map[c]) >> 8 * b);
+    }
     double decade = 1.0, steps = is_signed ? 1.0 : 2.0;
     for (int i = 1; i < q.lines; i++) decade /= 10.0;
     for (int i = 0; i < q.lines; i++, decade *= 10.0, steps *= 2.0) {
         double first = is_signed ? steps : steps - 1.0;                   // codes from zero's on
         q.slope[i] = (float)(steps / 0.9 / decade);
         q.start[i] = (float)(first - steps / 9.0);
+    }
+    if (eight) {                                     // from the edge above zero to the next one
+        double e0 = q.edges[is_signed ? 127 : 0], e1 = is_signed ? 1e-6 : q.edges[1];
+        q.slope[0] = (float)(0.8 / (e1 - e0));
+        q.start[0] = (float)(1.2 - 0.8 * e0 / (e1 - e0));
     }
     return q;
 }
@@ -156,4 +170,85 @@ VEC v16i state_codes16(const StateMap *q, int values, int lines, bool is_signed,
     v16 edge = values == 256 ? v16_pick256(q->edges, code) : v16_pick(q->edges, code);
     return code - (u >= edge);
 }
+VEC v16 state_scaled16(v16 x, v16 s) { return v16_nan_to(x / s, v16_set1(0.0f)); }
+
+// INT8 codes of x / s; inv = 1 / s.
+VEC v16i state_codes8(const StateMap *q, bool is_signed, v16 x, v16 s, v16 inv) {
+#ifdef QLLM_AVX512
+    // x * inv is within 2^-23 of u, and a position within 2^-12 of the exact one: where all lanes are farther than
+    // 2^-11 from an edge, the codes follow from the positions alone. Else from the quotient, as below.
+    const __m512i one = _mm512_set1_epi32(1);
+    v16 u = x * inv, a = v16_max(is_signed ? v16_abs(u) : u, v16_set1(0.0f));          // NaN: 0
+    v16 at = v16_fma(a, v16_set1(q->slope[0]), v16_set1(q->start[0]));
+    for (int i = 1; i < 7; i++) at = v16_min(at, v16_fma(a, v16_set1(q->slope[i]), v16_set1(q->start[i])));
+    at = v16_max(at, v16_fma(a, v16_set1(q->top_slope), v16_set1(q->top_start)));
+    __mmask16 minus = is_signed ? _mm512_movepi32_mask((__m512i)u) : 0;
+    __m512 cap = _mm512_set1_ps(is_signed ? 128.5f : 255.5f);
+    if (is_signed) cap = _mm512_mask_mov_ps(cap, minus, _mm512_set1_ps(127.5f));       // there is no -1
+    at = v16_min(at, (v16)cap);
+    __m512i k = _mm512_cvttps_epi32((__m512)at), next = is_signed ? k : _mm512_add_epi32(k, one);
+    __m512 part = _mm512_reduce_ps((__m512)at, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __mmask16 first = _mm512_testn_epi32_mask(next, _mm512_sub_epi32(next, one));      // of a decade: powers of two
+    __m512 past = _mm512_mask_sub_ps(part, first, part, _mm512_set1_ps(0.2f));         // the edge below
+    __mmask16 near = _mm512_cmp_ps_mask(_mm512_abs_ps(past), _mm512_set1_ps(0x1p-11f), _CMP_LT_OQ);
+    near |= _mm512_cmp_ps_mask(part, _mm512_set1_ps(1.0f - 0x1p-11f), _CMP_GT_OQ);
+    if (__builtin_expect(near == 0, 1)) {
+        k = _mm512_mask_sub_epi32(k, _mm512_movepi32_mask(_mm512_castps_si512(past)), k, one);
+        if (!is_signed) return (v16i)k;
+        k = _mm512_mask_sub_epi32(k, minus, _mm512_setzero_si512(), k);
+        return (v16i)_mm512_add_epi32(k, _mm512_set1_epi32(127));
+    }
+#else
+    (void)inv;
+#endif
+    return state_codes16(q, 256, 7, is_signed, state_scaled16(x, s));
+}
+
+// Values of 64 INT8 codes, times s.
+VEC void state_values64(float *out, const uint8_t *codes, const StateMap *q, v16 s) {
+#if defined(QLLM_AVX512) && defined(__AVX512VBMI__)
+    // Byte by byte, then joined: pairs and fours within parts of 16 bytes. The codes are dealt so that each quarter
+    // comes out in order.
+    const __m512i deal = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i k = _mm512_permutexvar_epi32(deal, _mm512_loadu_si512(codes)), b[4];
+    __mmask64 upper = _mm512_movepi8_mask(k);
+    for (int i = 0; i < 4; i++) {
+        const uint8_t *p = q->planes[i];
+        __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(p), k, _mm512_loadu_si512(p + 64));
+        __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(p + 128), k, _mm512_loadu_si512(p + 192));
+        b[i] = _mm512_mask_mov_epi8(low, upper, high);
+    }
+    __m512i l01 = _mm512_unpacklo_epi8(b[0], b[1]), h01 = _mm512_unpackhi_epi8(b[0], b[1]);
+    __m512i l23 = _mm512_unpacklo_epi8(b[2], b[3]), h23 = _mm512_unpackhi_epi8(b[2], b[3]);
+    v16_store(out, (v16)_mm512_unpacklo_epi16(l01, l23) * s, 16);
+    v16_store(out + 16, (v16)_mm512_unpackhi_epi16(l01, l23) * s, 16);
+    v16_store(out + 32, (v16)_mm512_unpacklo_epi16(h01, h23) * s, 16);
+    v16_store(out + 48, (v16)_mm512_unpackhi_epi16(h01, h23) * s, 16);
+#else
+    for (int i = 0; i < 64; i += 16) v16_store(out + i, v16_pick256(q->map, v16i_load_u8(codes + i, 16)) * s, 16);
+#endif
+}
+
+// Sixteen 4-bit codes, the first of a pair in the high nibble.
+#ifdef QLLM_AVX512
+VEC v16i nibbles_load(const uint8_t *p) {
+    const __m128i low = _mm_set1_epi8(15);
+    __m128i b = _mm_loadl_epi64((const __m128i *)(const void *)p);
+    __m128i first = _mm_and_si128(_mm_srli_epi16(b, 4), low), second = _mm_and_si128(b, low);
+    return (v16i)_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(first, second));
+}
+VEC void nibbles_store(uint8_t *p, v16i codes) {
+    __m128i pairs = _mm_maddubs_epi16(_mm512_cvtepi32_epi8((__m512i)codes), _mm_set1_epi16(1 << 8 | 16));
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi16(pairs, pairs));
+}
+#else
+VEC v16i nibbles_load(const uint8_t *p) {
+    v16i k;
+    for (int j = 0; j < 16; j++) k[j] = p[j / 2] >> (j % 2 ? 0 : 4) & 15;
+    return k;
+}
+VEC void nibbles_store(uint8_t *p, v16i codes) {
+    for (int j = 0; j < 8; j++) p[j] = (uint8_t)(codes[2 * j] << 4 | codes[2 * j + 1]);
+}
+#endif
 #endif
