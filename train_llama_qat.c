@@ -287,7 +287,7 @@ static const Option options[] = {
     {"--gather",       OPT_ENUM,   &qat.gather,       "quant",  "quant,full", "between ranks fake-quantized weights travel as codes and scales (same bits, fewer bytes), or whole"},
     {"--optimizer",    OPT_ENUM,   &qat.optimizer,    "adamw",  "adamw,sgd", "update rule"},
     {"--momentum",     OPT_FLOAT,  &qat.momentum,     "0.9",    "0..0.9999", "SGD"},
-    {"--master",       OPT_ENUM,   &run.master,       "fp32",   "fp32,bf16-sr", "what masters are kept in: fp32, or bf16 with stochastic rounding"},
+    {"--master",       OPT_ENUM,   &run.master,       "fp32",   "fp32,bf16-sr", "what masters are kept in: fp32, or bf16 with stochastic rounding (norms fp32)"},
     TRAIN_OPTIONS_RUN(run),
 };
 #define N_OPTIONS ((int)(sizeof options / sizeof *options))

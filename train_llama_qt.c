@@ -12,8 +12,8 @@
 //   - The update reads a row, dequantizes it, makes AdamW's step, finds the new row's scale, and rounds it back to INT8
 //     stochastically: an update far smaller than a code changes the weight by that much on average, where rounding to
 //     nearest would undo it every time (--rounding nearest shows that).
-// Embeddings and norms are bf16, rounded stochastically, or fp32 (--master). AdamW's moments may be kept in 8 or 4 bits
-// (--optim-state). What is trained is the int8 model that is served: the file holds the very codes and scales.
+// Embeddings are bf16, rounded stochastically, or fp32 (--master); norms are fp32. AdamW's moments may be kept in 8 or 4
+// bits (--optim-state). What is trained is the int8 model that is served: the file holds the very codes and scales.
 //
 // With several ranks the model asks for a unit's weights (shard_forward, shard_backward) and hands over its gradients
 // (shard_gradients); units are the embedding, the blocks 0 .. L-1, and L, the final norm and the head. llmc/shard.h says
@@ -246,7 +246,7 @@ static const Option options[] = {
     {"--int8",         OPT_STRING, &qt.int8,          NULL,     NULL, "with --matmul int8, which ones: of output,grad_input,grad_weight (default: all)"},
     {"--rounding",     OPT_ENUM,   &qt.rounding,      "stochastic", "stochastic,nearest", "of updated weights (nearest: to see why not)"},
     {"--head",         OPT_ENUM,   &qt.head,          "int8",   "int8,float", "the head: INT8 as the other linears (of a tied table: a view of it), or float"},
-    {"--master",       OPT_ENUM,   &run.master,       "bf16-sr", "fp32,bf16-sr", "embeddings, norms and a float head: fp32, or bf16 with stochastic rounding"},
+    {"--master",       OPT_ENUM,   &run.master,       "bf16-sr", "fp32,bf16-sr", "embeddings and a float head: fp32, or bf16 with stochastic rounding (norms are fp32)"},
     TRAIN_OPTIONS_RUN(run),
 };
 #define N_OPTIONS ((int)(sizeof options / sizeof *options))

@@ -365,7 +365,7 @@ int param_table_build(ParamTable *t, const LlamaConfig *c, const QuantPlan *plan
 void param_table_formats(ParamTable *t, ParamFormat others, StateFormat state) {
     for (int i = 0; i < t->n; i++) {
         Param *p = &t->p[i];
-        p->format = quant_is_int8_rows(&p->scheme.weight) ? PARAM_INT8 : others;
+        p->format = quant_is_int8_rows(&p->scheme.weight) ? PARAM_INT8 : param_is_norm(p) ? PARAM_F32 : others;
         p->state = state_format(state, p->rows * p->cols);
     }
 }

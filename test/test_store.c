@@ -59,7 +59,8 @@ static void test_places(void **u) {
                             const Param *p = &k.shard.own.held.p[i];
                             size_t n = (size_t)(p->rows * p->cols);
                             const StoredTensor *t = &s->t[i];
-                            assert_int_equal(t->p.format, scheme == 1 && p->layer >= 0 && p->decay ? PARAM_INT8 : others);
+                            assert_int_equal(t->p.format, scheme == 1 && p->layer >= 0 && p->decay ? (int)PARAM_INT8 :
+                                                          param_is_norm(p) ? (int)PARAM_F32 : others);
                             bool works = t->p.format == PARAM_INT8 ||
                                          (t->p.format == PARAM_BF16 && sizeof(floatX) == 2 && !p->scheme.weight.bits);
                             bool once = level == SHARD_NONE && works;
