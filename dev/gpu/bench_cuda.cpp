@@ -281,6 +281,54 @@ static void attention(void) {
     device_free(q); device_free(cache); device_free(o);
 }
 
+// The linears of a block of the 8B shape, forward and both gradients: weights as bf16, as INT8 codes that become bf16,
+// and by integer products. Beside each its rate, then the whole block's time as bf16 against the two others.
+static void linears(void) {
+    const int shapes[][2] = {{4096, 6144}, {4096, 4096}, {4096, 28672}, {14336, 4096}};      // C, OC
+    const size_t N = SIZE(16384, 32);
+    enum { BF16, W8, I8, KINDS };
+    const char *const kinds[KINDS] = {"linear", "linear_w8", "linear_i8"};
+    double whole[KINDS] = {};
+    for (auto &shape : shapes) {
+        const int C = shape[0] / SIZE(1, 64), OC = shape[1] / SIZE(1, 64);
+        floatX *x = random_x(N * (size_t)C, 1.0f), *dy = random_x(N * (size_t)OC, 1.0f);
+        floatX *w = random_x((size_t)OC * (size_t)C, 1.0f), *scaled = array<floatX>(N * (size_t)OC);
+        floatX *y = array<floatX>(N * (size_t)OC), *dx = array<floatX>(N * (size_t)C);
+        float *dw = random_f32((size_t)OC * (size_t)C, 1.0f), *wscale = array<float>((size_t)OC);
+        int8_t *codes = array<int8_t>((size_t)OC * (size_t)C);
+        ops->int8_rows(codes, wscale, StoredParam{PARAM_F32, dw, nullptr}, OC, C);
+        for (int k = 0; k < KINDS; k++) {
+            char name[64];
+            auto line = [&](const char *what, double s) {
+                snprintf(name, sizeof name, "%s_%s_%dx%d", kinds[k], what, shape[0], shape[1]);
+                compute_bound(name, 2.0 * (double)N * C * OC, s);
+                whole[k] += s;
+            };
+            line("forward", seconds([&] {
+                if (k == BF16) ops->linear_forward(y, x, w, nullptr, N, C, OC);
+                else if (k == W8) ops->linear_w8_forward(y, x, codes, wscale, N, C, OC);
+                else ops->linear_i8_forward(y, x, codes, wscale, N, C, OC);
+            }));
+            line("backward_input", seconds([&] {
+                if (k == BF16) ops->linear_backward_input(dx, dy, w, nullptr, nullptr, N, C, OC);
+                else if (k == W8) ops->linear_w8_backward_input(dx, dy, codes, wscale, scaled, N, C, OC);
+                else ops->linear_i8_backward_input(dx, dy, codes, wscale, N, C, OC);
+            }));
+            line("backward_weight", seconds([&] {              // weight-only has no other
+                if (k == I8) ops->linear_i8_backward_weight(dw, dy, x, N, C, OC, true);
+                else ops->linear_backward_weight(dw, dy, x, N, C, OC, true);
+            }));
+        }
+        for (void *p : {(void *)x, (void *)dy, (void *)w, (void *)scaled, (void *)y, (void *)dx, (void *)dw,
+                        (void *)wscale, (void *)codes})
+            device_free(p);
+    }
+    for (int k = W8; k < KINDS; k++)
+        if (GPU) printf("result %s_8B_block_speedup %.3f ratio      # %.2f ms, bf16 %.2f ms\n", kinds[k],
+                        whole[BF16] / whole[k], 1e3 * whole[k], 1e3 * whole[BF16]);
+        else printf("ran %s_8B_block\n", kinds[k]);
+}
+
 // The matmuls of one token through blocks of the 8B shape, weights larger than the L2 cache in every scheme.
 static void decode(void) {
     const int shapes[][2] = {{4096, 6144}, {4096, 4096}, {4096, 28672}, {14336, 4096}};      // C, OC
@@ -331,6 +379,7 @@ int main(void) {
     elementwise();
     update();
     attention();
+    linears();
     decode();
     if (device_sync(&err) < 0) fail("an operation", err.text);
     return 0;

@@ -7,7 +7,7 @@
 // all c (M, N) = a (M, K) . b (K, N) with a or b read as its transpose where it lies. Four ways to make one:
 //   matvec.cu      forwards of at most CUDA_MATVEC_TOKENS rows
 //   cublaslt.cu    where the library is there and rows and pointers are aligned to 16 bytes
-//   tiles          bf16 on tensor cores: any alignment, any shape that is not tiny
+//   tiles          bf16 on tensor cores (tiles.cuh): any alignment, any shape that is not tiny
 //   plain          f32 multiply-adds: fp32 builds, tiny shapes
 // Past the matvec the way depends on C, OC and alignment, not on the number of rows, and each sums a row in one order
 // whatever stands beside it: bits of a row are the same for every N within a way.
