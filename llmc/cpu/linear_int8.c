@@ -241,6 +241,65 @@ static void multiply(const Layout *l, const Int8Product *p, const Own *own, cons
     }
 }
 
+// Dot products of `rows` packed rows of a, units apart, with one row of codes as it lies: its whole vectors of 4 * I8_W
+// codes, then `tail`, what is left of it and zeros.
+VEC void few_dots(uint32_t *sum, const uint32_t *a, size_t units, const int8_t *codes, int64_t vectors,
+                  const uint32_t *tail, int rows) {
+    const vi offset = vi_set1(I8_OFFSET);
+    vi acc[4];
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; m++) acc[m] = vi_set1(0);
+    for (int64_t i = 0; i <= vectors; i++) {
+        if (i == vectors && !tail) break;
+        vi b = vi_load(i == vectors ? (const void *)tail : codes + i * I8_W * K4) ^ offset;
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; m++) acc[m] = vi_dot(acc[m], b, vi_load(a + (size_t)m * units + i * I8_W));
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; m++) {
+        uint32_t lanes[I8_W];
+        vi_store(lanes, acc[m]);
+        sum[m] = 0;
+        for (int i = 0; i < I8_W; i++) sum[m] += lanes[i];       // may wrap, as sums of tiles
+    }
+}
+
+// The forward of a few tokens (decoding): codes are read once, as they lie. The sums are exact, so the bits are those of
+// the tiles.
+#define FEW_ROWS 8
+static void product_few(const Int8Product *p) {
+    int64_t vectors = p->K / (I8_W * K4), left = p->K - vectors * I8_W * K4, quads = (p->K + K4 - 1) / K4;
+    size_t units = (size_t)(vectors + (left > 0)) * I8_W;
+    uint32_t *a = cpu_workspace((size_t)p->M * units * sizeof *a), start[FEW_ROWS];
+    float scale[FEW_ROWS];
+    if (!a) return;
+    for (int64_t m = 0; m < p->M; m++) {
+        uint32_t *row = a + (size_t)m * units;
+        scale[m] = i8_quantize_row(row, p->a + m * p->K, NULL, p->K);
+        memset(row + quads, 0, (units - (size_t)quads) * sizeof *row);
+        start[m] = -128u * (uint32_t)i8_sum(row, quads);
+    }
+#pragma omp parallel for schedule(static) if ((size_t)p->N * (size_t)p->K >= CPU_MIN_PARALLEL)
+    for (int64_t n = 0; n < p->N; n++) {
+        const int8_t *codes = p->codes + n * p->K;
+        uint32_t rest[I8_W] = {0}, sum[FEW_ROWS], *tail = left ? rest : NULL;
+        if (left) memcpy(rest, codes + p->K - left, (size_t)left);
+        for (int m = 0, rows; m < (int)p->M; m += rows) {
+            const uint32_t *from = a + (size_t)m * units;
+            rows = p->M - m >= 4 ? 4 : p->M - m >= 2 ? 2 : 1;
+            if (rows == 4) few_dots(sum + m, from, units, codes, vectors, tail, 4);
+            else if (rows == 2) few_dots(sum + m, from, units, codes, vectors, tail, 2);
+            else few_dots(sum + m, from, units, codes, vectors, tail, 1);
+        }
+        for (int64_t m = 0; m < p->M; m++) {
+            float v = (float)(int32_t)(sum[m] + start[m]) * scale[m];
+            if (p->column_scale) v *= p->column_scale[n];
+            if (p->c_f32) p->c_f32[m * p->N + n] = v;
+            else p->c[m * p->N + n] = f2x(v);
+        }
+    }
+}
+
 static void product(const Int8Product *p) {
     Layout l;
     if (!make_layout(&l, p)) return;
@@ -285,16 +344,21 @@ static void product(const Int8Product *p) {
     }
 }
 
+static void forward(const Int8Product *p) {
+    if (p->M <= FEW_ROWS && p->K <= PIECE) product_few(p);
+    else product(p);
+}
+
 void cpu_linear_i8_forward(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                            int OC) {
     Int8Product p = {.M = (int64_t)N, .N = OC, .K = C, .a = x, .codes = codes, .column_scale = wscale, .c = y};
-    if (N) product(&p);
+    if (N) forward(&p);
 }
 
 void cpu_linear_i8_forward_f32(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                                int OC) {
     Int8Product p = {.M = (int64_t)N, .N = OC, .K = C, .a = x, .codes = codes, .column_scale = wscale, .c_f32 = y};
-    if (N) product(&p);
+    if (N) forward(&p);
 }
 
 void cpu_linear_i8_backward_input(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale, size_t N,
