@@ -22,7 +22,6 @@ typedef struct {
     bool scaled;            // column n of the f32 sum is multiplied by scale[n] before it is rounded
     int64_t M, N, K;
     int64_t lda;            // values from one k of a to the next where ta: M, or more for a part of the rows
-    int64_t ldc;            // values from one row of c to the next: N, or more for a part of the columns
     const int8_t *codes;    // what b is made from, in working memory, or NULL
 } Product;
 
@@ -127,7 +126,7 @@ static dnnl_status_t cached_fill(Cached *e) {
     dnnl_primitive_desc_t pd = NULL;
     if ((s = make_desc(&a, p->M, p->K, e->type, p->ta ? 1 : p->K, p->ta ? p->lda : 1))) return s;
     if ((s = make_desc(&b, p->K, p->N, e->type, p->tb ? 1 : p->N, p->tb ? p->K : 1))) goto free_a;
-    if ((s = make_desc(&c, p->M, p->N, out, p->ldc, 1))) goto free_b;
+    if ((s = make_desc(&c, p->M, p->N, out, p->N, 1))) goto free_b;
     if ((s = make_desc(&w, 1, p->N, dnnl_f32, p->N, 1))) goto free_c;
     if ((s = dnnl_primitive_attr_create(&attr)) || (s = dnnl_post_ops_create(&post)) ||
         (s = dnnl_primitive_attr_set_scratchpad_mode(attr, dnnl_scratchpad_mode_user)) ||
@@ -152,8 +151,8 @@ free_a:
 }
 
 static bool same_product(const Product *a, const Product *b) {
-    return a->M == b->M && a->N == b->N && a->K == b->K && a->lda == b->lda && a->ldc == b->ldc && a->ta == b->ta &&
-           a->tb == b->tb && a->out_f32 == b->out_f32 && a->accumulate == b->accumulate && a->scaled == b->scaled;
+    return a->M == b->M && a->N == b->N && a->K == b->K && a->lda == b->lda && a->ta == b->ta && a->tb == b->tb &&
+           a->out_f32 == b->out_f32 && a->accumulate == b->accumulate && a->scaled == b->scaled;
 }
 
 // Makes room for n more. All entries go at once: one taken out would break the probing.
@@ -291,14 +290,11 @@ static void widen(float *y, const bf16 *x, int64_t n) {
     for (int64_t i = whole * 16; i < n; i++) y[i] = bf16_to_f32(x[i]);
 }
 
-// rows of n values each, ldy apart in y.
-static void narrow(bf16 *y, int64_t ldy, const float *x, int64_t rows, int64_t n) {
+static void narrow(bf16 *y, const float *x, int64_t n) {
+    int64_t whole = n / 16;
 #pragma omp parallel for
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < n; i += 16) {
-            int left = n - i < 16 ? (int)(n - i) : 16;
-            v16_store_bf16(y + r * ldy + i, v16_load(x + r * n + i, left), left);
-        }
+    for (int64_t i = 0; i < whole; i++) v16_store_bf16(y + i * 16, v16_load(x + i * 16, 16), 16);
+    for (int64_t i = whole * 16; i < n; i++) y[i] = bf16_from_f32(x[i]);
 }
 
 // A bf16 product in f32: operands are widened, the result is rounded as f2x does.
@@ -309,7 +305,7 @@ static void widened_run(const Plan *plan, const Product *p, char *scratch, void 
     widen(wa, a, p->M * p->K);
     widen(wb, b, p->K * p->N);
     plan_run(plan, p, scratch, wc, wa, wb, scale);
-    if (!p->out_f32) narrow(c, p->ldc, wc, p->M, p->N);
+    if (!p->out_f32) narrow(c, wc, p->M * p->N);
 }
 #endif
 
@@ -322,9 +318,7 @@ static void product(const Product *p, void *c, const floatX *a, const floatX *b,
     const bool wide = !dnnl_has_bf16();
     const dnnl_data_type_t type = wide ? dnnl_f32 : dnnl_bf16;
 #endif
-    Product planned = *p;
-    if (wide && !p->out_f32) planned.ldc = p->N;        // c is working memory, rounded to X afterwards
-    if (!make_plan(&plan, &planned, type)) return;
+    if (!make_plan(&plan, p, type)) return;
     int64_t extra = wide ? p->M * p->K + p->K * p->N + (p->out_f32 ? 0 : p->M * p->N) : 0;
     size_t bytes = plan_scratch(&plan) * (size_t)plan.slices + (size_t)extra * sizeof(float) + codes_bytes(p);
     char *scratch = bytes ? cpu_workspace(bytes) : NULL;
@@ -388,7 +382,7 @@ static void write_rows(const Product *p, void *c, const float *sum, int64_t m0, 
         for (int n = 0; n < cols; n += 16) {
             int left = cols - n < 16 ? cols - n : 16;
             v16 v = v16_load(sum + m * PANEL + n, 16);
-            int64_t at = (m0 + m) * p->ldc + n0 + n;
+            int64_t at = (m0 + m) * p->N + n0 + n;
             if (p->scaled) v *= v16_load(scale + n0 + n, left);
             if (p->accumulate) v += v16_load((float *)c + at, left);
             if (p->out_f32) v16_store((float *)c + at, v, left);
@@ -449,12 +443,12 @@ const char *cpu_matmul_description(void) { return "built-in matmul"; }
 #endif
 
 void cpu_linear_forward(floatX *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC) {
-    Product p = {.tb = true, .scaled = wscale, .M = (int64_t)N, .N = OC, .K = C, .ldc = OC};
+    Product p = {.tb = true, .scaled = wscale, .M = (int64_t)N, .N = OC, .K = C};
     if (N) product(&p, y, x, w, wscale);
 }
 
 void cpu_linear_forward_f32(float *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC) {
-    Product p = {.tb = true, .out_f32 = true, .scaled = wscale, .M = (int64_t)N, .N = OC, .K = C, .ldc = OC};
+    Product p = {.tb = true, .out_f32 = true, .scaled = wscale, .M = (int64_t)N, .N = OC, .K = C};
     if (N) product(&p, y, x, w, wscale);
 }
 
@@ -474,53 +468,36 @@ void cpu_linear_backward_input(floatX *dx, const floatX *dy, const floatX *w, co
         scale_columns(dy_scaled, dy, wscale, N, OC);
         dy = dy_scaled;
     }
-    Product p = {.M = (int64_t)N, .N = C, .K = OC, .ldc = C};
+    Product p = {.M = (int64_t)N, .N = C, .K = OC};
     if (N) product(&p, dx, dy, w, NULL);
 }
 
 void cpu_linear_backward_weight(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC,
                                 bool accumulate) {
     Product p = {.ta = true, .out_f32 = true, .accumulate = accumulate, .M = OC, .N = C, .K = (int64_t)N,
-                 .lda = OC, .ldc = C};
+                 .lda = OC};
     if (N) product(&p, dw, dy, x, NULL);
     else if (!accumulate) memset(dw, 0, (size_t)OC * (size_t)C * sizeof *dw);
 }
 
 // ---------------------------------------------------------------------------------------------
-// The linears with INT8 weights in floating point: the same products of the codes as X. A large table (the head) is
-// widened and multiplied in pieces of rows, so that the widened codes are read from the cache: a column's bits do not
-// depend on the columns beside it (test_ops_int8).
-#define PIECE_BYTES ((int64_t)4 << 20)
-
-static void w8_forward(const Product *whole, void *y, const floatX *x, const float *wscale) {
-    if (!whole->M) return;
-    int64_t rows = PIECE_BYTES / (int64_t)sizeof(floatX) / whole->K & ~63ll;
-    if (rows < 64 || rows * 2 > whole->N) rows = whole->N;
-    for (int64_t n = 0; n < whole->N; n += rows) {
-        Product p = *whole;
-        p.N = whole->N - n < rows ? whole->N - n : rows;
-        p.codes = whole->codes + n * p.K;
-        void *at = p.out_f32 ? (void *)((float *)y + n) : (void *)((floatX *)y + n);
-        product(&p, at, x, NULL, wscale + n);
-    }
-}
+// The linears with INT8 weights in floating point: the same products of the codes as X, which are exact.
 
 void cpu_linear_w8_forward(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                            int OC) {
-    Product p = {.tb = true, .scaled = true, .M = (int64_t)N, .N = OC, .K = C, .ldc = OC, .codes = codes};
-    w8_forward(&p, y, x, wscale);
+    Product p = {.tb = true, .scaled = true, .M = (int64_t)N, .N = OC, .K = C, .codes = codes};
+    if (N) product(&p, y, x, NULL, wscale);
 }
 
 void cpu_linear_w8_forward_f32(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                                int OC) {
-    Product p = {.tb = true, .out_f32 = true, .scaled = true, .M = (int64_t)N, .N = OC, .K = C, .ldc = OC,
-                 .codes = codes};
-    w8_forward(&p, y, x, wscale);
+    Product p = {.tb = true, .out_f32 = true, .scaled = true, .M = (int64_t)N, .N = OC, .K = C, .codes = codes};
+    if (N) product(&p, y, x, NULL, wscale);
 }
 
 void cpu_linear_w8_backward_input(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale,
                                   floatX *dy_scaled, size_t N, int C, int OC) {
     scale_columns(dy_scaled, dy, wscale, N, OC);
-    Product p = {.M = (int64_t)N, .N = C, .K = OC, .ldc = C, .codes = codes};
+    Product p = {.M = (int64_t)N, .N = C, .K = OC, .codes = codes};
     if (N) product(&p, dx, dy_scaled, NULL, NULL);
 }
