@@ -13,8 +13,8 @@ static int64_t common_multiple(int64_t x, int64_t y) {
     return x / a * y;
 }
 
-// Rows of the smallest part of a tensor that one rank can quantize alone: whole blocks of its scales, and of those of its
-// moments. All of them divide the rows, so their common multiple does.
+// Rows of the smallest part of a tensor that one rank can quantize alone: whole blocks of its scales, and of those of
+// its moments. All of them divide the rows, so their common multiple does.
 static int rows_of_unit(int64_t *unit, const Param *p, const QuantSpec *also, Err *err) {
     const QuantSpec *specs[2] = {&p->scheme.weight, p->role == ROLE_EMBED ? also : NULL};
     *unit = state_unit(p->state, p->cols);
@@ -200,8 +200,8 @@ static void lay_out_units(Shard *s) {
     add_chunk(s, head, (Chunk){.first = head->n_parts - 1, .n = 1});
 }
 
-// Places of whole tensors as in the table: groups, of tensors that a fused linear reads as one, at multiples of 64 values.
-// Where blocks come and go, there is one place for all of them, and what is outside follows.
+// Places of whole tensors as in the table: groups, of tensors that a fused linear reads as one, at multiples of 64
+// values. Where blocks come and go, there is one place for all of them, and what is outside follows.
 typedef enum { PLACE_WORK, PLACE_ROWS, PLACE_GRAD } PlaceOf;
 
 static size_t place_size(const Param *p, PlaceOf of) {
@@ -239,8 +239,8 @@ static size_t places(size_t *place, const ParamTable *t, bool one_block, PlaceOf
 // A fused linear reads one kind of weights.
 static int check_fused(const Param *p, Err *err) {
     if (starts_group(p) || (p->format == PARAM_INT8) == ((p - 1)->format == PARAM_INT8)) return 0;
-    return err_set(err, E_USAGE, "%s and %s are read by one linear, but only one of them is trained as INT8 rows; let one "
-                   "rule cover both", (p - 1)->name, p->name);
+    return err_set(err, E_USAGE, "%s and %s are read by one linear, but only one of them is trained as INT8 rows; let "
+                   "one rule cover both", (p - 1)->name, p->name);
 }
 
 // Rows that a tile of f32 values has, of those that are quantized together.

@@ -9,8 +9,8 @@
 //   full    embedding, head and one block          weights too                 (ZeRO 3)
 //
 // Weights travel once after each update (full: each time a block is needed), one all-gather a block: as codes and
-// scales where they are fake-quantized or INT8, which lose nothing, else as floatX. Gradients travel as f32, one all-to-all
-// a block, and are added in rank order: after the last micro-step under none and optim, after each under grad and full; those of
+// scales where they are fake-quantized or INT8, which lose nothing, else as floatX. Gradients travel as f32, one
+// all-to-all a block, and are added in rank order: after the last micro-step under none and optim, after each under grad and full; those of
 // embedding, head and final norm always after the last. While a block is computed the next one's weights and the one
 // before's gradients are on their way.
 #ifndef QLLM_SHARD_H
@@ -58,7 +58,7 @@ typedef struct {
     ShardMemory memory;
     WireBytes wire;            // received since the start
 
-    // What is private follows. Whole tensors lie at place[i] in work (bytes) and grad, under full all blocks at the same.
+    // What is private follows. Whole tensors lie at place[i] in work (bytes) and grad, under full all blocks at one.
     uint8_t *work;
     float *wscale, *grad;
     size_t *work_place, *row_place, *grad_place;    // (table->n)
@@ -71,7 +71,7 @@ typedef struct {
     float *send, *receive;
     size_t n_work, n_rows, n_grad, n_scratch, own_bytes, all_bytes, grad_bytes;     // n_work: bytes
     bool fake_quant;
-    bool block_scales;         // some linear is fake-quantized to codes, so blocks' row scales are written and sent for all
+    bool block_scales;         // some linear is fake-quantized to codes: blocks' row scales are written and sent for all
     int held;                  // full: the block that lies in the blocks' place, or -1
     struct { int unit, chunk; CommTicket ticket; } gathering, reducing;   // unit -1: none
     bool reduce_adds;
@@ -117,7 +117,7 @@ float *shard_own_gradient(const Shard *s, int i);
 void shard_sum_state(Shard *s, StepState *state, bool with_gradients);
 // Whether the update is to write working weights itself, at shard_weight: no other rank waits for them.
 static inline bool shard_updates_weights(const Shard *s) { return s->level == SHARD_NONE; }
-// The parameters in the store (of this shard) have changed: whole weights are gathered anew when they are next asked for.
+// The parameters in the store (of this shard) have changed: whole weights are gathered anew when next asked for.
 void shard_weights_changed(Shard *s, const Store *store, bool fake_quant);
 // The same, with all working values made again from the store: fake quantization was switched on or off.
 void shard_requantize(Shard *s, const Store *store, bool fake_quant);

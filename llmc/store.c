@@ -151,8 +151,8 @@ void store_set_codes(Store *s, int i, int64_t row0, int64_t n, const int8_t *cod
 // Checkpoints
 
 static StateTensor moment_values(const Param *p, StoredState x) {
-    static const DType types[] = {[STATE_F32] = DT_F32, [STATE_BF16] = DT_BF16, [STATE_INT8] = DT_U8, [STATE_INT4] = DT_U8,
-                                  [STATE_FP8] = DT_U8};
+    static const DType types[] = {[STATE_F32] = DT_F32, [STATE_BF16] = DT_BF16, [STATE_INT8] = DT_U8,
+                                  [STATE_INT4] = DT_U8, [STATE_FP8] = DT_U8};
     int64_t unit = state_unit(x.format, p->cols);
     size_t bytes = state_data_bytes(x.format, (size_t)(unit * p->cols));
     return (StateTensor){types[x.format], unit, (int64_t)(bytes / dtype_size(types[x.format])), x.data};

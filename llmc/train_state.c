@@ -232,8 +232,9 @@ static void formats_text(char *buf, size_t size, const ParamTable *t, Rounding r
         rows = rows || t->p[i].format == PARAM_INT8;
         if (t->p[i].state != STATE_F32) state = t->p[i].state;
     }
-    snprintf(buf, size, "masters %s%s, moments %s%s", narrow ? "bf16" : "fp32", rows ? " and int8 rows" : "", states[state],
-             !narrow && !rows ? "" : rounding == ROUND_NEAREST ? ", rounded to nearest" : ", rounded stochastically");
+    snprintf(buf, size, "masters %s%s, moments %s%s", narrow ? "bf16" : "fp32", rows ? " and int8 rows" : "",
+             states[state], !narrow && !rows ? "" : rounding == ROUND_NEAREST ? ", rounded to nearest"
+                                                                             : ", rounded stochastically");
 }
 
 static void describe(TrainMarker *m, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
@@ -285,7 +286,7 @@ static struct {
     int64_t saved_step;
 } save;
 
-// What this rank writes of tensor i of an array: all rows it holds, or, where every rank holds all, its part by `split`.
+// What this rank writes of tensor i of an array: all rows it holds, or, where all ranks hold all, its part by `split`.
 static Stretch stretch_of(const OwnTable *own, const StateArray *array, int i) {
     const StateTensor *t = &array->t[i];
     size_t row = (size_t)t->values * dtype_size(t->dtype);
@@ -671,7 +672,8 @@ static void names_of(char *buf, size_t size, const TrainMarker *m) {
 }
 
 // Whether the checkpoint is one of this run, as `mine` describes it.
-static int check_run(const TrainMarker *m, const TrainMarker *mine, const StateArray *arrays, const char *path, Err *err) {
+static int check_run(const TrainMarker *m, const TrainMarker *mine, const StateArray *arrays, const char *path,
+                     Err *err) {
     const TrainProgress *p = &m->progress, *now = &mine->progress;
     int rc = check_same("model configuration", m->config, mine->config, path, err);
     if (rc == 0) rc = check_same("quantization scheme", m->quant, mine->quant, path, err);
@@ -682,8 +684,8 @@ static int check_run(const TrainMarker *m, const TrainMarker *mine, const StateA
                        "the same, or choose another --out",
                        path, p->T, (unsigned long long)p->seed);
     if (strcmp(m->formats, mine->formats))
-        return err_set(err, E_USAGE, "%s holds %s; this run has %s; resume with the --master, --optim-state and --rounding it "
-                       "was started with, or choose another --out", path, m->formats, mine->formats);
+        return err_set(err, E_USAGE, "%s holds %s; this run has %s; resume with the --master, --optim-state and "
+                       "--rounding it was started with, or choose another --out", path, m->formats, mine->formats);
     char theirs[160], ours[160];
     names_of(theirs, sizeof theirs, m);
     names_of(ours, sizeof ours, mine);
@@ -701,8 +703,8 @@ static int check_run(const TrainMarker *m, const TrainMarker *mine, const StateA
                            name, (long long)rows, expected, (long long)expected_rows);
         for (int a = 0; a < m->n_arrays; a++)
             if (m->tensors[i].split.unit % arrays[a].t[i].unit)
-                return err_set(err, E_FORMAT, "%s deals out %s in %lld rows; %lld of it share a scale in %s", path, name,
-                               (long long)m->tensors[i].split.unit, (long long)arrays[a].t[i].unit, arrays[a].name);
+                return err_set(err, E_FORMAT, "%s deals out %s in %lld rows; %lld of it share a scale in %s", path,
+                               name, (long long)m->tensors[i].split.unit, (long long)arrays[a].t[i].unit, arrays[a].name);
     }
     return 0;
 }
@@ -770,8 +772,9 @@ static int load_file(const char *path, const TrainMarker *m, int rank, const Own
             tensor_name(name, sizeof name, m->arrays[a], m->tensors[i].name);
             const uint8_t *data = safetensors_find(&st, name)->data;
             size_t row = (size_t)t->values * dtype_size(t->dtype);
-            int64_t to = (begin - own->row0[i]) / t->unit, from = (begin - split_begin(&m->tensors[i].split, rank)) / t->unit;
-            device_copy_in((uint8_t *)t->data + (size_t)to * row, data + (size_t)from * row, (size_t)(rows / t->unit) * row);
+            size_t to = (size_t)((begin - own->row0[i]) / t->unit);
+            size_t from = (size_t)((begin - split_begin(&m->tensors[i].split, rank)) / t->unit);
+            device_copy_in((uint8_t *)t->data + to * row, data + from * row, (size_t)(rows / t->unit) * row);
         }
     safetensors_close(&st);
     file_unmap(&map);

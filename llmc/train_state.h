@@ -18,8 +18,8 @@ typedef struct {
     Rounding rounding;                         // of parameters that are not f32
 } TrainProgress;
 
-// One array of a checkpoint: what it holds of each tensor. A row of the array belongs to `unit` rows of the tensor and has
-// `values` of dtype (F32, BF16, I8 or U8); values 0: it has nothing of this tensor. `data` is in device memory, the
+// One array of a checkpoint: what it holds of each tensor. A row of the array belongs to `unit` rows of the tensor and
+// has `values` of dtype (F32, BF16, I8 or U8); values 0: it has nothing of this tensor. `data` is in device memory, the
 // array rows of the tensor rows that OwnTable.held has, one after the other. unit divides the tensor's split.unit. In
 // files such a tensor is (array rows, values).
 typedef struct { DType dtype; int64_t unit, values; void *data; } StateTensor;
@@ -51,8 +51,8 @@ size_t train_state_copy_bytes(const OwnTable *own, const StateArray *arrays, int
 // Loads the checkpoint that OUT/latest names, or the newest complete one if that file is missing: the rows this rank
 // holds, from whichever files have them, after checking the checksum of every file it reads. Of the other files each
 // rank checks a share, so that a damaged file is found by some rank: ranks must agree on the result. Configuration,
-// scheme, formats (of the table), rounding, T, data and seed must be those of this run. Returns 1 if one was loaded, 0 if
-// there is none.
+// scheme, formats (of the table), rounding, T, data and seed must be those of this run. Returns 1 if one was loaded, 0
+// if there is none.
 int train_state_load(const char *out, TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
                      const OwnTable *own, const StateArray *arrays, int n_arrays, Err *err);
 

@@ -155,14 +155,15 @@ static void test_bytes_of_int8_rows(void **state) {
             WireBytes wire[2], floats;
             Shard s;
             for (int quantized = 0; quantized < 2; quantized++) {
-                assert_int_equal(shard_plan(&s, &m.c, &m.plan, &m.table, (ShardLevel)level, quantized, R, R - 1, &err), 0);
+                assert_int_equal(shard_plan(&s, &m.c, &m.plan, &m.table, (ShardLevel)level, quantized, R, R - 1, &err),
+                                 0);
                 wire[quantized] = shard_plan_wire(&s, 1);
                 if (quantized) break;
                 shard_free(&s);
             }
             Shard f;
-            assert_int_equal(shard_plan(&f, &plain.c, &plain.plan, &plain.table, (ShardLevel)level, true, R, R - 1, &err),
-                             0);
+            assert_int_equal(shard_plan(&f, &plain.c, &plain.plan, &plain.table, (ShardLevel)level, true, R, R - 1,
+                                        &err), 0);
             floats = shard_plan_wire(&f, 1);
             assert_true(wire[0].linears == wire[1].linears && wire[0].others == wire[1].others);
             assert_true(wire[1].others == floats.others && wire[1].gradients == floats.gradients);

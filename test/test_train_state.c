@@ -673,8 +673,8 @@ static void hostile_markers(void **state) {
         {"\"arrays\":\t[", "\"formats\":\t7, \"arrays\":\t["},
         {"\"arrays\":\t[", "\"formats\":\t\"\", \"arrays\":\t["},
         {"\"arrays\":\t[", "\"formats\":\t\"masters \\u001b[2J\", \"arrays\":\t["},
-        {"\"arrays\":\t[", "\"formats\":\t\"masters bf16, moments int8, rounded stochastically, and this makes it far too "
-                          "long to be taken as it is\", \"arrays\":\t["},
+        {"\"arrays\":\t[", "\"formats\":\t\"masters bf16, moments int8, rounded stochastically, and this makes it "
+                          "far too long to be taken as it is\", \"arrays\":\t["},
         {"\"arrays\":\t[", "\"formats\":\t\"masters bf16, moments fp32\", \"arrays\":\t["},
     };
     for (size_t i = 0; i < sizeof edits / sizeof *edits; i++) {
@@ -847,12 +847,13 @@ static void other_formats(void **state) {
     };
     for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++)
         for (int back = 0; back < 2; back++) {
-            const Formats *saved = back ? &pairs[i].now : &pairs[i].saved, *now = back ? &pairs[i].saved : &pairs[i].now;
+            const Formats *saved = back ? &pairs[i].now : &pairs[i].saved;
+            const Formats *now = back ? &pairs[i].saved : &pairs[i].now;
             fresh();
             assert_int_equal(typed_save(saved, 2, false, 5, &err), 0);
             assert_int_equal(typed_load(now, 1, 0, false, &err), E_USAGE);
-            if (!strstr(err.text, pairs[i].has) || !strstr(err.text, pairs[i].wants) || !strstr(err.text, "--optim-state") ||
-                !strstr(err.text, "--master") || !strstr(err.text, "--rounding"))
+            if (!strstr(err.text, pairs[i].has) || !strstr(err.text, pairs[i].wants) ||
+                !strstr(err.text, "--optim-state") || !strstr(err.text, "--master") || !strstr(err.text, "--rounding"))
                 fail_msg("%s", err.text);
             assert_int_equal(typed_load(saved, 3, 1, false, &err), 5);
         }
@@ -870,7 +871,8 @@ static void wrong_types(void **state) {
     (void)state;
     const Formats f = formats[3];
     const char *file = "step-5/rank-00001-of-00002.safetensors", *marker = "step-5/checkpoint.json";
-    const char *const victims[] = {"master.model.layers.0.mlp.up_proj.weight", "master_scale.model.layers.1.mlp.up_proj.weight",
+    const char *const victims[] = {"master.model.layers.0.mlp.up_proj.weight",
+                                   "master_scale.model.layers.1.mlp.up_proj.weight",
                                    "m.model.layers.0.mlp.down_proj.weight", "v_scale.model.embed_tokens.weight",
                                    "master.model.embed_tokens.weight"};
     Err err = {0};
@@ -899,7 +901,8 @@ static void wrong_types(void **state) {
                 int64_t shape[2] = {t->shape[0], t->shape[1]};
                 DType dtype = t->dtype;
                 met = met || it;
-                if (it && kind == 1) dtype = dtype == DT_F32 ? DT_I32 : dtype == DT_I8 ? DT_U8 : dtype == DT_U8 ? DT_I8 : DT_F16;
+                if (it && kind == 1)
+                    dtype = dtype == DT_F32 ? DT_I32 : dtype == DT_I8 ? DT_U8 : dtype == DT_U8 ? DT_I8 : DT_F16;
                 if (it && kind == 2) shape[0] = t->shape[0] * t->shape[1], shape[1] = 1;
                 if (it && kind == 2 && t->shape[1] == 1) shape[0] = 1, shape[1] = t->shape[0];
                 if (it && kind == 3) continue;
