@@ -10,9 +10,9 @@
 //
 // Weights travel once after each update (full: each time a block is needed), one all-gather a block: as codes and
 // scales where they are fake-quantized or INT8, which lose nothing, else as floatX. Gradients travel as f32, one
-// all-to-all a block, and are added in rank order: after the last micro-step under none and optim, after each under grad and full; those of
-// embedding, head and final norm always after the last. While a block is computed the next one's weights and the one
-// before's gradients are on their way.
+// all-to-all a block, and are added in rank order: after the last micro-step under none and optim, after each under grad
+// and full; those of embedding, head and final norm always after the last. While a block is computed the next one's
+// weights and the one before's gradients are on their way.
 #ifndef QLLM_SHARD_H
 #define QLLM_SHARD_H
 #include "comm.h"
@@ -71,7 +71,7 @@ typedef struct {
     float *send, *receive;
     size_t n_work, n_rows, n_grad, n_scratch, own_bytes, all_bytes, grad_bytes;     // n_work: bytes
     bool fake_quant;
-    bool block_scales;         // some linear is fake-quantized to codes: blocks' row scales are written and sent for all
+    bool block_scales;         // some linear is fake-quantized to codes: row scales of blocks are written and sent
     int held;                  // full: the block that lies in the blocks' place, or -1
     struct { int unit, chunk; CommTicket ticket; } gathering, reducing;   // unit -1: none
     bool reduce_adds;

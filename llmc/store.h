@@ -28,8 +28,8 @@ void store_free(Store *s);
 
 // Rows [row0, row0 + n) of those held of tensor i, as ops take them.
 StoredParam store_param(const Store *s, int i, int64_t row0);
-// Where the update of tensor i writes its working values (all rows held); NULL: nowhere, since it works as it is stored,
-// or since all ranks get them from shard_weights_changed.
+// Where the update of tensor i writes its working values (all rows held); NULL: nowhere, since it works as it is
+// stored, or since all ranks get them from shard_weights_changed.
 floatX *store_work(const Store *s, int i);
 // Puts n rows of f32 values (host memory) at row0 of those held: as f32, as bf16 to nearest, or by int8_rows.
 int store_set_rows(Store *s, int i, int64_t row0, int64_t n, const float *rows, Err *err);

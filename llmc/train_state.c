@@ -704,7 +704,8 @@ static int check_run(const TrainMarker *m, const TrainMarker *mine, const StateA
         for (int a = 0; a < m->n_arrays; a++)
             if (m->tensors[i].split.unit % arrays[a].t[i].unit)
                 return err_set(err, E_FORMAT, "%s deals out %s in %lld rows; %lld of it share a scale in %s", path,
-                               name, (long long)m->tensors[i].split.unit, (long long)arrays[a].t[i].unit, arrays[a].name);
+                               name, (long long)m->tensors[i].split.unit, (long long)arrays[a].t[i].unit,
+                               arrays[a].name);
     }
     return 0;
 }
