@@ -41,14 +41,33 @@ template <int KIND> static __device__ __forceinline__ bool step_begin(Step *s, c
     return true;
 }
 
-// p, m and v after a step of gradient g (not yet scaled).
-static __device__ __forceinline__ void adamw_value(float *p, float *m, float *v, float g, const Step *s) {
+// m and v after a step of gradient g (not yet scaled), and p from what those two then are over their corrections.
+static __device__ __forceinline__ void adamw_moments(float *m, float *v, float g, const Step *s) {
     g = g * s->grad_scale;
-    float x = *p - s->decay * *p;
     *m = *m + s->c1 * (g - *m);
     *v = *v + s->c2 * (g * g - *v);
-    float den = sqrtf(*v) / s->sqrt_bc2 + s->eps;
-    *p = x - s->lr * (*m / s->bc1) / den;
+}
+static __device__ __forceinline__ float adamw_weight(float p, float corrected_m, float corrected_root, const Step *s) {
+    p = p - s->decay * p;
+    return p - s->lr * corrected_m / (corrected_root + s->eps);
+}
+static __device__ __forceinline__ void adamw_value(float *p, float *m, float *v, float g, const Step *s) {
+    adamw_moments(m, v, g, s);
+    *p = adamw_weight(*p, *m / s->bc1, sqrtf(*v) / s->sqrt_bc2, s);
+}
+
+// Division of many by one. quotient(a, d) is a / d.by to the bit, in three instructions instead of eleven: with the
+// rounded reciprocal y, a product and one correction by the exact remainder round as division does (P. Markstein,
+// "Computation of elementary functions on the IBM RISC System/6000 processor", 1990). As long as nothing on the way
+// leaves the range of normal numbers: the caller sees to that.
+struct Divisor { float by, inv; };
+QHD Divisor divisor(float by) {
+    Divisor d = {by, 1.0f / by};
+    return d;
+}
+QHD float quotient(float a, Divisor d) {
+    float q = a * d.inv;
+    return fmaf(fmaf(-q, d.by, a), d.inv, q);
 }
 
 // weight_fq of f32 or bf16 masters, unless state says to skip.

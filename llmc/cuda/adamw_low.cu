@@ -8,11 +8,12 @@
 //   bf16 2 + 2      4    |           24    16      12       10
 //   f32  4 + 4      4    |           28    20      16       14
 //
-// Each value is read and written once. On an H100 (3.35 TB/s) INT8 with 8-bit states so takes 3.0 us a million weights.
-// What it costs to compute is as much: two codes to values, a root and three divisions for AdamW, two more divisions
-// and two searches for the new codes, a quarter of a Philox block and the new code, about 130 instructions a weight,
-// where the multiprocessors issue 88 in the time of 10 bytes. So 0.65 of that bandwidth is what to expect, and the
-// searches are made of two lookups in shared memory, not of eight.
+// Each value is read and written once: INT8 with 8-bit states takes 3.0 us a million weights on an H100 (3.35 TB/s).
+// What it costs to compute is more: two codes to values, a root and three divisions for AdamW, two more divisions and
+// two searches for the new codes, a quarter of a Philox block and the new code. So four of the five divisions, by
+// numbers that many values share, are made by quotient (adamw.cuh), and a search takes two lookups in shared memory,
+// not eight. That leaves some 130 instructions a weight, by the machine code for sm_90, where the multiprocessors issue
+// 88 in the time of 10 bytes: 0.65 of the bandwidth is what to expect, and all of it with states in f32 or bf16.
 //
 // A warp takes 256 values in a row, aligned by their place in the whole tensor: two groups of four values a lane, at
 // 4 lane and at 128 + 4 lane. So 256 values are one block of 8-bit states, or two of 4 bits; a group is one Philox
@@ -100,15 +101,18 @@ static __device__ const Maps<MapS8, MapU8> maps_8 = {made_s8.map, made_u8.map};
 static __device__ const Maps<MapS4, MapU4> maps_4 = {made_s4.map, made_u4.map};
 struct NoMaps { int m, v; };
 
-// What is stored of four values, and how many values share a scale.
+// Of each format: bits a value, and the maps.
 template <int STATE> struct Format;
-template <> struct Format<STATE_F32> { typedef Vec<float, 4> Group; typedef NoMaps Tables; };
-template <> struct Format<STATE_BF16> { typedef Vec<bf16, 4> Group; typedef NoMaps Tables; };
-template <> struct Format<STATE_INT8> { typedef Vec<uint8_t, 4> Group; typedef Maps<MapS8, MapU8> Tables; };
-template <> struct Format<STATE_FP8> { typedef Vec<uint8_t, 4> Group; typedef NoMaps Tables; };
-template <> struct Format<STATE_INT4> { typedef Vec<uint8_t, 2> Group; typedef Maps<MapS4, MapU4> Tables; };
+template <> struct Format<STATE_F32> { enum { bits = 32 }; typedef NoMaps Tables; };
+template <> struct Format<STATE_BF16> { enum { bits = 16 }; typedef NoMaps Tables; };
+template <> struct Format<STATE_INT8> { enum { bits = 8 }; typedef Maps<MapS8, MapU8> Tables; };
+template <> struct Format<STATE_FP8> { enum { bits = 8 }; typedef NoMaps Tables; };
+template <> struct Format<STATE_INT4> { enum { bits = 4 }; typedef Maps<MapS4, MapU4> Tables; };
 template <int STATE> constexpr bool has_map = STATE == STATE_INT8 || STATE == STATE_INT4;
 template <int STATE> constexpr bool has_scale = has_map<STATE> || STATE == STATE_FP8;
+
+// Four values of so many bits as they lie in memory: four, two or one word; of 4 bits half a word.
+template <int BITS> using Group = Vec<uint32_t, (BITS + 7) / 8>;
 
 // All threads call it; step_begin's barrier follows.
 template <class T> static __device__ __forceinline__ void copy_tables(T *to, const T *from) {
@@ -132,43 +136,61 @@ static __device__ __forceinline__ unsigned encode(const StateMap<N, SIGNED, LOW,
     unsigned c = map->base[k];
     return c + (u >= map->edge[c] ? 1u : 0u);
 }
-// f8_e4m3_from_f32, and 0 for NaN, without branches: adding 2^14 rounds subnormals to a multiple of 2^-9.
-static __device__ __forceinline__ unsigned encode_fp8(float u) {
-    uint32_t bits = f32_bits(u), a = bits & 0x7fffffffu;
+// f8_e4m3_from_f32 with the sign of x, and 0 for NaN, without branches: adding 2^14 rounds subnormals to a multiple of
+// 2^-9.
+static __device__ __forceinline__ unsigned encode_fp8(float u, float x) {
+    uint32_t a = f32_bits(u) & 0x7fffffffu;
     uint32_t normal = (a + 0x7ffffu + ((a >> 20) & 1u) - 0x3c000000u) >> 20;
     uint32_t small = f32_bits(f32_from_bits(a) + 16384.0f) - 0x46800000u;
     uint32_t code = a < 0x3c800000u ? small : normal;
-    code = (code < 0x7eu ? code : 0x7eu) | (bits >> 24 & 0x80u);
+    code = (code < 0x7eu ? code : 0x7eu) | (f32_bits(x) >> 24 & 0x80u);
     return u == u ? code : 0u;
 }
 
-// Values of a group of codes with their block's scale, and back. amax: of the block; map: m's or v's.
+// Value i of a group in bf16.
+static __device__ __forceinline__ float bf16_of(Group<16> q, int i) {
+    return f32_from_bits(i % 2 ? q.v[i / 2] & 0xffff0000u : q.v[i / 2] << 16);
+}
+
+// Values of a group of codes with their block's scale, and back; map: m's or v's.
 template <int STATE, class Map>
-static __device__ __forceinline__ void decode_group(float *x, typename Format<STATE>::Group q, const Map *map,
-                                                    float s) {
+static __device__ __forceinline__ void decode_group(float *x, Group<Format<STATE>::bits> q, const Map *map, float s) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        if constexpr (STATE == STATE_F32) x[i] = q.v[i];
-        else if constexpr (STATE == STATE_BF16) x[i] = bf16_to_f32(q.v[i]);
-        else if constexpr (STATE == STATE_INT8) x[i] = map->value[q.v[i]] * s;
-        else if constexpr (STATE == STATE_FP8) x[i] = f8_e4m3_to_f32(q.v[i]) * s;
-        else x[i] = map->value[i % 2 ? q.v[i / 2] & 15 : q.v[i / 2] >> 4] * s;
+        if constexpr (STATE == STATE_F32) x[i] = f32_from_bits(q.v[i]);
+        else if constexpr (STATE == STATE_BF16) x[i] = bf16_of(q, i);
+        else if constexpr (STATE == STATE_INT8) x[i] = map->value[q.v[0] >> 8 * i & 255] * s;
+        else if constexpr (STATE == STATE_FP8) x[i] = f8_e4m3_to_f32((f8_e4m3)(q.v[0] >> 8 * i)) * s;
+        else x[i] = map->value[q.v[0] >> (4 * i ^ 4) & 15] * s;
     }
 }
+// A scale from which on quotient might overflow is left to division. Below, values too small for it get the code of 0
+// either way: what they are over the scale, of 2^-49 or more, lies far below the first edge.
 template <int STATE, class Map>
-static __device__ __forceinline__ typename Format<STATE>::Group encode_group(const float *x, const Map *map, float s) {
-    typename Format<STATE>::Group q;
-    if constexpr (STATE == STATE_INT4) {
+static __device__ __forceinline__ Group<Format<STATE>::bits> encode_group(const float *x, const Map *map, float s) {
+    Group<Format<STATE>::bits> q = {};
+    if constexpr (STATE == STATE_F32) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) q.v[i] = f32_bits(x[i]);
+    } else if constexpr (STATE == STATE_BF16) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            q.v[i] = (uint8_t)(encode(map, x[2 * i] / s) << 4 | encode(map, x[2 * i + 1] / s));
+            q.v[i] = (uint32_t)bf16_from_f32(x[2 * i]) | (uint32_t)bf16_from_f32(x[2 * i + 1]) << 16;
     } else {
+        float u[4];
+        if (s < 0x1p100f) {
+            Divisor d = divisor(s);
+#pragma unroll
+            for (int i = 0; i < 4; i++) u[i] = quotient(x[i], d);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++) u[i] = x[i] / s;
+        }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if constexpr (STATE == STATE_F32) q.v[i] = x[i];
-            else if constexpr (STATE == STATE_BF16) q.v[i] = bf16_from_f32(x[i]);
-            else if constexpr (STATE == STATE_INT8) q.v[i] = (uint8_t)encode(map, x[i] / s);
-            else q.v[i] = (uint8_t)encode_fp8(x[i] / s);
+            if constexpr (STATE == STATE_INT8) q.v[0] |= encode(map, u[i]) << 8 * i;
+            else if constexpr (STATE == STATE_FP8) q.v[0] |= encode_fp8(u[i], x[i]) << 8 * i;
+            else q.v[0] |= encode(map, u[i]) << (4 * i ^ 4);
         }
     }
     return q;
@@ -212,46 +234,70 @@ static __device__ __forceinline__ Place place_of(int64_t k, int64_t start, int64
     return x;
 }
 
-// Four values of T in N elements, N = 2 where one holds two (which never come apart). What is not there is 0.
-template <bool VEC, class T, int N>
-static __device__ __forceinline__ Vec<T, N> load_group(const void *from, int64_t at, uint32_t have) {
-    const T *p = (const T *)from + (N == 2 ? at / 2 : at);
-    Vec<T, N> x = {};
-    if (VEC) {
-        if (have) x = vec_load<T, N>(p);
+// Loads and stores a group. What is not there is 0; of 4 bits two values come or go together.
+template <int BITS, bool VEC>
+static __device__ __forceinline__ Group<BITS> load_group(const void *from, int64_t at, uint32_t have) {
+    Group<BITS> x = {};
+    if constexpr (BITS == 4) {
+        const uint8_t *p = (const uint8_t *)from + at / 2;
+        if (VEC) {
+            if (have) x.v[0] = *(const uint16_t *)p;
+        } else {
+            if (have & 3) x.v[0] = p[0];
+            if (have & 12) x.v[0] |= (uint32_t)p[1] << 8;
+        }
+    } else if constexpr (VEC) {
+        if (have) x = *(const Group<BITS> *)((const uint8_t *)from + at * (BITS / 8));
     } else {
+        const uint8_t *p = (const uint8_t *)from + at * (BITS / 8);
 #pragma unroll
-        for (int i = 0; i < N; i++)
-            if (have >> (N == 2 ? 2 * i : i) & 1) x.v[i] = p[i];
+        for (int i = 0; i < 4; i++) {
+            if (!(have >> i & 1)) continue;
+            if constexpr (BITS == 32) x.v[i] = ((const uint32_t *)p)[i];
+            else if constexpr (BITS == 16) x.v[i / 2] |= (uint32_t)((const uint16_t *)p)[i] << i % 2 * 16;
+            else x.v[0] |= (uint32_t)p[i] << i * 8;
+        }
     }
     return x;
 }
-template <bool VEC, class T, int N>
-static __device__ __forceinline__ void store_group(void *to, int64_t at, uint32_t have, Vec<T, N> x) {
-    T *p = (T *)to + (N == 2 ? at / 2 : at);
-    if (VEC) {
-        if (have) vec_store(p, x);
+template <int BITS, bool VEC>
+static __device__ __forceinline__ void store_group(void *to, int64_t at, uint32_t have, Group<BITS> x) {
+    if constexpr (BITS == 4) {
+        uint8_t *p = (uint8_t *)to + at / 2;
+        if (VEC) {
+            if (have) *(uint16_t *)p = (uint16_t)x.v[0];
+        } else {
+            if (have & 3) p[0] = (uint8_t)x.v[0];
+            if (have & 12) p[1] = (uint8_t)(x.v[0] >> 8);
+        }
+    } else if constexpr (VEC) {
+        if (have) *(Group<BITS> *)((uint8_t *)to + at * (BITS / 8)) = x;
     } else {
+        uint8_t *p = (uint8_t *)to + at * (BITS / 8);
 #pragma unroll
-        for (int i = 0; i < N; i++)
-            if (have >> (N == 2 ? 2 * i : i) & 1) p[i] = x.v[i];
+        for (int i = 0; i < 4; i++) {
+            if (!(have >> i & 1)) continue;
+            if constexpr (BITS == 32) ((uint32_t *)p)[i] = x.v[i];
+            else if constexpr (BITS == 16) ((uint16_t *)p)[i] = (uint16_t)(x.v[i / 2] >> i % 2 * 16);
+            else p[i] = (uint8_t)(x.v[0] >> i * 8);
+        }
     }
+}
+static __device__ __forceinline__ Group<32> group_of(const float *x) {
+    return {{f32_bits(x[0]), f32_bits(x[1]), f32_bits(x[2]), f32_bits(x[3])}};
 }
 
 template <int STATE> struct Moment {
-    typename Format<STATE>::Group q[2];
+    Group<Format<STATE>::bits> q[2];
     float s[2];
 };
-template <class T, int N> struct GroupOf { typedef T Type; enum { n = N }; };
-template <class T, int N> static GroupOf<T, N> group_of(Vec<T, N>);
 
 template <int STATE, bool VEC>
 static __device__ __forceinline__ Moment<STATE> load_moment(StoredState state, const Place *x) {
-    typedef decltype(group_of(typename Format<STATE>::Group{})) G;
     Moment<STATE> r = {};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        r.q[h] = load_group<VEC, typename G::Type, G::n>(state.data, x->at[h], x->have[h]);
+        r.q[h] = load_group<Format<STATE>::bits, VEC>(state.data, x->at[h], x->have[h]);
         // A block of 256 lies inside as a whole, and so do both halves.
         if (has_scale<STATE> && x->have[h]) r.s[h] = state.scale[x->at[h] >> (STATE == STATE_INT4 ? 7 : 8)];
     }
@@ -261,7 +307,8 @@ static __device__ __forceinline__ Moment<STATE> load_moment(StoredState state, c
 static __device__ __forceinline__ float to_f32(float x) { return x; }
 static __device__ __forceinline__ float to_f32(bf16 x) { return bf16_to_f32(x); }
 
-static __device__ __forceinline__ float max_abs(float a, const float *x) {      // fmaxf passes NaN over
+static __device__ __forceinline__ float max_abs(const float *x) {       // fmaxf passes NaN over
+    float a = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; i++) a = fmaxf(a, fabsf(x[i]));
     return a;
@@ -275,9 +322,9 @@ static __device__ __forceinline__ void store_moment(StoredState state, const Pla
     if constexpr (has_scale<STATE>) {
         if (STATE == STATE_INT4) {
 #pragma unroll
-            for (int h = 0; h < 2; h++) s[h] = state_scale(STATE_INT4, warp_max_abs(max_abs(0.0f, f[h])));
+            for (int h = 0; h < 2; h++) s[h] = state_scale(STATE_INT4, warp_max_abs(max_abs(f[h])));
         } else {
-            s[0] = s[1] = state_scale((StateFormat)STATE, warp_max_abs(max_abs(max_abs(0.0f, f[0]), f[1])));
+            s[0] = s[1] = state_scale((StateFormat)STATE, warp_max_abs(fmaxf(max_abs(f[0]), max_abs(f[1]))));
         }
 #pragma unroll
         for (int h = 0; h < 2; h++)
@@ -286,73 +333,109 @@ static __device__ __forceinline__ void store_moment(StoredState state, const Pla
     }
 #pragma unroll
     for (int h = 0; h < 2; h++)
-        store_group<VEC>(state.data, x->at[h], x->have[h], encode_group<STATE>(f[h], map, s[h]));
+        store_group<Format<STATE>::bits, VEC>(state.data, x->at[h], x->have[h], encode_group<STATE>(f[h], map, s[h]));
 }
 
-template <int PARAM> struct ParamGroup;
-template <> struct ParamGroup<PARAM_F32> { typedef float Type; };
-template <> struct ParamGroup<PARAM_BF16> { typedef bf16 Type; };
-template <> struct ParamGroup<PARAM_INT8> { typedef int8_t Type; };
-
-// What is read of 256 values, all loads before the first use.
-template <int PARAM, int STATE> struct Loaded {
-    Vec<typename ParamGroup<PARAM>::Type, 4> p[2];
-    Vec<float, 4> g[2];
+// What is read of 256 values, all loads before the first use. PBITS: of a parameter.
+template <int PBITS, int STATE> struct Loaded {
+    Group<PBITS> p[2];
+    Group<32> g[2];
     Moment<STATE> m, v;
 };
-template <int PARAM, int STATE, bool VEC>
-static __device__ __forceinline__ Loaded<PARAM, STATE> load_values(const Update *u, const Place *x) {
-    Loaded<PARAM, STATE> l;
+template <int PBITS, int STATE, bool VEC>
+static __device__ __forceinline__ Loaded<PBITS, STATE> load_values(const Update *u, const Place *x) {
+    Loaded<PBITS, STATE> l;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        l.g[h] = load_group<VEC, float, 4>(u->grad, x->at[h], x->have[h]);
-        l.p[h] = load_group<VEC, typename ParamGroup<PARAM>::Type, 4>(u->p.data, x->at[h], x->have[h]);
+        l.g[h] = load_group<32, VEC>(u->grad, x->at[h], x->have[h]);
+        l.p[h] = load_group<PBITS, VEC>(u->p.data, x->at[h], x->have[h]);
     }
     l.m = load_moment<STATE, VEC>(u->m, x);
     l.v = load_moment<STATE, VEC>(u->v, x);
     return l;
 }
 
-// The step of a group, whose parameters come as f32 in p.
+// A step, with its corrections as divisors. `quick`: these are far from the ends of the range.
+struct LowStep {
+    Step s;
+    Divisor bc1, sqrt_bc2;
+    bool quick;
+};
+static __device__ __forceinline__ bool low_begin(LowStep *step, const StepState *state, Hyper h) {
+    step->s = {};
+    if (!step_begin<UPDATE_ADAMW>(&step->s, state, h)) return false;
+    step->bc1 = divisor(step->s.bc1);
+    step->sqrt_bc2 = divisor(step->s.sqrt_bc2);
+    step->quick = step->s.bc1 > 0x1p-20f && step->s.bc1 <= 1.0f && step->s.sqrt_bc2 > 0x1p-20f &&
+                  step->s.sqrt_bc2 <= 1.0f;
+    return true;
+}
+
+// The step of a group, whose parameters come as f32 in p. quotient needs values that are neither huge nor, but for the
+// root, tiny; the root of the least number is 2^-74.5, and 0 is divided rightly.
 template <int STATE, class Maps, class L>
-static __device__ __forceinline__ void update_group(float *p, float *m, float *v, const L *l, int h, const Maps *maps,
-                                                    const Step *step) {
+static __device__ __forceinline__ void update_group(float *p, float *m, float *v, const L *l, int h, uint32_t have,
+                                                    const Maps *maps, const LowStep *step) {
     decode_group<STATE>(m, l->m.q[h], &maps->m, l->m.s[h]);
     decode_group<STATE>(v, l->v.q[h], &maps->v, l->v.s[h]);
+    float corrected_m[4], root[4], least = INFINITY;
 #pragma unroll
-    for (int i = 0; i < 4; i++) adamw_value(&p[i], &m[i], &v[i], l->g[h].v[i], step);
+    for (int i = 0; i < 4; i++) {
+        adamw_moments(&m[i], &v[i], f32_from_bits(l->g[h].v[i]), &step->s);
+        least = fminf(least, fabsf(m[i]));
+        root[i] = sqrtf(v[i]);
+    }
+    bool quick = step->quick && least >= 0x1p-75f && fmaxf(max_abs(m), max_abs(v)) <= 0x1p100f;
+    if (quick || !have) {                                      // NaN stays NaN either way
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            corrected_m[i] = quotient(m[i], step->bc1);
+            root[i] = quotient(root[i], step->sqrt_bc2);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            corrected_m[i] = m[i] / step->s.bc1;
+            root[i] = root[i] / step->s.sqrt_bc2;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) p[i] = adamw_weight(p[i], corrected_m[i], root[i], &step->s);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Parameters in f32 and bf16.
 
-template <int PARAM, int STATE, bool VEC>
-static __global__ void __launch_bounds__(FLAT_THREADS) flat_kernel(Update u) {
+template <int PBITS, int STATE, bool VEC>
+static __global__ void __launch_bounds__(FLAT_THREADS, VEC ? 4 : 2) flat_kernel(Update u) {
     __shared__ typename Format<STATE>::Tables maps;
-    Step step = {};
+    LowStep step;
     load_tables<STATE>(&maps);
-    if (!step_begin<UPDATE_ADAMW>(&step, u.state, u.h)) return;
+    if (!low_begin(&step, u.state, u.h)) return;
     const int64_t n = u.rows * u.cols, end = (u.start + n + 255) / 256;
-    const bool stochastic = PARAM == PARAM_BF16 && u.rounding == ROUND_STOCHASTIC;
+    const bool stochastic = PBITS == 16 && u.rounding == ROUND_STOCHASTIC;
     const uint64_t seed = u.state->seed, stream = rounding_stream(u.tensor, u.state->t);
     const int lane = (int)threadIdx.x & 31, warps = FLAT_THREADS / 32;
     for (int64_t k = u.start / 256 + (int64_t)blockIdx.x * warps + threadIdx.x / 32; k < end;
          k += (int64_t)gridDim.x * warps) {
         Place x = place_of<VEC>(k, u.start, 0, n);
-        Loaded<PARAM, STATE> l = load_values<PARAM, STATE, VEC>(&u, &x);
+        Loaded<PBITS, STATE> l = load_values<PBITS, STATE, VEC>(&u, &x);
         float p[2][4], m[2][4], v[2][4];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) p[h][i] = to_f32(l.p[h].v[i]);
-            update_group<STATE>(p[h], m[h], v[h], &l, h, &maps, &step);
+            for (int i = 0; i < 4; i++) {
+                if constexpr (PBITS == 32) p[h][i] = f32_from_bits(l.p[h].v[i]);
+                else p[h][i] = bf16_of(l.p[h], i);
+            }
+            update_group<STATE>(p[h], m[h], v[h], &l, h, x.have[h], &maps, &step);
         }
         store_moment<STATE, VEC>(u.m, &x, m, &maps.m);
         store_moment<STATE, VEC>(u.v, &x, v, &maps.v);
-        if constexpr (PARAM == PARAM_F32) {
+        if constexpr (PBITS == 32) {
 #pragma unroll
             for (int h = 0; h < 2; h++)
-                store_group<VEC>(u.p.data, x.at[h], x.have[h], Vec<float, 4>{{p[h][0], p[h][1], p[h][2], p[h][3]}});
+                store_group<32, VEC>(u.p.data, x.at[h], x.have[h], group_of(p[h]));
         } else {
             // A Philox block serves the groups of two neighbours. The even one makes that of their first groups, the
             // odd one that of their second, and each gives the other what is its.
@@ -370,14 +453,15 @@ static __global__ void __launch_bounds__(FLAT_THREADS) flat_kernel(Update u) {
             }
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                Vec<bf16, 4> q;
+                Group<16> q = {};
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     uint32_t word = bits[h][i / 2];
-                    q.v[i] = stochastic ? bf16_stochastic(p[h][i], i % 2 ? word >> 16 : word & 0xffffu)
+                    bf16 b = stochastic ? bf16_stochastic(p[h][i], i % 2 ? word >> 16 : word & 0xffffu)
                                         : bf16_from_f32(p[h][i]);
+                    q.v[i / 2] |= (uint32_t)b << i % 2 * 16;
                 }
-                store_group<VEC>(u.p.data, x.at[h], x.have[h], q);
+                store_group<16, VEC>(u.p.data, x.at[h], x.have[h], q);
             }
         }
     }
@@ -400,8 +484,8 @@ static __device__ __forceinline__ int tile_row(const Tiles *t, int64_t at, int64
 template <int STATE, bool VEC, class Maps>
 static __device__ __forceinline__ void update_rows(float (&p)[2][4], const Update *u, const Tiles *t, const Place *x,
                                                    const float *scale, int64_t begin, const Maps *maps,
-                                                   const Step *step, bool store) {
-    Loaded<PARAM_INT8, STATE> l = load_values<PARAM_INT8, STATE, VEC>(u, x);
+                                                   const LowStep *step, bool store) {
+    Loaded<8, STATE> l = load_values<8, STATE, VEC>(u, x);
     float m[2][4], v[2][4];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -409,9 +493,9 @@ static __device__ __forceinline__ void update_rows(float (&p)[2][4], const Updat
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (!VEC && x->have[h] >> i & 1) s = scale[tile_row(t, x->at[h] + i - begin, u->cols)];
-            p[h][i] = (float)l.p[h].v[i] * s;
+            p[h][i] = (float)(int8_t)(l.p[h].v[0] >> 8 * i) * s;
         }
-        update_group<STATE>(p[h], m[h], v[h], &l, h, maps, step);
+        update_group<STATE>(p[h], m[h], v[h], &l, h, x->have[h], maps, step);
     }
     if (store) {
         store_moment<STATE, VEC>(u->m, x, m, &maps->m);
@@ -425,7 +509,7 @@ static __device__ __forceinline__ void add_rows(unsigned *amax, const float (&p)
                                                 int64_t begin, int64_t cols) {
     const int lane = (int)threadIdx.x & 31;
     if (t->rows == 1) {                                        // values that are not there are 0
-        float a = warp_max_abs(max_abs(max_abs(0.0f, p[0]), p[1]));
+        float a = warp_max_abs(fmaxf(max_abs(p[0]), max_abs(p[1])));
         if (lane == 0) atomicMax(amax, f32_bits(a));
         return;
     }
@@ -439,7 +523,7 @@ static __device__ __forceinline__ void add_rows(unsigned *amax, const float (&p)
             continue;
         }
         int row = x->have[h] ? tile_row(t, x->at[h] - begin, cols) : -1, first = __shfl_sync(FULL_WARP, row, 0);
-        float a = max_abs(0.0f, p[h]);
+        float a = max_abs(p[h]);
         if (__all_sync(FULL_WARP, row == first)) {
             a = warp_max_abs(a);
             if (lane == 0 && row >= 0) atomicMax(amax + row, f32_bits(a));
@@ -464,9 +548,9 @@ static __global__ void __launch_bounds__(VEC ? MAX_THREADS : MAX_THREADS / 2) ro
     unsigned *amax = (unsigned *)(scale + t.rows);             // the bits of what is not negative order as it does;
     float *inv = scale + t.rows;                               // in the same place: what values are multiplied by
     float *kept = scale + (2 * t.rows + 3) / 4 * 4;
-    Step step = {};
+    LowStep step;
     load_tables<STATE>(&maps);
-    if (!step_begin<UPDATE_ADAMW>(&step, u.state, u.h)) return;
+    if (!low_begin(&step, u.state, u.h)) return;
     const bool stochastic = u.rounding == ROUND_STOCHASTIC;
     const uint64_t seed = u.state->seed, stream = rounding_stream(u.tensor, u.state->t);
     const int lane = (int)threadIdx.x & 31, warps = (int)blockDim.x / 32, warp = (int)threadIdx.x / 32;
@@ -486,8 +570,7 @@ static __global__ void __launch_bounds__(VEC ? MAX_THREADS : MAX_THREADS / 2) ro
             if (t.kept)
 #pragma unroll
                 for (int h = 0; h < 2; h++)
-                    store_group<VEC>(kept, x.at[h] - begin, x.have[h],
-                                     Vec<float, 4>{{p[h][0], p[h][1], p[h][2], p[h][3]}});
+                    store_group<32, VEC>(kept, x.at[h] - begin, x.have[h], group_of(p[h]));
             add_rows<VEC>(amax, p, &x, &t, begin, u.cols);
         }
         __syncthreads();                                       // amax is complete
@@ -503,9 +586,9 @@ static __global__ void __launch_bounds__(VEC ? MAX_THREADS : MAX_THREADS / 2) ro
             if (t.kept) {                                      // what this thread has left there
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    Vec<float, 4> f = load_group<VEC, float, 4>(kept, x.at[h] - begin, x.have[h]);
+                    Group<32> f = load_group<32, VEC>(kept, x.at[h] - begin, x.have[h]);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) p[h][i] = f.v[i];
+                    for (int i = 0; i < 4; i++) p[h][i] = f32_from_bits(f.v[i]);
                 }
             } else {
                 update_rows<STATE, VEC>(p, &u, &t, &x, scale, begin, &maps, &step, true);
@@ -515,13 +598,14 @@ static __global__ void __launch_bounds__(VEC ? MAX_THREADS : MAX_THREADS / 2) ro
                 Philox random = {};
                 if (stochastic) random = philox(seed, stream, (uint64_t)(k * 64 + h * 32 + lane));
                 float by = VEC && x.have[h] ? inv[tile_row(&t, x.at[h] - begin, u.cols)] : 0.0f;
-                Vec<int8_t, 4> q;
+                Group<8> q = {};
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     if (!VEC && x.have[h] >> i & 1) by = inv[tile_row(&t, x.at[h] + i - begin, u.cols)];
-                    q.v[i] = int8_code(p[h][i], by, philox_uniform(random.v[i]), stochastic);
+                    int8_t code = int8_code(p[h][i], by, philox_uniform(random.v[i]), stochastic);
+                    q.v[0] |= (uint32_t)(uint8_t)code << 8 * i;
                 }
-                store_group<VEC>(u.p.data, x.at[h], x.have[h], q);
+                store_group<8, VEC>(u.p.data, x.at[h], x.have[h], q);
             }
         }
         __syncthreads();                                       // nobody reads scale and inv any more
@@ -571,10 +655,10 @@ static __global__ void __launch_bounds__(FLAT_THREADS) widen_kernel(float *out, 
 // ---------------------------------------------------------------------------------------------
 // Launching.
 
-template <int PARAM, int STATE> static void launch_flat(const Update *u, bool vec) {
+template <int PBITS, int STATE> static void launch_flat(const Update *u, bool vec) {
     int64_t n = u->rows * u->cols, blocks = (u->start + n + 255) / 256 - u->start / 256;
     unsigned grid = grid_for(((size_t)blocks + FLAT_THREADS / 32 - 1) / (FLAT_THREADS / 32));
-    auto kernel = vec ? flat_kernel<PARAM, STATE, true> : flat_kernel<PARAM, STATE, false>;
+    auto kernel = vec ? flat_kernel<PBITS, STATE, true> : flat_kernel<PBITS, STATE, false>;
     LAUNCH(kernel, grid, FLAT_THREADS, 0, cuda_stream)(*u);
 }
 
@@ -608,8 +692,8 @@ template <int STATE> static void launch_rows(const Update *u, bool vec) {
 
 template <int STATE> static void launch_update(const Update *u, bool vec) {
     if (u->p.format == PARAM_INT8) launch_rows<STATE>(u, vec);
-    else if (u->p.format == PARAM_BF16) launch_flat<PARAM_BF16, STATE>(u, vec);
-    else if constexpr (STATE != STATE_F32) launch_flat<PARAM_F32, STATE>(u, vec);
+    else if (u->p.format == PARAM_BF16) launch_flat<16, STATE>(u, vec);
+    else if constexpr (STATE != STATE_F32) launch_flat<32, STATE>(u, vec);
 }
 
 // Bytes that four values take, which is what a group must be aligned to.

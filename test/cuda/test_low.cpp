@@ -1,5 +1,6 @@
 // Updates of what is kept in few bits (adamw_low), INT8 rows and widened bf16, against the CPU wing, bit for bit.
 #include "cuda_test.h"
+#include "cuda/adamw.cuh"
 
 static const char *const param_names[] = {"f32", "bf16", "int8"};
 static const char *const state_names[] = {"f32", "bf16", "int8", "int4", "fp8"};
@@ -295,6 +296,21 @@ CUDA_TEST(low_updates_edges) {
         check_same("m's scales", state_names[sf], ms.host(), want.m_scale);
         check_same("v's scales", state_names[sf], vs.host(), want.v_scale);
     }
+}
+
+// What stands for divisions by one number: mantissas of all sizes over divisors of all kinds, also next to powers of two.
+CUDA_TEST(low_quotient) {
+    const float divisors[] = {1.0f, 1.00000012f, 0.99999994f, 0.99999988f, 0.100000024f, 0.000999987125f, 1.9999999f,
+                              0.0316225588f, 1e-12f, 2.2e-15f, 0.7071068f, 3.14159274f};
+    size_t wrong = 0;
+    for (float by : divisors) {
+        Divisor d = divisor(by);
+        for (uint32_t i = 0; i < 1u << 23; i += 17) {
+            float a = f32_from_bits(0x35000000u + i);
+            wrong += quotient(a, d) != a / by;
+        }
+    }
+    CHECK(wrong == 0, "%zu quotients differ", wrong);
 }
 
 // Rows of zeros, of one value, with NaN, with an infinity; floats and bf16.
