@@ -66,16 +66,6 @@ VEC float block_scale(const float *x, int n, StateFormat f) {
     return state_scale(f, v16_hmax(amax));
 }
 
-VEC void store_codes8(uint8_t *codes, const float *x, float scale, const StateMap *q, bool is_signed) {
-    v16 s = v16_set1(scale), inv = v16_set1(1.0f) / s;
-    for (int i = 0; i < 256; i += 16) {
-        v16 values = v16_load(x + i, 16);
-        // The inverse of a huge scale is subnormal: too coarse for the quick way.
-        v16i k = scale < 0x1p100f ? state_codes8(q, is_signed, values, s, inv)
-                                  : state_codes16(q, 256, 7, is_signed, state_scaled16(values, s));
-        v16i_store_u8(codes + i, k, 16);
-    }
-}
 VEC void store_codes4(uint8_t *codes, const float *x, float scale, const StateMap *q, bool is_signed) {
     v16 s = v16_set1(scale);
     for (int i = 0; i < 128; i += 16) {
@@ -100,8 +90,8 @@ static void state_store(const StoredState *s, const StateMap *q, const float *x,
     case STATE_INT8:
         for (int i = 0; i < n; i += 256) {
             float scale = s->scale[(at + (size_t)i) / 256] = block_scale(x + i, 256, STATE_INT8);
-            if (is_signed) store_codes8(bytes + at + i, x + i, scale, q, true);
-            else store_codes8(bytes + at + i, x + i, scale, q, false);
+            if (is_signed) state_codes8(bytes + at + i, q, true, x + i, scale, 256);
+            else state_codes8(bytes + at + i, q, false, x + i, scale, 256);
         }
         break;
     case STATE_INT4:

@@ -172,36 +172,47 @@ VEC v16i state_codes16(const StateMap *q, int values, int lines, bool is_signed,
 }
 VEC v16 state_scaled16(v16 x, v16 s) { return v16_nan_to(x / s, v16_set1(0.0f)); }
 
-// INT8 codes of x / s; inv = 1 / s.
-VEC v16i state_codes8(const StateMap *q, bool is_signed, v16 x, v16 s, v16 inv) {
+// INT8 codes of n values x / s, n a multiple of 16.
+VEC void state_codes8(uint8_t *codes, const StateMap *q, bool is_signed, const float *x, float s, int n) {
+    int i = 0;
 #ifdef QLLM_AVX512
-    // x * inv is within 2^-23 of u, and a position within 2^-12 of the exact one: where all lanes are farther than
-    // 2^-11 from an edge, the codes follow from the positions alone. Else from the quotient, as below.
-    const __m512i one = _mm512_set1_epi32(1);
-    v16 u = x * inv, a = v16_max(is_signed ? v16_abs(u) : u, v16_set1(0.0f));          // NaN: 0
-    v16 at = v16_fma(a, v16_set1(q->slope[0]), v16_set1(q->start[0]));
-    for (int i = 1; i < 7; i++) at = v16_min(at, v16_fma(a, v16_set1(q->slope[i]), v16_set1(q->start[i])));
-    at = v16_max(at, v16_fma(a, v16_set1(q->top_slope), v16_set1(q->top_start)));
-    __mmask16 minus = is_signed ? _mm512_movepi32_mask((__m512i)u) : 0;
-    __m512 cap = _mm512_set1_ps(is_signed ? 128.5f : 255.5f);
-    if (is_signed) cap = _mm512_mask_mov_ps(cap, minus, _mm512_set1_ps(127.5f));       // there is no -1
-    at = v16_min(at, (v16)cap);
-    __m512i k = _mm512_cvttps_epi32((__m512)at), next = is_signed ? k : _mm512_add_epi32(k, one);
-    __m512 part = _mm512_reduce_ps((__m512)at, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    __mmask16 first = _mm512_testn_epi32_mask(next, _mm512_sub_epi32(next, one));      // of a decade: powers of two
-    __m512 past = _mm512_mask_sub_ps(part, first, part, _mm512_set1_ps(0.2f));         // the edge below
-    __mmask16 near = _mm512_cmp_ps_mask(_mm512_abs_ps(past), _mm512_set1_ps(0x1p-11f), _CMP_LT_OQ);
-    near |= _mm512_cmp_ps_mask(part, _mm512_set1_ps(1.0f - 0x1p-11f), _CMP_GT_OQ);
-    if (__builtin_expect(near == 0, 1)) {
-        k = _mm512_mask_sub_epi32(k, _mm512_movepi32_mask(_mm512_castps_si512(past)), k, one);
-        if (!is_signed) return (v16i)k;
-        k = _mm512_mask_sub_epi32(k, minus, _mm512_setzero_si512(), k);
-        return (v16i)_mm512_add_epi32(k, _mm512_set1_epi32(127));
+    // x * inv is within 2^-22 of x / s, relatively, and its position within 2^-12 of the exact one: where all lanes are
+    // farther than a margin of 2^-11 from an edge, the codes follow from the positions alone. Else from the quotient, as
+    // below; so also in blocks whose scale has a subnormal inverse. Positions are counted from a margin below zero.
+    const float margin = 0x1p-11f;
+    const __m512i one = _mm512_set1_epi32(1), twice = _mm512_set1_epi32((int)f32_bits(2.0f * margin));
+    const v16 inv = v16_set1(1.0f / s), top_slope = v16_set1(q->top_slope), top_start = v16_set1(q->top_start + margin);
+    const __m512 cap = _mm512_set1_ps(is_signed ? 128.5f : 255.5f), fifth = _mm512_set1_ps(0.2f);
+    v16 slope[7], start[7];
+    for (int k = 0; k < 7; k++) slope[k] = v16_set1(q->slope[k]), start[k] = v16_set1(q->start[k] + margin);
+    for (; s < 0x1p100f && i < n; i += 16) {
+        v16 u = v16_load(x + i, 16) * inv, a = v16_max(is_signed ? v16_abs(u) : u, v16_set1(0.0f));    // NaN: 0
+        v16 line[7];
+        for (int k = 0; k < 7; k++) line[k] = v16_fma(a, slope[k], start[k]);
+        v16 low = v16_min(v16_min(line[0], line[1]), v16_min(line[2], line[3]));
+        v16 at = v16_min(low, v16_min(v16_min(line[4], line[5]), line[6]));
+        at = v16_max(at, v16_fma(a, top_slope, top_start));
+        __mmask16 minus = is_signed ? _mm512_movepi32_mask((__m512i)u) : 0;
+        __m512 most = is_signed ? _mm512_mask_mov_ps(cap, minus, _mm512_set1_ps(127.5f)) : cap;        // there is no -1
+        at = v16_min(at, (v16)most);
+        __m512i k = _mm512_cvttps_epi32((__m512)at), next = is_signed ? k : _mm512_add_epi32(k, one);
+        __m512 past = _mm512_reduce_ps((__m512)at, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        __mmask16 first = _mm512_testn_epi32_mask(next, _mm512_sub_epi32(next, one));   // of a decade: powers of two
+        __m512i edge = _mm512_castps_si512(_mm512_mask_sub_ps(past, first, past, fifth));
+        if (__builtin_expect(_mm512_cmplt_epu32_mask(edge, twice) != 0, 0)) {           // 0 to 2 margins past an edge
+            v16 exact = state_scaled16(v16_load(x + i, 16), v16_set1(s));
+            v16i_store_u8(codes + i, state_codes16(q, 256, 7, is_signed, exact), 16);
+            continue;
+        }
+        k = _mm512_mask_sub_epi32(k, _mm512_movepi32_mask(edge), k, one);               // below the late edge
+        if (is_signed) k = _mm512_add_epi32(_mm512_mask_sub_epi32(k, minus, _mm512_setzero_si512(), k),
+                                            _mm512_set1_epi32(127));
+        v16i_store_u8(codes + i, (v16i)k, 16);
     }
-#else
-    (void)inv;
 #endif
-    return state_codes16(q, 256, 7, is_signed, state_scaled16(x, s));
+    for (; i < n; i += 16)
+        v16i_store_u8(codes + i,
+                      state_codes16(q, 256, 7, is_signed, state_scaled16(v16_load(x + i, 16), v16_set1(s))), 16);
 }
 
 // Values of 64 INT8 codes, times s.
