@@ -177,7 +177,7 @@ VEC void state_codes8(uint8_t *codes, const StateMap *q, bool is_signed, const f
     int i = 0;
 #ifdef QLLM_AVX512
     // x * inv is within 2^-22 of x / s, relatively, and its position within 2^-12 of the exact one: where all lanes are
-    // farther than a margin of 2^-11 from an edge, the codes follow from the positions alone. Else from the quotient, as
+    // farther than a margin of 2^-11 from an edge, codes follow from the positions alone. Else from the quotient, as
     // below; so also in blocks whose scale has a subnormal inverse. Positions are counted from a margin below zero.
     const float margin = 0x1p-11f;
     const __m512i one = _mm512_set1_epi32(1), twice = _mm512_set1_epi32((int)f32_bits(2.0f * margin));
