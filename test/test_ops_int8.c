@@ -72,9 +72,17 @@ static float dot(const int8_t *a, const int8_t *b, size_t step_b, int n) {
 
 typedef struct { floatX *y, *dx; float *y32, *dw, *dw2; } Results;
 
+// Aligned as device memory is: large results are then written past the caches.
+static float *aligned_f32(size_t n) {
+    float *p = aligned_alloc(64, (n * sizeof *p + 63) / 64 * 64);
+    assert_non_null(p);
+    memset(p, 0, n * sizeof *p);
+    return p;
+}
+
 static Results new_results(size_t nx, size_t nw, size_t ny) {
-    Results r = {xcalloc(ny, sizeof(floatX)), xcalloc(nx, sizeof(floatX)), xcalloc(ny, sizeof(float)),
-                 xmalloc(nw * sizeof(float)), xmalloc(nw * sizeof(float))};
+    Results r = {xcalloc(ny, sizeof(floatX)), xcalloc(nx, sizeof(floatX)), aligned_f32(ny), aligned_f32(nw),
+                 aligned_f32(nw)};
     for (size_t i = 0; i < nw; i++) r.dw2[i] = r.dw[i] = 0.5f;      // overwritten, added to
     return r;
 }
@@ -231,12 +239,13 @@ static void test_integer_rows_independent(void **unused) {
 }
 
 // Sums of more than 2^16 products, in pieces: of channels (forward), of output channels (input gradient), of tokens
-// (weight gradient). One of them fills an int32 sum to its edge.
+// (weight gradient). One of them fills an int32 sum to its edge. The last is a head: results larger than the caches,
+// and a weight that blocks pack for themselves.
 static void test_long_sums(void **unused) {
     (void)unused;
     state = 4;
-    static const int long_shapes[][3] = {{2, 140003, 3}, {3, 2, 70001}, {65536 * 2 + 5, 3, 18}};
-    for (int i = 0; i < 3; i++) {
+    static const int long_shapes[][3] = {{12, 140003, 3}, {3, 2, 70001}, {65536 * 2 + 5, 3, 18}, {30, 32, 140000}};
+    for (int i = 0; i < 4; i++) {
         size_t N = (size_t)long_shapes[i][0], C = (size_t)long_shapes[i][1], OC = (size_t)long_shapes[i][2];
         floatX *x = random_x(N * C, 3), *dy = random_x(N * OC, 0.01f);
         int8_t *codes = random_codes(OC * C);
@@ -250,11 +259,14 @@ static void test_long_sums(void **unused) {
     }
 }
 
+// Forward: the bits of the linear in X. The input gradient too, but that of a head is summed in pieces of 4096: there
+//   |computed - exact| <= U |exact| + (OC + 2) 2^-23 sum |dy * wscale * code|
+// with one rounding to X, and at most one f32 rounding for each product and each addition.
 static void test_weight_only(void **unused) {
     (void)unused;
     state = 5;
-    static const int more[][3] = {{9, 64, 9000}, {40, 34, 5000}};
-    for (size_t i = 0; i < N_SHAPES + 2; i++) {
+    static const int more[][3] = {{9, 64, 9000}, {20, 576, 4800}, {40, 16, 110000}};
+    for (size_t i = 0; i < N_SHAPES + 3; i++) {
         const int *shape = i < N_SHAPES ? shapes[i] : more[i - N_SHAPES];
         int C = shape[1], OC = shape[2];
         size_t N = (size_t)shape[0], nx = N * (size_t)C, nw = (size_t)OC * (size_t)C, ny = N * (size_t)OC;
@@ -267,15 +279,30 @@ static void test_weight_only(void **unused) {
         for (size_t t = 0; t < sizeof thread_counts / sizeof *thread_counts; t++) {
             int threads = thread_counts[t];
             set_threads(threads);
-            if (!t) {
-                ops->linear_forward(want.y, x, w, wscale, N, C, OC);
-                ops->linear_forward_f32(want.y32, x, w, wscale, N, C, OC);
-                ops->linear_backward_input(want.dx, dy, w, wscale, scaled, N, C, OC);
-            }
             Results got = new_results(nx, 1, ny);
             ops->linear_w8_forward(got.y, x, codes, wscale, N, C, OC);
             ops->linear_w8_forward_f32(got.y32, x, codes, wscale, N, C, OC);
             ops->linear_w8_backward_input(got.dx, dy, codes, wscale, scaled, N, C, OC);
+            if (!t) {
+                ops->linear_forward(want.y, x, w, wscale, N, C, OC);
+                ops->linear_forward_f32(want.y32, x, w, wscale, N, C, OC);
+                ops->linear_backward_input(want.dx, dy, w, wscale, scaled, N, C, OC);
+                for (size_t k = 0; OC > 4096 && k < nx; k++) {
+                    const floatX *row = scaled + k / (size_t)C * (size_t)OC;
+                    const int8_t *column = codes + k % (size_t)C;
+                    double sum = 0, magnitude = 0;
+                    for (size_t o = 0; o < (size_t)OC; o++) {
+                        double d = (double)x2f(row[o]) * column[o * (size_t)C];
+                        sum += d;
+                        magnitude += fabs(d);
+                    }
+                    double bound = UX * fabs(sum) + (OC + 2) * 0x1p-23 * magnitude;
+                    double computed = x2f(got.dx[k]);
+                    if (!(fabs(computed - sum) <= bound))
+                        fail_msg("dx[%zu] of OC %d: %.9g, expected %.9g +- %.3g", k, OC, computed, sum, bound);
+                    want.dx[k] = got.dx[k];
+                }
+            }
             check_device();
             expect_same(got.y, want.y, ny, sizeof(floatX), "weight-only y", shape, threads);
             expect_same(got.y32, want.y32, ny, 4, "weight-only y f32", shape, threads);

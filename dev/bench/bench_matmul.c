@@ -4,6 +4,9 @@
 // times and half a second; the best time counts, since other processes only ever add to it, and the median is shown
 // beside it. FLOPs: 2 N C OC a product. Attention, causal: 2 products of 2 HS operations for each of T (T + 1) / 2
 // pairs a head forward, 5 backward; the products that are recomputed for tiles' masked corners do not count.
+//
+// Linears with INT8 weights run beside them, quantizing and scaling included; their ratio is the time of the linear in
+// X over theirs.
 #include "device.h"
 #include <stdlib.h>
 
@@ -18,6 +21,15 @@ static floatX *random_x(size_t n) {
         state = state * 1664525u + 1013904223u;
         p[i] = f2x((float)(state >> 8) / 8388608.0f - 1.0f);
     }
+    return p;
+}
+
+// Zeros, aligned as device memory is: large results may be written past the caches.
+static float *aligned_f32(size_t n) {
+    size_t bytes = (n * sizeof(float) + 63) / 64 * 64;
+    float *p = aligned_alloc(64, bytes);
+    if (!p) abort();
+    memset(p, 0, bytes);
     return p;
 }
 
@@ -44,7 +56,8 @@ static Times measure(void (*run)(const void *), const void *arg) {
 }
 
 typedef struct {
-    floatX *x, *w, *y, *dx;
+    floatX *x, *w, *y, *dx, *dy_scaled;
+    int8_t *codes;
     float *y32, *dw, *wscale;
     size_t N;
     int C, OC;
@@ -75,28 +88,88 @@ static void backward_weight_add(const void *p) {
     ops->linear_backward_weight(l->dw, l->y, l->x, l->N, l->C, l->OC, true);
 }
 
-typedef struct { const char *name; size_t N; int C, OC; bool head; } LinearShape;
+static void w8_forward(const void *p) {
+    const Linear *l = p;
+    ops->linear_w8_forward(l->y, l->x, l->codes, l->wscale, l->N, l->C, l->OC);
+}
+static void w8_forward_f32(const void *p) {
+    const Linear *l = p;
+    ops->linear_w8_forward_f32(l->y32, l->x, l->codes, l->wscale, l->N, l->C, l->OC);
+}
+static void w8_backward_input(const void *p) {
+    const Linear *l = p;
+    ops->linear_w8_backward_input(l->dx, l->y, l->codes, l->wscale, l->dy_scaled, l->N, l->C, l->OC);
+}
+static void i8_forward(const void *p) {
+    const Linear *l = p;
+    ops->linear_i8_forward(l->y, l->x, l->codes, l->wscale, l->N, l->C, l->OC);
+}
+static void i8_forward_f32(const void *p) {
+    const Linear *l = p;
+    ops->linear_i8_forward_f32(l->y32, l->x, l->codes, l->wscale, l->N, l->C, l->OC);
+}
+static void i8_backward_input(const void *p) {
+    const Linear *l = p;
+    ops->linear_i8_backward_input(l->dx, l->y, l->codes, l->wscale, l->N, l->C, l->OC);
+}
+static void i8_backward_weight(const void *p) {
+    const Linear *l = p;
+    ops->linear_i8_backward_weight(l->dw, l->y, l->x, l->N, l->C, l->OC, false);
+}
+static void i8_backward_weight_add(const void *p) {
+    const Linear *l = p;
+    ops->linear_i8_backward_weight(l->dw, l->y, l->x, l->N, l->C, l->OC, true);
+}
 
-static double bench_linear(const LinearShape *s) {
+typedef struct { const char *name; size_t N; int C, OC; bool head; } LinearShape;
+typedef struct { double x, w8, i8; } LinearTimes;              // of the three products that a step takes
+
+static LinearTimes bench_linear(const LinearShape *s) {
     size_t nx = s->N * (size_t)s->C, nw = (size_t)s->C * (size_t)s->OC, ny = s->N * (size_t)s->OC;
-    Linear l = {random_x(nx), random_x(nw), random_x(ny), xcalloc(nx, sizeof(floatX)), xcalloc(ny, sizeof(float)),
-                xcalloc(nw, sizeof(float)), xcalloc((size_t)s->OC, sizeof(float)), s->N, s->C, s->OC};
+    Linear l = {random_x(nx), random_x(nw), random_x(ny), xcalloc(nx, sizeof(floatX)), xcalloc(ny, sizeof(floatX)),
+                xmalloc(nw), aligned_f32(ny), aligned_f32(nw),
+                xcalloc((size_t)s->OC, sizeof(float)), s->N, s->C, s->OC};
     for (int o = 0; o < s->OC; o++) l.wscale[o] = 0.01f;
-    struct { const char *name; void (*run)(const void *); bool counts; } kind[] = {
-        {"forward", s->head ? forward_f32 : forward, true}, {"forward, row scales", forward_scaled, false},
-        {"backward input", backward_input, true}, {"backward weight", backward_weight, !s->head},
-        {"backward weight +=", backward_weight_add, s->head},
+    for (size_t i = 0; i < nw; i++) l.codes[i] = (int8_t)(x2f(l.w[i]) * 127);
+    struct {
+        const char *name;
+        void (*run)(const void *), (*w8)(const void *), (*i8)(const void *);
+        bool counts;
+    } kind[] = {
+        {"forward", s->head ? forward_f32 : forward, s->head ? w8_forward_f32 : w8_forward,
+         s->head ? i8_forward_f32 : i8_forward, true},
+        {"forward, row scales", forward_scaled, NULL, NULL, false},
+        {"backward input", backward_input, w8_backward_input, i8_backward_input, true},
+        {"backward weight", backward_weight, NULL, i8_backward_weight, !s->head},
+        {"backward weight +=", backward_weight_add, NULL, i8_backward_weight_add, s->head},
     };
-    double flops = 2.0 * (double)s->N * s->C * s->OC, total = 0;
+    double flops = 2.0 * (double)s->N * s->C * s->OC;
+    LinearTimes total = {0};
     for (size_t k = 0; k < sizeof kind / sizeof *kind; k++) {
-        Times t = measure(kind[k].run, &l);
-        printf("  %-8s %5d -> %5d  N %4zu  %-19s %7.2f ms (median %7.2f)  %7.1f GFLOP/s  %.3f of peak\n", s->name,
-               s->C, s->OC,
-               s->N, kind[k].name, t.best * 1e3, t.median * 1e3, flops / t.best * 1e-9, flops / t.best / peak);
-        if (kind[k].counts) total += t.best;
+        Times t = measure(kind[k].run, &l), w8 = t, i8 = t;
+        printf("  %-6s %4d -> %5d  N %4zu  %-19s %7.2f ms (median %7.2f)  %7.1f GFLOP/s  %.3f of peak", s->name,
+               s->C, s->OC, s->N, kind[k].name, t.best * 1e3, t.median * 1e3, flops / t.best * 1e-9,
+               flops / t.best / peak);
+        if (kind[k].w8) {
+            w8 = measure(kind[k].w8, &l);
+            printf("; INT8 weights %7.2f ms, %.2f x", w8.best * 1e3, t.best / w8.best);
+        }
+        if (kind[k].i8) {
+            i8 = measure(kind[k].i8, &l);
+            printf("; integers %7.2f ms, %.2f x", i8.best * 1e3, t.best / i8.best);
+        }
+        printf("\n");
+        if (kind[k].counts) {
+            total.x += t.best;
+            total.w8 += w8.best;
+            total.i8 += i8.best;
+        }
     }
-    printf("result matmul_%s_peak_share %.3f ratio\n", s->name, 3 * flops / total / peak);
-    free(l.x); free(l.w); free(l.y); free(l.dx); free(l.y32); free(l.dw); free(l.wscale);
+    printf("result matmul_%s_peak_share %.3f ratio\n", s->name, 3 * flops / total.x / peak);
+    printf("result matmul_%s_w8_speed %.3f ratio\n", s->name, total.x / total.w8);
+    printf("result matmul_%s_int8_speed %.3f ratio\n", s->name, total.x / total.i8);
+    free(l.x); free(l.w); free(l.y); free(l.dx); free(l.dy_scaled); free(l.codes); free(l.y32); free(l.dw);
+    free(l.wscale);
     return total;
 }
 
@@ -152,15 +225,22 @@ int main(int argc, char **argv) {
         {"qkv", 2048, 576, 960, false}, {"o", 2048, 576, 576, false}, {"gateup", 2048, 576, 3072, false},
         {"down", 2048, 1536, 576, false}, {"head", 512, 576, 49152, true},
     };
-    double step = 0, flops = 0;
+    LinearTimes step = {0};
+    double flops = 0;
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const LinearShape *s = &shapes[i];
         double times = s->head ? 2048.0 / (double)s->N : 30.0;  // 30 blocks; the head's chunks
-        step += times * bench_linear(s);
+        LinearTimes t = bench_linear(s);
+        step.x += times * t.x;
+        step.w8 += times * t.w8;
+        step.i8 += times * t.i8;
         flops += times * 6.0 * (double)s->N * s->C * s->OC;
     }
-    printf("  matmuls of a step of 2048 tokens: %.1f ms, %.1f GFLOP/s\n", step * 1e3, flops / step * 1e-9);
-    printf("result matmul_135M_step_peak_share %.3f ratio\n", flops / step / peak);
+    printf("  matmuls of a step of 2048 tokens: %.1f ms, %.1f GFLOP/s; INT8 weights %.1f ms, integers %.1f ms\n",
+           step.x * 1e3, flops / step.x * 1e-9, step.w8 * 1e3, step.i8 * 1e3);
+    printf("result matmul_135M_step_peak_share %.3f ratio\n", flops / step.x / peak);
+    printf("result matmul_135M_step_w8_speed %.3f ratio\n", step.x / step.w8);
+    printf("result matmul_135M_step_int8_speed %.3f ratio\n", step.x / step.i8);
     bench_attention("135M", 4, 512, 9, 3, 64);
     bench_attention("135M_T2048", 1, 2048, 9, 3, 64);
     bench_attention("HS128", 1, 1024, 8, 2, 128);

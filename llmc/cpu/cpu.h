@@ -15,16 +15,18 @@ void cpu_linear_forward_f32(float *y, const floatX *x, const floatX *w, const fl
 void cpu_linear_backward_input(floatX *dx, const floatX *dy, const floatX *w, const float *wscale, floatX *dy_scaled,
                                size_t N, int C, int OC);
 void cpu_linear_backward_weight(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC, bool accumulate);
-void cpu_linear_w8_forward(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C, int OC);
+void cpu_linear_w8_forward(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
+                           int OC);
 void cpu_linear_w8_forward_f32(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                                int OC);
 void cpu_linear_w8_backward_input(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale,
                                   floatX *dy_scaled, size_t N, int C, int OC);
-void cpu_linear_i8_forward(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C, int OC);
+void cpu_linear_i8_forward(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
+                           int OC);
 void cpu_linear_i8_forward_f32(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                                int OC);
-void cpu_linear_i8_backward_input(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale, size_t N, int C,
-                                  int OC);
+void cpu_linear_i8_backward_input(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale, size_t N,
+                                  int C, int OC);
 void cpu_linear_i8_backward_weight(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC,
                                    bool accumulate);
 void cpu_rope(floatX *x, const float *cos_t, const float *sin_t, size_t N, int T, int pos0, int ldx, int NH_rot, int HS,
@@ -73,6 +75,11 @@ void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const
 // Working memory of one operation, kept from call to call and grown when a larger one comes, so that only the first
 // step allocates. Operations run one at a time. NULL when there is none left; the error is then set.
 void *cpu_workspace(size_t bytes);
+// The same, for what must outlive calls that use cpu_workspace: a product in pieces.
+void *cpu_workspace_outer(size_t bytes);
+
+// Tensors of at least this many bytes are written past the caches (v16_stream).
+#define CPU_STREAM_BYTES ((size_t)16 << 20)
 
 #ifdef _OPENMP
 #include <omp.h>

@@ -15,8 +15,10 @@
 
 #define PANEL 64                    // columns
 #define ROWS_BLOCK 96               // rows of a block at most: a multiple of 6, 4 and 2
-#define K_BLOCK 128                 // units of k
+#define ROWS_BLOCK_LONG 240         // where each block packs b for itself
+#define K_BLOCK 144                 // units of k at most
 #define GROUP 16                    // panels whose sums are kept at a time
+#define B_SHARED_MOST ((size_t)8 << 20)         // bytes; a larger b is packed by each block, a cut of k at a time
 #define PIECE ((int64_t)1 << 16)    // products that an int32 sum takes
 
 typedef struct {
@@ -31,6 +33,7 @@ typedef struct {
     floatX *c;                      // one of the two
     float *c_f32;
     bool accumulate;                // c_f32 +=
+    bool stream;                    // c_f32 is written past the caches
 } Int8Product;
 
 // Sizes, and where things lie in working memory.
@@ -38,6 +41,7 @@ typedef struct {
     int64_t units, pieces, panels;
     int rows, blocks;               // rows of a block, blocks of a
     bool by_columns;                // tasks are panels of b
+    bool b_by_block;                // b is not packed for all: a long k, few columns (the head's input gradient)
     size_t a_block, b_panel;        // units of a packed block and a packed panel
     uint32_t *shared;               // the operand packed for all: panels of b, or blocks of a
     float *row_scale;               // (blocks * rows)
@@ -51,7 +55,8 @@ typedef struct {
 typedef struct {
     uint32_t *pack;                 // the block of a, or the panel of b
     int32_t *sum;                   // of the block and a group of panels: (panels, rows, PANEL)
-    float *total;                   // of the pieces before, the same shape
+    uint32_t *b;                    // a cut of k of a panel, where b_by_block
+    float *total;                   // of the pieces before, the shape of sum
     float *amax;                    // largest magnitudes of columns
 } Own;
 
@@ -66,24 +71,29 @@ static size_t own_sum_bytes(const Layout *l) {
     return (size_t)(l->rows * group * PANEL) * 4;
 }
 
+static size_t own_b_bytes(const Layout *l) { return l->b_by_block ? (size_t)K_BLOCK * PANEL * 4 : 0; }
+
 static bool make_layout(Layout *l, const Int8Product *p) {
     int64_t threads = cpu_max_threads();
     *l = (Layout){.units = ceil_div(p->K, K4), .pieces = ceil_div(p->K, PIECE), .panels = ceil_div(p->N, PANEL)};
     l->by_columns = p->N >= 16 * p->M;
-    l->blocks = (int)ceil_div(p->M, ROWS_BLOCK);
+    l->b_panel = (size_t)l->units * PANEL;
+    l->b_by_block = !l->by_columns && p->across && l->panels <= GROUP &&
+                    (size_t)l->panels * l->b_panel * 4 > B_SHARED_MOST;
+    l->blocks = (int)ceil_div(p->M, l->b_by_block ? ROWS_BLOCK_LONG : ROWS_BLOCK);
     if (!l->by_columns) l->blocks = (int)(ceil_div(l->blocks, threads) * threads);     // as many for each thread
     // Rows of dw are read in whole vectors.
     l->rows = (int)(p->a_columns ? ceil_div(ceil_div(p->M, l->blocks), 16) * 16
                                  : tile_pad_rows((int)ceil_div(p->M, l->blocks)));
     l->blocks = (int)ceil_div(p->M, l->rows);
     l->a_block = round64((size_t)l->units * (size_t)l->rows * sizeof(uint32_t)) / sizeof(uint32_t);
-    l->b_panel = (size_t)l->units * PANEL;
 
-    size_t shared = l->by_columns ? (size_t)l->blocks * l->a_block : (size_t)l->panels * l->b_panel;
+    size_t shared = l->by_columns ? (size_t)l->blocks * l->a_block
+                                  : l->b_by_block ? 0 : (size_t)l->panels * l->b_panel;
     size_t rows = (size_t)l->blocks * (size_t)l->rows;
     size_t a_columns = p->a_columns ? padded16(p->M) : 0, b_columns = p->b_x ? padded16(p->N) : 0;
     size_t amax = a_columns > b_columns ? a_columns : b_columns;
-    l->own_bytes = own_pack_bytes(l) + own_sum_bytes(l) * (l->pieces > 1 ? 2 : 1) + round64(amax * 4);
+    l->own_bytes = own_pack_bytes(l) + own_sum_bytes(l) * (l->pieces > 1 ? 2 : 1) + own_b_bytes(l) + round64(amax * 4);
     size_t bytes = round64(shared * 4) + round64(rows * 4) + round64(rows * (size_t)l->pieces * 4) +
                    round64((a_columns + 2 * b_columns) * 4) + (size_t)threads * l->own_bytes;
     char *at = cpu_workspace(bytes);
@@ -103,7 +113,8 @@ static Own thread_own(const Layout *l, int thread) {
     Own o = {.pack = (uint32_t *)(void *)at};
     o.sum = (int32_t *)(void *)(at += own_pack_bytes(l));
     if (l->pieces > 1) o.total = (float *)(void *)(at += own_sum_bytes(l));
-    o.amax = (float *)(void *)(at + own_sum_bytes(l));
+    o.b = (uint32_t *)(void *)(at += own_sum_bytes(l));
+    o.amax = (float *)(void *)(at + own_b_bytes(l));
     return o;
 }
 
@@ -196,10 +207,17 @@ static void write_tile(const Int8Product *p, const int32_t *sum, const float *to
             v *= rs;
             if (column_scale) v *= v16_load(column_scale + n0 + n, left);
             if (p->accumulate) v += v16_load(p->c_f32 + at + n, left);
-            if (p->c_f32) v16_store(p->c_f32 + at + n, v, left);
+            if (p->stream && left == 16) v16_stream(p->c_f32 + at + n, v);
+            else if (p->c_f32) v16_store(p->c_f32 + at + n, v, left);
             else v16_storex(p->c + at + n, v, left);
         }
     }
+}
+
+// Asks for what write_tile will add to, while the tile's sums are made.
+static void prefetch_tile(const Int8Product *p, int64_t m0, int rows, int64_t n0, int cols) {
+    for (int m = 0; m < rows; m++)
+        for (int n = 0; n < cols; n += 16) __builtin_prefetch(p->c_f32 + (m0 + m) * p->N + n0 + n, 1, 3);
 }
 
 // A piece's sums are complete: they are added to those of the pieces before.
@@ -210,28 +228,36 @@ static void add_piece(float *total, const int32_t *sum, int rows, bool first) {
     }
 }
 
-// Block `block` of a, packed at a, by the panels n0 to n1 - 1 of b, packed at b.
+// Block `block` of a, packed at a, by the panels n0 to n1 - 1 of b, packed at b; NULL: they are packed here.
 static void multiply(const Layout *l, const Int8Product *p, const Own *own, const uint32_t *a, int block,
                      const uint32_t *b, int64_t n0, int64_t n1) {
     int64_t m0 = (int64_t)block * l->rows, piece_units = PIECE / K4;
     int rows = p->M - m0 < l->rows ? (int)(p->M - m0) : l->rows, padded = tile_pad_rows(rows);
     size_t am = p->a_columns ? 1 : (size_t)l->units, ak = p->a_columns ? (size_t)l->rows : 1;
     const float *column_scale = p->b_x ? l->b_scale : p->column_scale;
-    for (int64_t k = 0; k < l->units; k += K_BLOCK) {
-        int units = l->units - k < K_BLOCK ? (int)(l->units - k) : K_BLOCK;
-        int64_t piece = k / piece_units;
-        bool last = k + units == l->units, begins = k % piece_units == 0;
-        bool ends = last || (k + units) % piece_units == 0;
+    for (int64_t k = 0, units; k < l->units; k += units) {
+        // Blocks of a piece that differ by one unit at most.
+        int64_t piece = k / piece_units, from = piece * piece_units;
+        int64_t left = (l->units - from < piece_units ? l->units : from + piece_units) - k;
+        units = ceil_div(left, ceil_div(left, K_BLOCK));
+        bool last = k + units == l->units, begins = k == from, ends = units == left;
         const int32_t *start = begins ? l->start + (block * l->pieces + piece) * l->rows : NULL;
         for (int64_t n = n0; n < n1; n++) {
             int cols = p->N - n * PANEL < PANEL ? (int)(p->N - n * PANEL) : PANEL;
-            const uint32_t *panel = b + (size_t)(n - n0) * l->b_panel + (size_t)k * PANEL;
+            const uint32_t *panel;
+            if (b) panel = b + (size_t)(n - n0) * l->b_panel + (size_t)k * PANEL;
+            else {
+                int64_t to = (k + units) * K4 < p->K ? (k + units) * K4 : p->K;
+                i8_pack_across(own->b, PANEL, p->codes + n * PANEL, (size_t)p->N, cols, (cols + 15) & ~15, k * K4, to);
+                panel = own->b;
+            }
             size_t at = (size_t)((n - n0) * l->rows * PANEL);
             for (int m = 0, mr; m < padded; m += mr, at += (size_t)mr * PANEL) {
                 mr = tile_rows(padded - m);
                 float *total = l->pieces > 1 ? own->total + at : NULL;
+                if (last && p->accumulate) prefetch_tile(p, m0 + m, rows - m < mr ? rows - m : mr, n * PANEL, cols);
                 i8_tile(mr, (cols + 15) & ~15, own->sum + at, PANEL, a + (size_t)m * am + (size_t)k * ak, am, ak, panel,
-                        PANEL, units, start ? start + m : NULL);
+                        PANEL, (int)units, start ? start + m : NULL);
                 if (ends && total) add_piece(total, own->sum + at, mr, !piece);
                 if (last)
                     write_tile(p, own->sum + at, total, l->row_scale + m0 + m, column_scale, m0 + m,
@@ -264,8 +290,8 @@ VEC void few_dots(uint32_t *sum, const uint32_t *a, size_t units, const int8_t *
     }
 }
 
-// The forward of a few tokens (decoding): codes are read once, as they lie. The sums are exact, so the bits are those of
-// the tiles.
+// The forward of a few tokens (decoding): codes are read once, as they lie. The sums are exact, so the bits are those
+// of the tiles.
 #define FEW_ROWS 8
 static void product_few(const Int8Product *p) {
     int64_t vectors = p->K / (I8_W * K4), left = p->K - vectors * I8_W * K4, quads = (p->K + K4 - 1) / K4;
@@ -328,7 +354,7 @@ static void product(const Int8Product *p) {
                     for (int64_t n = 0; n < l.panels; n++)
                         pack_columns(&l, p, l.shared + (size_t)n * l.b_panel, n, k, end);
                 }
-            } else {
+            } else if (!l.b_by_block) {
 #pragma omp for
                 for (int64_t n = 0; n < l.panels; n++) pack_panel(p, l.shared + (size_t)n * l.b_panel, n);
             }
@@ -337,11 +363,19 @@ static void product(const Int8Product *p) {
                 pack_block(&l, p, own.pack, i);
                 for (int64_t n = 0, end; n < l.panels; n = end) {
                     end = n + GROUP < l.panels ? n + GROUP : l.panels;
-                    multiply(&l, p, &own, own.pack, i, l.shared + (size_t)n * l.b_panel, n, end);
+                    const uint32_t *b = l.b_by_block ? NULL : l.shared + (size_t)n * l.b_panel;
+                    multiply(&l, p, &own, own.pack, i, b, n, end);
                 }
             }
         }
+        if (p->stream) stream_done();
     }
+}
+
+// Whether the result is larger than the caches, and its vectors are aligned.
+static bool streams(const Int8Product *p) {
+    return (size_t)p->M * (size_t)p->N * sizeof *p->c_f32 >= CPU_STREAM_BYTES && !((uintptr_t)p->c_f32 % 64) &&
+           p->N % 16 == 0;
 }
 
 static void forward(const Int8Product *p) {
@@ -358,6 +392,7 @@ void cpu_linear_i8_forward(floatX *y, const floatX *x, const int8_t *codes, cons
 void cpu_linear_i8_forward_f32(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                                int OC) {
     Int8Product p = {.M = (int64_t)N, .N = OC, .K = C, .a = x, .codes = codes, .column_scale = wscale, .c_f32 = y};
+    p.stream = streams(&p);
     if (N) forward(&p);
 }
 
@@ -372,6 +407,7 @@ void cpu_linear_i8_backward_weight(float *dw, const floatX *dy, const floatX *x,
                                    bool accumulate) {
     Int8Product p = {.M = OC, .N = C, .K = (int64_t)N, .a = dy, .a_columns = true, .b_x = x, .c_f32 = dw,
                      .accumulate = accumulate};
+    p.stream = !accumulate && streams(&p);
     if (N) product(&p);
     else if (!accumulate) memset(dw, 0, (size_t)OC * (size_t)C * sizeof *dw);
 }

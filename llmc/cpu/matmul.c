@@ -452,20 +452,21 @@ void cpu_linear_forward_f32(float *y, const floatX *x, const floatX *w, const fl
     if (N) product(&p, y, x, w, wscale);
 }
 
-static void scale_columns(floatX *out, const floatX *in, const float *scale, size_t N, int C) {
+// out (N, C), C of the ld values of each row of `in`, = in * scale by column.
+static void scale_columns(floatX *out, const floatX *in, size_t ld, const float *scale, size_t N, int C) {
 #pragma omp parallel for
     for (size_t n = 0; n < N; n++)
         for (int c = 0; c < C; c += 16) {
             int left = C - c < 16 ? C - c : 16;
-            v16 v = v16_loadx(in + n * (size_t)C + c, left) * v16_load(scale + c, left);
-            v16_storex(out + n * (size_t)C + c, v, left);
+            v16 v = v16_loadx(in + n * ld + (size_t)c, left) * v16_load(scale + c, left);
+            v16_storex(out + n * (size_t)C + (size_t)c, v, left);
         }
 }
 
 void cpu_linear_backward_input(floatX *dx, const floatX *dy, const floatX *w, const float *wscale, floatX *dy_scaled,
                                size_t N, int C, int OC) {
     if (wscale) {
-        scale_columns(dy_scaled, dy, wscale, N, OC);
+        scale_columns(dy_scaled, dy, (size_t)OC, wscale, N, OC);
         dy = dy_scaled;
     }
     Product p = {.M = (int64_t)N, .N = C, .K = OC};
@@ -482,6 +483,28 @@ void cpu_linear_backward_weight(float *dw, const floatX *dy, const floatX *x, si
 
 // ---------------------------------------------------------------------------------------------
 // The linears with INT8 weights in floating point: the same products of the codes as X, which are exact.
+//
+// A table of more than PIECE_ROWS rows (the head) is taken in pieces, so that neither the widened codes nor dy * wscale
+// travel through memory. Forward, a column's bits do not depend on the columns beside it, which test_ops_int8 demands;
+// the scale multiplies the f32 sums as they leave the cache. Backward, the pieces' sums are added in f32.
+#define PIECE_ROWS 4096
+
+static void write_piece(float *y, const float *sum, const float *wscale, size_t N, size_t cols, size_t OC,
+                        bool stream) {
+    stream = stream && !((uintptr_t)y % 64) && OC % 16 == 0;
+#pragma omp parallel
+    {
+#pragma omp for
+        for (size_t n = 0; n < N; n++)
+            for (size_t c = 0; c < cols; c += 16) {
+                int left = cols - c < 16 ? (int)(cols - c) : 16;
+                v16 v = v16_load(sum + n * cols + c, left) * v16_load(wscale + c, left);
+                if (stream && left == 16) v16_stream(y + n * OC + c, v);
+                else v16_store(y + n * OC + c, v, left);
+            }
+        stream_done();
+    }
+}
 
 void cpu_linear_w8_forward(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                            int OC) {
@@ -492,12 +515,46 @@ void cpu_linear_w8_forward(floatX *y, const floatX *x, const int8_t *codes, cons
 void cpu_linear_w8_forward_f32(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                                int OC) {
     Product p = {.tb = true, .out_f32 = true, .scaled = true, .M = (int64_t)N, .N = OC, .K = C, .codes = codes};
-    if (N) product(&p, y, x, NULL, wscale);
+    if (!N) return;
+    if (OC <= PIECE_ROWS) {
+        product(&p, y, x, NULL, wscale);
+        return;
+    }
+    bool stream = N * (size_t)OC * sizeof *y >= CPU_STREAM_BYTES;
+    float *sum = cpu_workspace_outer(N * PIECE_ROWS * sizeof *sum);
+    if (!sum) return;
+    p.scaled = false;
+    for (int n = 0; n < OC; n += PIECE_ROWS) {
+        p.N = OC - n < PIECE_ROWS ? OC - n : PIECE_ROWS;
+        p.codes = codes + (size_t)n * (size_t)C;
+        product(&p, sum, x, NULL, NULL);
+        write_piece(y + n, sum, wscale + n, N, (size_t)p.N, (size_t)OC, stream);
+    }
 }
 
 void cpu_linear_w8_backward_input(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale,
                                   floatX *dy_scaled, size_t N, int C, int OC) {
-    scale_columns(dy_scaled, dy, wscale, N, OC);
     Product p = {.M = (int64_t)N, .N = C, .K = OC, .codes = codes};
-    if (N) product(&p, dx, dy_scaled, NULL, NULL);
+    if (!N) return;
+    if (OC <= PIECE_ROWS) {
+        scale_columns(dy_scaled, dy, (size_t)OC, wscale, N, OC);
+        product(&p, dx, dy_scaled, NULL, NULL);
+        return;
+    }
+    float *sum = cpu_workspace_outer(N * (size_t)C * sizeof *sum);
+    if (!sum) return;
+    p.out_f32 = true;
+    for (int k = 0; k < OC; k += PIECE_ROWS) {
+        p.K = OC - k < PIECE_ROWS ? OC - k : PIECE_ROWS;
+        p.codes = codes + (size_t)k * (size_t)C;
+        p.accumulate = k > 0;
+        scale_columns(dy_scaled, dy + k, (size_t)OC, wscale + k, N, (int)p.K);
+        product(&p, sum, dy_scaled, NULL, NULL);
+    }
+    int64_t n = (int64_t)(N * (size_t)C);
+#pragma omp parallel for
+    for (int64_t i = 0; i < n; i += 16) {
+        int left = n - i < 16 ? (int)(n - i) : 16;
+        v16_storex(dx + i, v16_load(sum + i, left), left);
+    }
 }

@@ -203,6 +203,21 @@ V16_FOLD(v16_hmax, float, a > b ? a : b)
 #endif
 #undef V16_FOLD
 
+// Sixteen f32 to an address that is a multiple of 64, past the caches: for tensors larger than they are, whose lines
+// would be read from memory only to be overwritten. stream_done before others read them.
+VEC void v16_stream(float *p, v16 v) {
+#ifdef QLLM_AVX512
+    _mm512_stream_ps(p, (__m512)v);
+#else
+    v16_store(p, v, 16);
+#endif
+}
+VEC void stream_done(void) {
+#ifdef QLLM_AVX512
+    _mm_sfence();
+#endif
+}
+
 // floatX in memory, f32 in lanes.
 VEC v16 v16_loadx(const floatX *p, int n) {
 #ifdef PRECISION_FP32
