@@ -62,11 +62,11 @@ static bool print_coverage(void) {
 static const char *const small_tests[] = {
     "attention_backward_lengths", "attention_backward_unaligned", "attention_forward", "attention_forward_cached",
     "attention_forward_plain", "classifier_not_finite", "cp_async", "dequant_rows", "embedding", "fakequant",
-    "fakequant_long_rows", "global_norm", "lanes", "ldmatrix_and_mma", "linear_backward_weight",
+    "fakequant_long_rows", "global_norm", "int8_rows", "lanes", "ldmatrix_and_mma", "linear_backward_weight",
     "linear_i8_backward_input", "linear_i8_backward_weight", "linear_i8_forward", "linear_rows", "linear_w8",
-    "loss_accumulate", "mask_backward", "matvec", "qmatvec_wide", "rmsnorm_backward", "rmsnorm_fq",
+    "loss_accumulate", "low_updates_split", "mask_backward", "matvec", "qmatvec_wide", "rmsnorm_backward", "rmsnorm_fq",
     "rmsnorm_fq_long_rows", "rope", "rows_between_ranks", "state_sum", "sum_ranks", "swiglu_backward", "swiglu_fq",
-    "updates", "weights_between_ranks"};
+    "updates", "weights_between_ranks", "widen"};
 
 bool small_run(void) {
     const char *small = getenv("QLLM_TEST_SMALL");

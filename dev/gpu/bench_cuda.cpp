@@ -246,6 +246,49 @@ static void update(void) {
         device_free(p);
 }
 
+// The step of what is kept in few bits, with rows of three widths; then floats to INT8 rows, and bf16 to f32.
+static void update_low(void) {
+    static const char *const params[] = {"f32", "bf16", "int8"};
+    static const char *const states[] = {"f32", "bf16", "int8", "int4", "fp8"};
+    const struct { ParamFormat p; StateFormat s; int64_t cols; } kinds[] = {
+        {PARAM_INT8, STATE_INT8, SIZE(4096, 256)}, {PARAM_INT8, STATE_INT8, SIZE(576, 64)},
+        {PARAM_INT8, STATE_INT8, SIZE(14336, 512)}, {PARAM_INT8, STATE_INT4, SIZE(4096, 128)},
+        {PARAM_INT8, STATE_FP8, SIZE(4096, 256)}, {PARAM_BF16, STATE_INT8, SIZE(4096, 256)},
+        {PARAM_F32, STATE_INT8, SIZE(4096, 256)}};
+    const size_t n = SIZE((size_t)14336 * 4 * 4096, 2048), words = n / 4;      // any bytes are codes
+    const double P = (double)n;
+    uint8_t *m = (uint8_t *)random_tokens(words, 1 << 30), *v = array<uint8_t>(n);
+    device_zero(v, n);
+    float *p = random_f32(n, 0.1f), *grad = random_f32(n, 0.01f), *scale = random_f32(n / 64, 0.001f);
+    float *ms = random_f32(n / 128, 0.01f), *vs = random_f32(n / 128, 0.001f);
+    bf16 *half = array<bf16>(n);
+    StepState host = {};
+    host.t = 10; host.lr = 1e-5f; host.grad_scale = 1.0f; host.tokens = 1;
+    StepState *state = array<StepState>(1);
+    device_copy_in(state, &host, sizeof host);
+    AdamWParams h = {0.9, 0.999, 1e-8, 0.01};
+    char name[64];
+    for (auto &k : kinds) {
+        const int64_t rows = (int64_t)n / k.cols / 4 * 4;      // whole blocks of moments
+        double bytes = 4 + 2.0 * (double)param_value_bytes(k.p) + 4.0 * (double)state_data_bytes(k.s, 2) / 2;
+        snprintf(name, sizeof name, "adamw_low_%s_%s_%d", params[k.p], states[k.s], (int)k.cols);
+        StoredParam param = {k.p, p, k.p == PARAM_INT8 ? scale : nullptr};
+        StoredState sm = {k.s, m, state_block(k.s) ? ms : nullptr}, sv = {k.s, v, state_block(k.s) ? vs : nullptr};
+        memory_bound(name, (double)(rows * k.cols) * bytes, seconds([&] {
+            ops->adamw_low(param, sm, sv, nullptr, nullptr, grad, state, &h, nullptr, ROUND_STOCHASTIC, 1, 0, rows,
+                           k.cols);
+        }));
+    }
+    const int64_t cols = SIZE(4096, 64);
+    memory_bound("int8_rows", P * 5, seconds([&] {
+        ops->int8_rows((int8_t *)m, scale, {PARAM_F32, grad, nullptr}, (int64_t)n / cols, cols);
+    }));
+    memory_bound("widen", P * 6, seconds([&] { ops->widen(p, half, n); }));
+    for (void *q : {(void *)m, (void *)v, (void *)p, (void *)grad, (void *)scale, (void *)ms, (void *)vs, (void *)half,
+                    (void *)state})
+        device_free(q);
+}
+
 static void attention(void) {
     const int heads[][3] = {{32, 8, 128}, {32, 8, 64}, {9, 3, 64}};           // 8B, 1B, 135M
     const int B = SIZE(4, 1), T = SIZE(4096, 40);
@@ -378,6 +421,7 @@ int main(void) {
     measure_copy();
     elementwise();
     update();
+    update_low();
     attention();
     linears();
     decode();

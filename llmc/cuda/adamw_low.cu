@@ -326,6 +326,7 @@ static __device__ __forceinline__ void store_moment(StoredState state, const Pla
         } else {
             s[0] = s[1] = state_scale((StateFormat)STATE, warp_max_abs(fmaxf(max_abs(f[0]), max_abs(f[1]))));
         }
+        __syncwarp();                                          // all lanes have read the old scales
 #pragma unroll
         for (int h = 0; h < 2; h++)
             if (threadIdx.x % 32 == 0 && x->have[h] && (h == 0 || STATE == STATE_INT4))

@@ -298,7 +298,7 @@ CUDA_TEST(low_updates_edges) {
     }
 }
 
-// What stands for divisions by one number: mantissas of all sizes over divisors of all kinds, also next to powers of two.
+// What stands for divisions by one number: mantissas of all sizes over divisors of all kinds, also near powers of two.
 CUDA_TEST(low_quotient) {
     const float divisors[] = {1.0f, 1.00000012f, 0.99999994f, 0.99999988f, 0.100000024f, 0.000999987125f, 1.9999999f,
                               0.0316225588f, 1e-12f, 2.2e-15f, 0.7071068f, 3.14159274f};
