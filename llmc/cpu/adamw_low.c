@@ -178,7 +178,7 @@ static void bf16_store(bf16 *out, float *x, int64_t n, const Low *l, uint64_t at
             v16 value = v16_load(x + c + i, k);
             if (l->stochastic) {
                 uint16_t r[16];
-                v16i random;
+                v16i random = {0};
                 memcpy(r, (const uint16_t *)words + skip + i, sizeof r);       // the lower half comes first
                 for (int j = 0; j < 16; j++) random[j] = r[j];
                 v16i_store_u16(out + c + i, bf16_stochastic16(value, random), k);
