@@ -47,10 +47,12 @@ struct Operands {
             spoil(x, C);
             spoil(dy, OC);
             codes[0] = -128;
+            wscale[9] = nan();
         }
     }
+    static float nan() { return f32_from_bits(0x7fc00055u); }  // bits that a GPU's own NaN has too, and x86's has not
     void spoil(std::vector<floatX> &v, int width) {
-        const float inf = f32_from_bits(0x7f800000u), nan = f32_from_bits(0x7fc00000u);
+        const float inf = f32_from_bits(0x7f800000u);
         for (size_t n = 0; n < N; n++)
             for (int c = 0; c < width; c++) {
                 floatX &e = v[n * (size_t)width + (size_t)c];
@@ -58,7 +60,7 @@ struct Operands {
                 else if (n == 2 || c == 6) e = f2x(-0.75f);
                 else if (n == 3 || c == 7) e = f2x(x2f(e) * 1e-14f);           // the scale's floor
                 else if (n == 4 || c == 8) e = f2x(x2f(e) * 1e-40f);           // subnormal
-                if ((n == 9 && c == 3) || (n == 11 && c == 4) || (n == 4 && c == 9)) e = f2x(nan);
+                if ((n == 9 && c == 3) || (n == 11 && c == 4) || (n == 4 && c == 9)) e = f2x(nan());
                 if ((n == 10 && c == 12) || (n == 8 && c == 15)) e = f2x(n == 8 ? -inf : inf);
             }
     }
@@ -192,8 +194,7 @@ CUDA_TEST(linear_i8_backward_weight) { check_form(BACKWARD_WEIGHT); }
 CUDA_TEST(linear_i8_pieces) {
     const struct { int shape[3]; Form form; int way; } cases[] = {
         {{2, 65537, 3}, FORWARD, TILES}, {{17, 65552, 16}, FORWARD_F32, LIBRARY},
-        {{17, 16, 65552}, BACKWARD_INPUT, LIBRARY}, {{2, 3, 65537}, BACKWARD_INPUT, TILES},
-        {{65537, 3, 2}, BACKWARD_WEIGHT, TILES}, {{65552, 16, 32}, BACKWARD_WEIGHT, LIBRARY}};
+        {{17, 16, 65552}, BACKWARD_INPUT, LIBRARY}, {{65537, 3, 2}, BACKWARD_WEIGHT, TILES}};
     for (auto &c : cases) check_i8(c.shape, c.form, c.way, false, true, c.way == TILES, 1);
 }
 
