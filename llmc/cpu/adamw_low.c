@@ -149,7 +149,7 @@ static void int8_row_nearest(int8_t *codes, const float *x, int64_t n, float sca
     v16 inv = v16_set1(int8_row_inv(scale));
     for (int64_t c = 0; c < n; c += 16) {
         int k = n - c < 16 ? (int)(n - c) : 16;
-        v16i_store_u8(codes + c, int8_nearest16(v16_load(x + c, k), inv), k);
+        v16_store_i8(codes + c, v16_load(x + c, k) * inv, k);
     }
 }
 // at: the row's first value in the whole tensor.
@@ -163,7 +163,7 @@ static void int8_row_stochastic(int8_t *codes, const float *x, int64_t n, float 
             int k = part - i < 16 ? part - i : 16;
             v16i random;
             memcpy(&random, words + skip + i, sizeof random);
-            v16i_store_u8(codes + c + i, int8_stochastic16(v16_load(x + c + i, k), inv, random), k);
+            v16_store_i8(codes + c + i, int8_stochastic16(v16_load(x + c + i, k), inv, random), k);
         }
     }
 }

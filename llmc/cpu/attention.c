@@ -45,22 +45,6 @@ static Shape make_shape(int B, int T, int Tk, int NH, int NKV, int HS) {
 
 static int imin(int a, int b) { return a < b ? a : b; }
 
-static int max_threads(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
-static int thread_index(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 // Cuts pieces out of one allocation; every piece starts on a cache line.
 static void *take(char **p, size_t bytes) {
     void *q = *p;
@@ -199,14 +183,14 @@ void cpu_attention_forward(floatX *o, float *lse, const floatX *q, const floatX 
     // One block (a token generated after a cache): each tile is read once, so it is packed where it is used.
     bool pack = s.blocks > 1;
     size_t packed = pack ? (size_t)B * (size_t)NKV * (size_t)s.tiles * tile * sizeof(unit_t) : 0;
-    char *scratch = cpu_workspace(packed + (size_t)max_threads() * work);
+    char *scratch = cpu_workspace(packed + (size_t)cpu_max_threads() * work);
     if (!scratch) return;
     unit_t *kv = (unit_t *)(void *)scratch;
     size_t heads = (size_t)B * (size_t)NKV;
 #pragma omp parallel
     {
         ForwardWork w;
-        forward_work(&s, scratch + packed + (size_t)thread_index() * work, &w);
+        forward_work(&s, scratch + packed + (size_t)cpu_thread() * work, &w);
         if (pack) {
 #pragma omp for schedule(static)
             for (size_t i = 0; i < heads * (size_t)s.tiles; i++) {
@@ -417,8 +401,8 @@ void cpu_attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv,
     size_t heads = (size_t)B * (size_t)NKV, blocks = (size_t)s->blocks, tiles = (size_t)s->tiles;
     size_t done_bytes = (heads * tiles * sizeof(atomic_int) + 63) & ~(size_t)63;
     // Heads under way together, and twice as many places for their blocks: a head waits for the one that had its place.
-    size_t together = (size_t)max_threads(), slots = heads < 2 * together ? heads : 2 * together;
-    char *scratch = cpu_workspace(done_bytes + slots * blocks * block_bytes + (size_t)max_threads() * work_bytes);
+    size_t together = (size_t)cpu_max_threads(), slots = heads < 2 * together ? heads : 2 * together;
+    char *scratch = cpu_workspace(done_bytes + slots * blocks * block_bytes + (size_t)cpu_max_threads() * work_bytes);
     if (!scratch) return;
     atomic_int *done = (atomic_int *)(void *)scratch;
     char *first_block = scratch + done_bytes;
@@ -427,7 +411,7 @@ void cpu_attention_backward(floatX *dqkv, const floatX *dout, const floatX *qkv,
 #pragma omp parallel
     {
         BackwardWork w;
-        backward_work(s, first_block + slots * blocks * block_bytes + (size_t)thread_index() * work_bytes, &w);
+        backward_work(s, first_block + slots * blocks * block_bytes + (size_t)cpu_thread() * work_bytes, &w);
         for (size_t i; (i = atomic_fetch_add(&next, 1)) < heads * tiles;) {
             size_t first = i / (together * tiles) * together, n = heads - first < together ? heads - first : together;
             size_t j = i - first * tiles, u = first + j % n;

@@ -6,7 +6,6 @@
 #include "vec.h"
 
 VEC v16i v16i_set1(int x) { return (v16i){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-VEC v16 v16_abs(v16 x) { return (v16)((v16i)x & 0x7fffffff); }
 VEC v16 v16_to_f32(v16i x) { return __builtin_convertvector(x, v16); }
 
 #ifdef QLLM_AVX512
@@ -15,10 +14,6 @@ VEC v16i v16_truncate(v16 a) { return (v16i)_mm512_cvttps_epi32((__m512)a); }
 VEC v16i v16i_select(v16i k, v16i a, v16i b) {
     return (v16i)_mm512_mask_mov_epi32((__m512i)b, _mm512_movepi32_mask((__m512i)k), (__m512i)a);
 }
-VEC __m128i bytes_load(const void *p, int n) {
-    return n == 16 ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8(v16_mask(n), p);
-}
-VEC v16 v16_load_i8(const int8_t *p, int n) { return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes_load(p, n))); }
 VEC v16i v16i_load_u8(const uint8_t *p, int n) { return (v16i)_mm512_cvtepu8_epi32(bytes_load(p, n)); }
 // The lower byte of each lane.
 VEC void v16i_store_u8(void *p, v16i v, int n) {
@@ -50,11 +45,6 @@ VEC v16 v16_floor(v16 a) {
 }
 VEC v16i v16_truncate(v16 a) { return __builtin_convertvector(a, v16i); }
 VEC v16i v16i_select(v16i k, v16i a, v16i b) { return (a & k) | (b & ~k); }
-VEC v16 v16_load_i8(const int8_t *p, int n) {
-    v16 v = {0};
-    for (int i = 0; i < n; i++) v[i] = (float)p[i];
-    return v;
-}
 VEC v16i v16i_load_u8(const uint8_t *p, int n) {
     v16i v = {0};
     for (int i = 0; i < n; i++) v[i] = p[i];
@@ -77,16 +67,10 @@ VEC v16 v16_pick256(const float *table, v16i k) {
 // The largest magnitude so far of each lane; NaN takes no part. Lanes from n on must be 0.
 VEC v16 v16_amax(v16 amax, v16 x) { return v16_max(v16_abs(x), amax); }
 
-// int8_clamp of rounded codes, as numbers to store.
-VEC v16i int8_codes16(v16 q) {
-    q = v16_nan_to(q, v16_set1(0.0f));
-    return v16_truncate(v16_min(v16_set1(127.0f), v16_max(v16_set1(-128.0f), q)));
-}
-VEC v16i int8_nearest16(v16 x, v16 inv) { return int8_codes16(v16_rint(x * inv)); }
-// words: 32 random bits a lane.
-VEC v16i int8_stochastic16(v16 x, v16 inv, v16i words) {
+// What v16_store_i8 stores as int8_stochastic's codes. words: 32 random bits a lane.
+VEC v16 int8_stochastic16(v16 x, v16 inv, v16i words) {
     v16 u = v16_to_f32((v16i)((v16u)words >> 8)) * v16_set1(5.9604644775390625e-8f);
-    return int8_codes16(v16_floor(x * inv + u));
+    return v16_floor(x * inv + u);
 }
 
 // bf16_stochastic: the bf16's bits in the lower halves. r: 16 random bits a lane.

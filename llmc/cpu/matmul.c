@@ -11,9 +11,6 @@
 #include "cpu/cpu.h"
 #include "cpu/matmul.h"
 #include "cpu/tile.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 typedef struct {
     bool ta, tb;            // a is stored (K, M), b is stored (N, K)
@@ -25,20 +22,12 @@ typedef struct {
     const int8_t *codes;    // what b is made from, in working memory, or NULL
 } Product;
 
-static int max_threads(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
 // Codes as X: exact.
 static void widen_codes(floatX *y, const int8_t *codes, int64_t n) {
     int64_t whole = n / 32;
 #pragma omp parallel for
     for (int64_t i = 0; i < whole; i++)
-        v32_storex(y + i * 32, v16_from_i8(codes + i * 32), v16_from_i8(codes + i * 32 + 16));
+        v32_storex(y + i * 32, v16_load_i8(codes + i * 32, 16), v16_load_i8(codes + i * 32 + 16, 16));
     for (int64_t i = whole * 32; i < n; i++) y[i] = f2x(codes[i]);
 }
 static size_t codes_bytes(const Product *p) {
@@ -229,7 +218,7 @@ static Cached *slice_primitive(const Plan *plan, const Product *p, int i) {
 }
 
 static bool make_plan(Plan *plan, const Product *p, dnnl_data_type_t type) {
-    int threads = max_threads();
+    int threads = cpu_max_threads();
     cache_reserve(3);
     if (!splits_sum(p)) {
         *plan = (Plan){.slices = 1, .rows = p->M, .even = p->M, .part = cached_get(p, type, threads)};
@@ -357,14 +346,6 @@ const char *cpu_matmul_description(void) {
                             // such blocks, k after k, so that its units are read in order
 #define ROWS_TASK (6 * ROWS_TILE)       // rows: enough that packing the panel costs little
 
-static int thread_index(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 static void pack_panel(unit_t *dst, const Product *p, const floatX *b, int64_t n0, int cols) {
     int K = (int)p->K;
     if (p->tb) {
@@ -391,7 +372,7 @@ static void write_rows(const Product *p, void *c, const float *sum, int64_t m0, 
 }
 
 static void product(const Product *p, void *c, const floatX *a, const floatX *b, const float *scale) {
-    int64_t units = (p->K + UNIT - 1) / UNIT, threads = max_threads();
+    int64_t units = (p->K + UNIT - 1) / UNIT, threads = cpu_max_threads();
     int64_t padded = (p->M + ROWS_TILE - 1) / ROWS_TILE * ROWS_TILE;
     char *scratch = cpu_workspace(codes_bytes(p) + (size_t)(units * (padded + threads * PANEL)) * sizeof(unit_t));
     if (!scratch) return;
@@ -404,7 +385,7 @@ static void product(const Product *p, void *c, const floatX *a, const floatX *b,
     int64_t panels = (p->N + PANEL - 1) / PANEL, blocks = (p->M + ROWS_TASK - 1) / ROWS_TASK;
 #pragma omp parallel
     {
-        unit_t *pb = pa + units * (padded + thread_index() * PANEL);
+        unit_t *pb = pa + units * (padded + cpu_thread() * PANEL);
         float sum[ROWS_TILE * PANEL];
         if (p->ta) {
 #pragma omp for

@@ -112,8 +112,6 @@ static inline void i8_tile(int mr, int N, int32_t *sum, size_t lds, const uint32
 }
 
 // --- quantizing --------------------------------------------------------------------------------------------------
-VEC v16 v16_abs(v16 v) { return (v16)((v16u)v & 0x7fffffffu); }
-
 VEC v16 v16_from_i32(const int32_t *p) {
 #ifdef QLLM_AVX512
     return (v16)_mm512_cvtepi32_ps(_mm512_loadu_si512(p));
@@ -124,19 +122,7 @@ VEC v16 v16_from_i32(const int32_t *p) {
 #endif
 }
 
-// Sixteen codes from the products value * inv: int8_nearest's.
-VEC void v16_store_codes(int8_t *p, v16 t, int n) {
-#ifdef QLLM_AVX512
-    __mmask16 number = _mm512_cmp_ps_mask((__m512)t, (__m512)t, _CMP_ORD_Q);
-    __m128i codes = _mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(number, (__m512)t));
-    if (n == 16) _mm_storeu_si128((__m128i *)(void *)p, codes);
-    else _mm_mask_storeu_epi8(p, v16_mask(n), codes);
-#else
-    for (int i = 0; i < n; i++) p[i] = (int8_t)int8_clamp(rintf(t[i]));
-#endif
-}
-
-// Four rows of sixteen products as units across them.
+// Four rows of sixteen products value * inv as units of codes across them: int8_nearest's, as v16_store_i8 has them.
 VEC void v16_store_codes_across(uint32_t *dst, v16 t0, v16 t1, v16 t2, v16 t3, uint32_t flip) {
 #ifdef QLLM_AVX512
     const v16 t[4] = {t0, t1, t2, t3};
@@ -150,10 +136,10 @@ VEC void v16_store_codes_across(uint32_t *dst, v16 t0, v16 t1, v16 t2, v16 t3, u
     _mm512_storeu_si512(dst, _mm512_xor_si512(_mm512_shuffle_epi8(rows, zip), _mm512_set1_epi32((int)flip)));
 #else
     int8_t c[4][16];
-    v16_store_codes(c[0], t0, 16);
-    v16_store_codes(c[1], t1, 16);
-    v16_store_codes(c[2], t2, 16);
-    v16_store_codes(c[3], t3, 16);
+    v16_store_i8(c[0], t0, 16);
+    v16_store_i8(c[1], t1, 16);
+    v16_store_i8(c[2], t2, 16);
+    v16_store_i8(c[3], t3, 16);
     for (int i = 0; i < 16; i++) {
         uint32_t u = (uint32_t)(uint8_t)c[0][i] | (uint32_t)(uint8_t)c[1][i] << 8 | (uint32_t)(uint8_t)c[2][i] << 16 |
                      (uint32_t)(uint8_t)c[3][i] << 24;
@@ -193,11 +179,11 @@ static inline float i8_quantize_row(uint32_t *dst, const floatX *src, const floa
     int8_t *codes = (int8_t *)dst;
     for (i = 0; i + 16 <= n; i += 16) {
         v16 v = v16_loadx(src + i, 16);
-        v16_store_codes(codes + i, (mul ? v * v16_load(mul + i, 16) : v) * inv, 16);
+        v16_store_i8(codes + i, (mul ? v * v16_load(mul + i, 16) : v) * inv, 16);
     }
     if (left) {
         v16 v = v16_loadx(src + i, left);
-        v16_store_codes(codes + i, (mul ? v * v16_load(mul + i, left) : v) * inv, left);
+        v16_store_i8(codes + i, (mul ? v * v16_load(mul + i, left) : v) * inv, left);
     }
     for (i = n; i % K4; i++) codes[i] = 0;
     return scale;

@@ -31,9 +31,13 @@ typedef int32_t v16i __attribute__((vector_size(64)));
 typedef uint32_t v16u __attribute__((vector_size(64)));
 
 VEC v16 v16_set1(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+VEC v16 v16_abs(v16 x) { return (v16)((v16i)x & 0x7fffffff); }
 
 #ifdef QLLM_AVX512
 VEC __mmask16 v16_mask(int n) { return (__mmask16)((1u << n) - 1u); }
+VEC __m128i bytes_load(const void *p, int n) {
+    return n == 16 ? _mm_loadu_si128((const __m128i *)p) : _mm_maskz_loadu_epi8(v16_mask(n), p);
+}
 
 VEC v16 v16_load(const float *p, int n) {
     return (v16)(n == 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(v16_mask(n), p));
@@ -85,8 +89,7 @@ VEC void v16_store_inside(uint8_t *p, v16 v, v16 lo, v16 hi, int n) {
 }
 // v where the byte is not 0, else 0.
 VEC v16 v16_keep(v16 v, const uint8_t *mask, int n) {
-    __m128i b = n == 16 ? _mm_loadu_si128((const __m128i *)(const void *)mask)
-                        : _mm_maskz_loadu_epi8(v16_mask(n), mask);
+    __m128i b = bytes_load(mask, n);
     return (v16)_mm512_maskz_mov_ps(_mm_test_epi8_mask(b, b), (__m512)v);
 }
 // v where lo <= u <= hi, else 0.
@@ -101,8 +104,13 @@ VEC v16 v16_scale2(v16 v, v16 n) { return (v16)_mm512_scalef_ps((__m512)v, (__m5
 VEC v16 v16_pick(const float table[16], v16i k) {
     return (v16)_mm512_permutexvar_ps((__m512i)k, _mm512_loadu_ps(table));
 }
-VEC v16 v16_from_i8(const int8_t *p) {
-    return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+VEC v16 v16_load_i8(const int8_t *p, int n) { return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes_load(p, n))); }
+// int8_clamp(rintf(v)) of lanes below 2^31.
+VEC void v16_store_i8(int8_t *p, v16 v, int n) {
+    __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+    __m128i codes = _mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(number, (__m512)v));
+    if (n == 16) _mm_storeu_si128((__m128i *)(void *)p, codes);
+    else _mm_mask_storeu_epi8(p, v16_mask(n), codes);
 }
 #else
 VEC v16 v16_select(v16i k, v16 a, v16 b) { return (v16)(((v16i)a & k) | ((v16i)b & ~k)); }
@@ -164,10 +172,15 @@ VEC v16 v16_pick(const float table[16], v16i k) {
     for (int i = 0; i < 16; i++) v[i] = table[k[i] & 15];
     return v;
 }
-VEC v16 v16_from_i8(const int8_t *p) {
-    v16 v;
-    for (int i = 0; i < 16; i++) v[i] = (float)p[i];
+VEC v16 v16_load_i8(const int8_t *p, int n) {
+    v16 v = {0};
+    for (int i = 0; i < n; i++) v[i] = (float)p[i];
     return v;
+}
+VEC void v16_store_i8(int8_t *p, v16 v, int n) {
+    v = v16_nan_to(v16_rint(v), v16_set1(0.0f));
+    v = v16_min(v16_set1(127.0f), v16_max(v16_set1(-128.0f), v));
+    for (int i = 0; i < n; i++) p[i] = (int8_t)v[i];
 }
 #endif
 
