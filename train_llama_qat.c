@@ -13,8 +13,8 @@
 // So QAT costs what plain training costs, plus arithmetic on data that is in cache anyway.
 //
 // With several ranks the model asks for a unit's weights (shard_forward, shard_backward) and hands over its gradients
-// (shard_gradients); units are the embedding, the blocks 0 .. L-1, and L, the final norm and the head. llmc/shard.h says
-// who holds what meanwhile.
+// (shard_gradients); units are the embedding, the blocks 0 .. L-1, and L, the final norm and the head. llmc/shard.h
+// says who holds what meanwhile.
 //
 // Letters: B batch, T sequence length, N = B*T tokens, C width, NH query heads, NKV key/value heads, HS head size,
 // FF feed-forward width, V vocabulary, L layers. d before a name is its gradient, l_ its slice for one layer.
@@ -245,8 +245,8 @@ static void llama_update(const Llama *m, StepState *state, const UpdateParams *u
     shard_weights_changed(m->shard, m->store, m->fake_quant);
 }
 
-// One step: gradients of all its micro-batches, then the update. What changes from step to step is in s->state, s->tokens
-// and s->targets, so a device may record it once and replay it.
+// One step: gradients of all its micro-batches, then the update. What changes from step to step is in s->state,
+// s->tokens and s->targets, so a device may record it once and replay it.
 typedef struct { const Llama *m; const Acts *s; const UpdateParams *u; int grad_accum; } Step;
 
 static void train_step(void *ctx) {

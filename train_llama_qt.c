@@ -1,4 +1,5 @@
-// train_llama_qt: pretrains or fine-tunes a Llama whose linear weights are INT8 and nothing else: no high-precision copy.
+// train_llama_qt: pretrains or fine-tunes a Llama whose linear weights are INT8 and nothing else: no high-precision
+// copy.
 //
 // The whole algorithm is in this file: forward, backward, update and the step loop. Read it from top to bottom.
 // `ops->NAME` are the operations (llmc/ops.h says what each computes); what surrounds the model (options, data, memory,
@@ -12,12 +13,12 @@
 //   - The update reads a row, dequantizes it, makes AdamW's step, finds the new row's scale, and rounds it back to INT8
 //     stochastically: an update far smaller than a code changes the weight by that much on average, where rounding to
 //     nearest would undo it every time (--rounding nearest shows that).
-// Embeddings are bf16, rounded stochastically, or fp32 (--master); norms are fp32. AdamW's moments may be kept in 8 or 4
-// bits (--optim-state). What is trained is the int8 model that is served: the file holds the very codes and scales.
+// Embeddings are bf16, rounded stochastically, or fp32 (--master); norms are fp32. AdamW's moments may be kept in 8 or
+// 4 bits (--optim-state). What is trained is the int8 model that is served: the file holds the very codes and scales.
 //
 // With several ranks the model asks for a unit's weights (shard_forward, shard_backward) and hands over its gradients
-// (shard_gradients); units are the embedding, the blocks 0 .. L-1, and L, the final norm and the head. llmc/shard.h says
-// who holds what meanwhile. Codes and scales are what travels.
+// (shard_gradients); units are the embedding, the blocks 0 .. L-1, and L, the final norm and the head. llmc/shard.h
+// says who holds what meanwhile. Codes and scales are what travels.
 //
 // Letters: B batch, T sequence length, N = B*T tokens, C width, NH query heads, NKV key/value heads, HS head size,
 // FF feed-forward width, V vocabulary, L layers. d before a name is its gradient, l_ its slice for one layer.
@@ -120,7 +121,8 @@ static void head_forward(const Llama *m, const Acts *s, const Head *h, const flo
 static void head_backward(const Llama *m, const Acts *s, const Head *h, floatX *dx, float *dhead, const floatX *x,
                           size_t n, bool accumulate) {
     const LlamaConfig *c = &m->c;
-    if (h->codes && m->int8.grad_weight) ops->linear_i8_backward_weight(dhead, s->dlogits, x, n, c->C, c->V, accumulate);
+    if (h->codes && m->int8.grad_weight)
+        ops->linear_i8_backward_weight(dhead, s->dlogits, x, n, c->C, c->V, accumulate);
     else ops->linear_backward_weight(dhead, s->dlogits, x, n, c->C, c->V, accumulate);
     if (!h->codes) ops->linear_backward_input(dx, s->dlogits, h->w, NULL, NULL, n, c->C, c->V);
     else if (m->int8.grad_input) ops->linear_i8_backward_input(dx, s->dlogits, h->codes, h->scale, n, c->C, c->V);
@@ -210,14 +212,14 @@ static void llama_update(const Llama *m, StepState *state, const UpdateParams *u
         AdamWParams h = u->adamw;
         h.weight_decay = p->decay ? u->weight_decay : 0.0;
         if (p->rows)
-            ops->adamw_low(k->p, k->m, k->v, store_work(m->store, i), NULL, shard_own_gradient(m->shard, i), state, &h, NULL, u->rounding,
-                           i, own->row0[i], p->rows, p->cols);
+            ops->adamw_low(k->p, k->m, k->v, store_work(m->store, i), NULL, shard_own_gradient(m->shard, i), state, &h,
+                           NULL, u->rounding, i, own->row0[i], p->rows, p->cols);
     }
     shard_weights_changed(m->shard, m->store, true);
 }
 
-// One step: gradients of all its micro-batches, then the update. What changes from step to step is in s->state, s->tokens
-// and s->targets, so a device may record it once and replay it.
+// One step: gradients of all its micro-batches, then the update. What changes from step to step is in s->state,
+// s->tokens and s->targets, so a device may record it once and replay it.
 typedef struct { const Llama *m; const Acts *s; const UpdateParams *u; int grad_accum; } Step;
 
 static void train_step(void *ctx) {
@@ -251,23 +253,32 @@ static const Option options[] = {
 };
 #define N_OPTIONS ((int)(sizeof options / sizeof *options))
 
-// --matmul and --int8.
-static int parse_products(Int8Products *p, Err *err) {
+// --matmul and --int8; text: what was chosen, NULL if nothing.
+static int parse_products(Int8Products *p, const char **text, Err *err) {
     static const char *const names[] = {"output", "grad_input", "grad_weight"};
+    static char chosen[48];
     bool *const which[] = {&p->output, &p->grad_input, &p->grad_weight};
     *p = (Int8Products){0};
+    *text = NULL;
     if (qt.matmul == 0)
         return qt.int8 ? err_set(err, E_USAGE, "--int8 %s goes with --matmul int8", qt.int8) : 0;
-    for (const char *at = qt.int8 ? qt.int8 : "output,grad_input,grad_weight"; *at;) {
+    for (const char *at = qt.int8 ? qt.int8 : "output,grad_input,grad_weight";; at++) {
         size_t n = strcspn(at, ",");
         int k = 0;
         while (k < 3 && (strlen(names[k]) != n || strncmp(names[k], at, n))) k++;
         if (k == 3)
-            return err_set(err, E_USAGE, "--int8 %s: \"%.*s\" is none of output, grad_input, grad_weight", qt.int8, (int)n,
-                           at);
+            return err_set(err, E_USAGE, "--int8 %s: \"%.*s\" is none of output, grad_input, grad_weight", qt.int8,
+                           (int)n, at);
         *which[k] = true;
-        at += n + (at[n] == ',');
+        at += n;
+        if (!*at) break;
     }
+    for (int k = 0; k < 3; k++)
+        if (*which[k]) {
+            size_t n = strlen(chosen);
+            snprintf(chosen + n, sizeof chosen - n, "%s%s", n ? " " : "", names[k]);
+            *text = chosen;
+        }
     return 0;
 }
 
@@ -309,7 +320,7 @@ static int run_training(Err *err) {
     static Trainer t;                          // lives as long as the process
     Int8Products products;
     int rc;
-    if ((rc = parse_products(&products, err)) < 0) return rc;
+    if ((rc = parse_products(&products, &t.products, err)) < 0) return rc;
     if ((rc = trainer_begin(&t, &run, options, N_OPTIONS, err)) < 0) return rc;
     if ((rc = plan_from_options(&t.plan, &t.c, &products, err)) < 0) return rc;
     t.rounding = (Rounding)qt.rounding;

@@ -16,7 +16,7 @@ static void *take(Arena *a, size_t n, size_t size, const char *what) {
     return p;
 }
 
-enum { IN_BLOCK = 16, AROUND = 17 };       // most allocations of a block, and of everything else
+enum { IN_BLOCK = 16, AROUND = 18 };       // most allocations of a block, and of everything else
 
 static void take_block(Arena *a, BlockActs *k, const LlamaConfig *c, const ActsShape *shape) {
     size_t N = (size_t)shape->B * (size_t)shape->T, NHS = (size_t)c->NH * (size_t)c->HS, X = sizeof(floatX);

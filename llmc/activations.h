@@ -1,6 +1,6 @@
-// What a training step computes with besides the weights: what the backward of each block reads again, and the gradients
-// of activations. Letters: B batch, T sequence length, N = B*T tokens, C width, NH query heads, NKV key/value heads, HS
-// head size, FF feed-forward width, V vocabulary.
+// What a training step computes with besides the weights: what the backward of each block reads again, and the
+// gradients of activations. Letters: B batch, T sequence length, N = B*T tokens, C width, NH query heads, NKV key/value
+// heads, HS head size, FF feed-forward width, V vocabulary.
 #ifndef QLLM_ACTIVATIONS_H
 #define QLLM_ACTIVATIONS_H
 #include "llama.h"
@@ -50,8 +50,8 @@ typedef struct {
     int n_owned;
 } Acts;
 
-// What of it a program needs. Tokens of all micro-batches of a step lie one after the other, so that they are there before
-// it begins.
+// What of it a program needs. Tokens of all micro-batches of a step lie one after the other, so that they are there
+// before it begins.
 typedef struct {
     int B, T, grad_accum;
     bool recompute;          // one full block for all layers

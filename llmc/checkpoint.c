@@ -619,11 +619,12 @@ int model_packed(const ModelFile *m, const Param *p, PackedTensor *t, Err *err) 
     if (parts.zero && spec.zero == QZ_FLOAT) convert_to_f32(t->zero, parts.zero->data, DT_BF16, (size_t)t->n_scales);
     bool rows = quant_is_int8_rows(&spec);               // a row of zeros has scale 0
     for (int64_t i = 0; i < t->n_scales; i++)
-        if (!isfinite(t->scale[i]) || !(t->scale[i] > 0 || (rows && t->scale[i] == 0)) ||
+        if (!isfinite(t->scale[i] * (rows ? 128.0f : 1.0f)) || !(t->scale[i] > 0 || (rows && t->scale[i] == 0)) ||
             (t->zero && !isfinite(t->zero[i]))) {
-            rc = err_set(err, E_FORMAT, "%s: tensor '%s': scale %lld is %g%s; scales are finite and %s, zero points "
+            rc = err_set(err, E_FORMAT, "%s: tensor '%s': scale %lld is %g%s; scales are finite%s and %s, zero points "
                          "finite", m->path, p->name, (long long)i, (double)t->scale[i],
-                         t->zero ? " (or its zero point is wrong)" : "", rows ? "not negative" : "positive");
+                         t->zero ? " (or its zero point is wrong)" : "", rows ? ", 128 times over too," : "",
+                         rows ? "not negative" : "positive");
             packed_tensor_free(t);
             return rc;
         }
@@ -920,14 +921,15 @@ static int pack_spans(StWriter *w, Packer *k, RowSource source, void *ctx, PackR
     return rc;
 }
 
-static int write_packed(StWriter *w, const Param *p, const Param *from, const QuantSpec *s, DType dtype,
+static int write_packed(StWriter *w, const Param *p, const Param *from, const QuantSpec *s, DType dtype, bool trained,
                         RowSource source, void *ctx, PackReport *rep, Err *err) {
     Packer k = {.p = p, .from = from, .s = s};
     int rc = quant_block_shape(s, p->rows, p->cols, k.block, err);
     if (rc) return rc;
     k.across = p->cols / k.block[1];
-    // INT8 rows are made from the very values, as the trainer begins with; a tied head's from those of its table.
-    k.rounds = !quant_is_int8_rows(s) || (from != p && dtype == DT_BF16);
+    // INT8 rows are made from the very values, as the trainer begins with; a tied head's, unless the trainer made it from
+    // masters of more digits, from the table as the file has it.
+    k.rounds = !quant_is_int8_rows(s) || (from != p && dtype == DT_BF16 && !trained);
     k.piece = tile_rows(p);
     if (k.piece > k.block[0]) k.piece -= k.piece % k.block[0];
     int64_t n_qp = p->rows / k.block[0] * k.across, bands = k.piece / k.block[0] > 1 ? k.piece / k.block[0] : 1;
@@ -1030,7 +1032,7 @@ static int write_bin(const char *path, const LlamaConfig *c, const QuantPlan *pl
         } else {
             PackReport rep;
             const Param *values = p == &head ? param_get(table, -1, ROLE_EMBED) : p;
-            rc = write_packed(w, p, values, &spec, dtype, from->rows, from->ctx, &rep, err);
+            rc = write_packed(w, p, values, &spec, dtype, from->codes != NULL, from->rows, from->ctx, &rep, err);
             if (rc == 0 && from->report) from->report(from->report_ctx, &rep);
         }
     }

@@ -59,9 +59,9 @@ typedef struct { const Param *p; const QuantSpec *spec; double sqnr_db, max_abs_
 int model_write_packed(const char *path, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table,
                        const Tokenizer *tok, DType dtype, RowSource source, void *ctx,
                        void (*report)(void *ctx, const PackReport *r), void *report_ctx, Err *err);
-// The same for a model whose INT8 rows (quant_is_int8_rows) were trained: their codes and f32 scales are written as they
-// are; the others as dtype, or, a tied head with its own codes (plan->tied_head), quantized by int8_nearest from the
-// table's values. `codes` fills codes (n, cols) and scale (n).
+// The same for a model whose INT8 rows (quant_is_int8_rows) were trained: their codes and f32 scales are written as
+// they are; the others as dtype, or, a tied head with its own codes (plan->tied_head), quantized by int8_nearest from
+// the table's values. `codes` fills codes (n, cols) and scale (n).
 typedef int (*CodeSource)(void *ctx, const Param *p, int64_t row0, int64_t n, int8_t *codes, float *scale, Err *err);
 int model_write_trained(const char *path, const LlamaConfig *c, const QuantPlan *plan, const ParamTable *table,
                         const Tokenizer *tok, DType dtype, RowSource rows, CodeSource codes, void *ctx, Err *err);

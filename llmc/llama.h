@@ -74,9 +74,9 @@ typedef struct {
 // q/k/v or gate/up with different activation schemes, since they share one input.
 int param_table_build(ParamTable *t, const LlamaConfig *c, const QuantPlan *plan, Err *err);
 // How training keeps the parameters (f32 with f32 moments after param_table_build): those whose scheme is
-// quant_is_int8_rows as INT8, norms in f32, the others in `others`; moments in `state` where state_format allows. Norms are
-// few and near 1, where a step of bf16 is 0.8 %: rounded stochastically they would wander by some percent in a few hundred
-// steps, with nothing that pulls them back.
+// quant_is_int8_rows as INT8, norms in f32, the others in `others`; moments in `state` where state_format allows. Norms
+// are few and near 1, where a step of bf16 is 0.8 %: rounded stochastically they would wander by some percent in a few
+// hundred steps, with nothing that pulls them back.
 void param_table_formats(ParamTable *t, ParamFormat others, StateFormat state);
 void param_table_free(ParamTable *t);
 const Param *param_get(const ParamTable *t, int layer, ParamRole role);      // layer ignored outside the blocks; NULL if none

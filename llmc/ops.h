@@ -82,27 +82,30 @@ typedef struct Ops {
     // --- linear with INT8 weights --------------------------------------------------------------------------------
     // codes (OC, C) int8, wscale (OC) f32: the weight is codes * wscale by row (optimizer.h, PARAM_INT8).
     // linear_w8_forward: y (N, OC) X = X( (x (N, C) X . codes^T) * wscale ): the bits that linear_forward gives for the
-    // codes as X, which are exact. They become X in working memory, one tensor at most at a time.
+    // codes as X, which are exact. They become X in working memory, at most one tensor of them at a time.
     void (*linear_w8_forward)(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                               int OC);
     void (*linear_w8_forward_f32)(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                                   int OC);
-    // dx (N, C) X = X(dy (N, OC) X * wscale) . codes; dy_scaled (N, OC) X scratch.
+    // dx (N, C) X = X(dy (N, OC) X * wscale) . codes; dy_scaled (N, OC) X scratch. Where OC is above 4096 a wing may
+    // cut the sum there and add the pieces in f32, in order: rounding apart, what linear_backward_input gives.
     void (*linear_w8_backward_input)(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale,
                                      floatX *dy_scaled, size_t N, int C, int OC);
-    // Integer products. A row of n values is quantized by int8_row_scale, int8_row_inv and int8_nearest (optimizer.h) of
-    // the values of X. acc: the int32 sum, exact; sums over more than 2^16 products are cut into pieces of 2^16, whose
-    // sums become f32 and are added in order. All bits are the same on every device and for any number of threads.
+    // Integer products. A row of n values is quantized by int8_row_scale, int8_row_inv and int8_nearest (optimizer.h)
+    // of the values of X. acc: the int32 sum, exact; sums over more than 2^16 products are cut into pieces of 2^16,
+    // whose sums become f32 and are added in order. All bits are the same on every device and for any number of
+    // threads.
     // linear_i8_forward: y (N, OC) X = X( (f32(acc) * sx) * wscale ), sx the scale of a row (token) of x.
     void (*linear_i8_forward)(floatX *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                               int OC);
     void (*linear_i8_forward_f32)(float *y, const floatX *x, const int8_t *codes, const float *wscale, size_t N, int C,
                                   int OC);
-    // dx (N, C) X = X( f32(acc) * sg ): rows (tokens) of the f32 products dy * wscale are quantized, and multiply codes.
+    // dx (N, C) X = X( f32(acc) * sg ): rows (tokens) of the f32 products dy * wscale are quantized, and multiply
+    // codes.
     void (*linear_i8_backward_input)(floatX *dx, const floatX *dy, const int8_t *codes, const float *wscale, size_t N,
                                      int C, int OC);
-    // dw (OC, C) f32 = or += (f32(acc) * sg) * sx: columns of dy (N, OC) and of x (N, C) are quantized over all N tokens,
-    // with scales sg (OC) and sx (C).
+    // dw (OC, C) f32 = or += (f32(acc) * sg) * sx: columns of dy (N, OC) and of x (N, C) are quantized over all N
+    // tokens, with scales sg (OC) and sx (C).
     void (*linear_i8_backward_weight)(float *dw, const floatX *dy, const floatX *x, size_t N, int C, int OC,
                                       bool accumulate);
 
@@ -175,8 +178,8 @@ typedef struct Ops {
     // unclamped.
     void (*weight_ste_mask)(float *grad, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols);
 
-    // adamw_low: the step of adamw_fq for what is kept in other formats (optimizer.h). The parameter and its moments are
-    // read as f32, the moments stored anew by blocks, and the parameter as
+    // adamw_low: the step of adamw_fq for what is kept in other formats (optimizer.h). The parameter and its moments
+    // are read as f32, the moments stored anew by blocks, and the parameter as
     //   f32    itself
     //   bf16   rounded by `rounding`: bf16_stochastic, or to nearest
     //   INT8   a new scale from the new values of each row, and codes by `rounding`: int8_stochastic or int8_nearest
@@ -197,17 +200,17 @@ typedef struct Ops {
     // stride a multiple of 16. Rows [k0, k0 + kn) of each rank's own take part, where a rank has so many; k0 and kn are
     // multiples of split.unit. R, kn and counts may be such that a rank has none.
     //
-    // rows_pack: wire <- rows of all ranks from a tensor (split.rows, row_bytes) of bytes; rows_unpack: back. Rows and wire
-    // are aligned to 16 bytes or to row_bytes' largest power of two.
+    // rows_pack: wire <- rows of all ranks from a tensor (split.rows, row_bytes) of bytes; rows_unpack: back. Rows and
+    // wire are aligned to 16 bytes or to row_bytes' largest power of two.
     void (*rows_pack)(void *wire, size_t stride, const void *tensor, const RowSplit *split, int64_t k0, int64_t kn,
                       size_t row_bytes);
     void (*rows_unpack)(void *tensor, const void *wire, size_t stride, const RowSplit *split, int64_t k0, int64_t kn,
                         size_t row_bytes);
-    // weight_pack: codes, bf16 scales and zero points of `rows` rows of masters, laid out by quant_wire_layout for kn >=
-    // rows rows: exactly those that weight_fq uses. wq has bits; rows are whole blocks.
+    // weight_pack: codes, bf16 scales and zero points of `rows` rows of masters, laid out by quant_wire_layout for kn
+    // >= rows rows: exactly those that weight_fq uses. wq has bits; rows are whole blocks.
     void (*weight_pack)(uint8_t *wire, const float *master, const QuantSpec *wq, int64_t rows, int64_t cols, int64_t kn);
-    // weight_unpack: working values of those rows of the whole tensor, work (split.rows, cols) and wscale (split.rows) or
-    // NULL, from every rank's part: the bits that weight_fq writes.
+    // weight_unpack: working values of those rows of the whole tensor, work (split.rows, cols) and wscale (split.rows)
+    // or NULL, from every rank's part: the bits that weight_fq writes.
     void (*weight_unpack)(floatX *work, float *wscale, const uint8_t *wire, size_t stride, const RowSplit *split,
                           int64_t k0, int64_t kn, const QuantSpec *wq, int64_t cols);
     // sum_ranks: out (n) f32 = in[0] + in[1] + ... + in[R - 1] in this order, in[r] at in + r * stride values;
@@ -223,9 +226,9 @@ typedef struct Ops {
     // qmatvec_forward: y (N, OC) X = x (N, C) X . w^T for few tokens, straight from packed codes: bound by the codes'
     // bytes. Sums of a block are f32 of x times integer code (less its integer zero point), 16 lanes apart, scaled once
     // a block; zero points of the float domain multiply the block's sum of x. So it differs from the trained arithmetic
-    // by f32 rounding: |err| <= (C + 6) * 2^-23 * sum |x| |w| plus one rounding to X, where |w| is |code - mid| * scale + |zero| in
-    // the float domain. It also keeps code * scale unrounded, which trained arithmetic rounds to bf16.
-    // Bits of a token do not depend on N or on the number of threads.
+    // by f32 rounding: |err| <= (C + 6) * 2^-23 * sum |x| |w| plus one rounding to X, where |w| is |code - mid| * scale
+    // + |zero| in the float domain. It also keeps code * scale unrounded, which trained arithmetic rounds to bf16. Bits
+    // of a token do not depend on N or on the number of threads.
     void (*qmatvec_forward)(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
                             const QuantSpec *wq, size_t N, int C, int OC);
 } Ops;
@@ -238,7 +241,8 @@ typedef struct Ops {
     X(linear_i8_backward_input) X(linear_i8_backward_weight) X(rope) X(attention_forward) \
     X(attention_backward) X(fakequant_forward) X(mask_backward) X(swiglu_fq_forward) X(swiglu_backward) X(classifier) \
     X(loss_accumulate) X(sum_squares) X(state_sum) X(global_norm) X(adamw_fq) X(sgd_fq) X(weight_fq) \
-    X(weight_ste_mask) X(adamw_low) X(int8_rows) X(widen) X(rows_pack) X(rows_unpack) X(weight_pack) X(weight_unpack) X(sum_ranks) X(dequant_rows) \
+    X(weight_ste_mask) X(adamw_low) X(int8_rows) X(widen) X(rows_pack) X(rows_unpack) X(weight_pack) \
+    X(weight_unpack) X(sum_ranks) X(dequant_rows) \
     X(qmatvec_forward)
 
 extern const Ops *ops;      // the backend that device_init chose

@@ -1,6 +1,6 @@
-// What training keeps of a parameter: the parameter itself (f32, bf16 or INT8 rows) and AdamW's two moments, each in one
-// of several formats. Sources: torchao's prototype/quantized_training (INT8 rows) and optim (states); doc/numerics.md
-// states every rounding. This is the scalar arithmetic; adamw_low (ops.h) is the pass that uses it.
+// What training keeps of a parameter: the parameter itself (f32, bf16 or INT8 rows) and AdamW's two moments, each in
+// one of several formats. Sources: torchao's prototype/quantized_training (INT8 rows) and optim (states);
+// doc/numerics.md states every rounding. This is the scalar arithmetic; adamw_low (ops.h) is the pass that uses it.
 #ifndef QLLM_OPTIMIZER_H
 #define QLLM_OPTIMIZER_H
 #include "common.h"
@@ -30,11 +30,12 @@ typedef struct { StateFormat format; void *data; float *scale; } StoredState;
 QHD int state_block(StateFormat f) {                     // values that share a scale; 0: none
     return f == STATE_INT8 || f == STATE_FP8 ? 256 : f == STATE_INT4 ? 128 : 0;
 }
-// The format of a whole tensor of n values when f is asked for: small ones, and those that are not whole blocks, stay f32.
-// (torchao decides by the rows of one rank, and keeps the parameter's dtype; here any number of ranks computes the same.)
+// The format of a whole tensor of n values when f is asked for: small ones, and those that are not whole blocks, stay
+// f32. (torchao decides by the rows of one rank, and keeps the parameter's dtype; here any number of ranks computes the
+// same.)
 QHD StateFormat state_format(StateFormat f, int64_t n) {
     int block = state_block(f);
-    return block && (n < 4096 || n % block) ? STATE_F32 : f;
+    return n < 4096 || (block && n % block) ? STATE_F32 : f;
 }
 // Rows that are whole blocks: the smallest number that a rank can hold. It divides the rows of the tensor.
 QHD int64_t state_unit(StateFormat f, int64_t cols) {
@@ -89,7 +90,7 @@ static inline const float *state_map(StateFormat f, bool is_signed) {
 // Stochastic rounding. Random bits are Philox's, keyed by the run's seed, the tensor (its number in the parameter
 // table), the update t and the element: the same on any rank, thread or device.
 
-QHD uint64_t rounding_stream(int tensor, int32_t t) {    // the top bit sets it apart from all other uses of the seed
+QHD uint64_t rounding_stream(int tensor, int32_t t) {    // top bit and few tensors: apart from other uses of the seed
     return (uint64_t)1 << 63 | (uint64_t)(uint32_t)tensor << 32 | (uint32_t)t;
 }
 // INT8: element i takes 24 bits, word i % 4 of block i / 4.

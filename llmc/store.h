@@ -1,6 +1,6 @@
-// What a rank keeps of every tensor for the update: the parameter as training stores it and AdamW's moments, for the rows
-// of OwnTable.held, in the formats that the table says (Param.format, Param.state). A parameter that works as it is
-// stored (INT8 codes; bf16 in a bf16 build, not fake-quantized) is not kept twice where a rank holds all of it: its
+// What a rank keeps of every tensor for the update: the parameter as training stores it and AdamW's moments, for the
+// rows of OwnTable.held, in the formats that the table says (Param.format, Param.state). A parameter that works as it
+// is stored (INT8 codes; bf16 in a bf16 build, not fake-quantized) is not kept twice where a rank holds all of it: its
 // store is the shard's place for the working weight.
 #ifndef QLLM_STORE_H
 #define QLLM_STORE_H

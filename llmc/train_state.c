@@ -222,7 +222,7 @@ static int place_folder(const char *out, int64_t step, char *left, size_t size, 
 // What is saved
 
 // What the arrays are kept in: the same text wherever the same bits go on.
-static void formats_text(char *buf, size_t size, const ParamTable *t, Rounding rounding) {
+static void formats_text(char *buf, size_t size, const ParamTable *t, const TrainProgress *p) {
     static const char *const states[] = {[STATE_F32] = "fp32", [STATE_BF16] = "bf16", [STATE_INT8] = "int8",
                                          [STATE_INT4] = "int4", [STATE_FP8] = "fp8"};
     bool narrow = false, rows = false;
@@ -233,8 +233,10 @@ static void formats_text(char *buf, size_t size, const ParamTable *t, Rounding r
         if (t->p[i].state != STATE_F32) state = t->p[i].state;
     }
     snprintf(buf, size, "masters %s%s, moments %s%s", narrow ? "bf16" : "fp32", rows ? " and int8 rows" : "",
-             states[state], !narrow && !rows ? "" : rounding == ROUND_NEAREST ? ", rounded to nearest"
-                                                                             : ", rounded stochastically");
+             states[state], !narrow && !rows ? "" : p->rounding == ROUND_NEAREST ? ", rounded to nearest"
+                                                                                : ", rounded stochastically");
+    size_t n = strlen(buf);
+    if (p->products) snprintf(buf + n, size - n, ", integer products %s", p->products);
 }
 
 static void describe(TrainMarker *m, const TrainProgress *p, const LlamaConfig *c, const QuantPlan *plan,
@@ -242,7 +244,7 @@ static void describe(TrainMarker *m, const TrainProgress *p, const LlamaConfig *
     *m = (TrainMarker){.progress = *p, .ranks = own->R, .n_tensors = own->table->n, .n_arrays = n_arrays};
     m->config = llama_config_to_json(c, "float32");
     m->quant = quant_plan_to_json(plan);
-    formats_text(m->formats, sizeof m->formats, own->table, p->rounding);
+    formats_text(m->formats, sizeof m->formats, own->table, p);
     for (int a = 0; a < n_arrays; a++) snprintf(m->arrays[a], sizeof m->arrays[a], "%s", arrays[a].name);
     m->tensors = xcalloc((size_t)m->n_tensors, sizeof *m->tensors);
     for (int i = 0; i < m->n_tensors; i++) {
@@ -292,7 +294,7 @@ static Stretch stretch_of(const OwnTable *own, const StateArray *array, int i) {
     size_t row = (size_t)t->values * dtype_size(t->dtype);
     int64_t skip = (split_begin(&own->split[i], own->rank) - own->row0[i]) / t->unit;
     int64_t rows = split_count(&own->split[i], own->rank) / t->unit;
-    return (Stretch){rows ? (const uint8_t *)t->data + (size_t)skip * row : NULL, (size_t)rows * row};
+    return (Stretch){rows && t->data ? (const uint8_t *)t->data + (size_t)skip * row : NULL, (size_t)rows * row};
 }
 
 size_t train_state_copy_bytes(const OwnTable *own, const StateArray *arrays, int n_arrays) {
@@ -684,8 +686,8 @@ static int check_run(const TrainMarker *m, const TrainMarker *mine, const StateA
                        "the same, or choose another --out",
                        path, p->T, (unsigned long long)p->seed);
     if (strcmp(m->formats, mine->formats))
-        return err_set(err, E_USAGE, "%s holds %s; this run has %s; resume with the --master, --optim-state and "
-                       "--rounding it was started with, or choose another --out", path, m->formats, mine->formats);
+        return err_set(err, E_USAGE, "%s holds %s; this run has %s; resume with the --master, --optim-state, "
+                       "--rounding and --int8 it was started with, or choose another --out", path, m->formats, mine->formats);
     char theirs[160], ours[160];
     names_of(theirs, sizeof theirs, m);
     names_of(ours, sizeof ours, mine);
@@ -865,6 +867,7 @@ int train_state_load(const char *out, TrainProgress *p, const LlamaConfig *c, co
     }
     if (rc == 0) {
         m.progress.rounding = p->rounding;
+        m.progress.products = p->products;
         *p = m.progress;
     }
     train_marker_free(&m);

@@ -16,6 +16,7 @@ typedef struct {
     uint64_t data_hash, seed;
     int T;
     Rounding rounding;                         // of parameters that are not f32
+    const char *products;                      // which products are integer ones, "output grad_input"; NULL: none
 } TrainProgress;
 
 // One array of a checkpoint: what it holds of each tensor. A row of the array belongs to `unit` rows of the tensor and
@@ -65,7 +66,7 @@ enum { MARKER_MAX_ARRAYS = 8, MARKER_MAX_RANKS = 65536 };
 typedef struct {
     TrainProgress progress;
     char *config, *quant;                      // JSON texts, compared as they were written
-    char formats[96];                          // what masters and moments are kept in, compared as it was written
+    char formats[160];                         // what masters and moments are kept in, compared as it was written
     char arrays[MARKER_MAX_ARRAYS][16];
     int n_arrays, ranks, n_tensors;
     struct { char name[96]; RowSplit split; } *tensors;              // (n_tensors)

@@ -1,4 +1,5 @@
-// What both trainers do around the model: options, start, data, signals, the memory plan, the step line, saves, the end.
+// What both trainers do around the model: options, start, data, signals, the memory plan, the step line, saves, the
+// end.
 // Checkpoints: train_state.h. The algorithm itself (forward, backward, update, the step loop) is spelled out in the
 // trainers.
 #ifndef QLLM_TRAINER_H
@@ -24,8 +25,8 @@ int trainer_signal(void);                      // the signal that came, or 0
 
 // The memory plan, printed before anything is allocated.
 typedef struct { const char *what; double fixed, per_sequence; } MemoryItem;   // bytes
-// Prints the table for batches of B, its total (also to *planned) beside the device's memory, and the largest batch that
-// fits. E_NOMEM, with that batch in the message, where the total is more than device_memory() can give.
+// Prints the table for batches of B, its total (also to *planned) beside the device's memory, and the largest batch
+// that fits. E_NOMEM, with that batch in the message, where the total is more than device_memory() can give.
 int memory_plan_print(double *planned, const MemoryItem *items, int n, int B, FILE *out, Err *err);
 
 // The step line and its JSON twin.
@@ -70,10 +71,10 @@ typedef struct {
     {"--batch",        OPT_INT,    &o.B,            "4",      "1..65536", "sequences in a micro-batch of a rank, B"}, \
     {"--seq-len",      OPT_INT,    &o.T,            "512",    "1..131072", "tokens in a sequence, T"}, \
     {"--grad-accum",   OPT_INT,    &o.grad_accum,   "1",      "1..65536", "micro-batches in a step; gradients are weighted by tokens"}, \
-    {"--weight-decay", OPT_FLOAT,  &o.weight_decay, "0.01",   "0..10", "decoupled (adamw) or L2 (sgd); norms do not decay"}, \
+    {"--weight-decay", OPT_FLOAT,  &o.weight_decay, "0.01",   "0..10", "of adamw, decoupled (sgd: L2); norms do not decay"}, \
     {"--beta1",        OPT_FLOAT,  &o.beta1,        "0.9",    "0..0.9999", "AdamW"}, \
     {"--beta2",        OPT_FLOAT,  &o.beta2,        "0.999",  "0..0.999999", "AdamW"}, \
-    {"--eps",          OPT_FLOAT,  &o.eps,          "1e-8",   "0..1", "AdamW"}, \
+    {"--eps",          OPT_FLOAT,  &o.eps,          "1e-8",   "1e-30..1", "AdamW"}, \
     {"--clip",         OPT_FLOAT,  &o.clip,         "1",      "0..1e9", "largest gradient norm (0: no clipping)"}, \
     {"--recompute",    OPT_ENUM,   &o.recompute,    "none",   "none,block", "what the backward computes again instead of keeping"}, \
     {"--val-every",    OPT_INT,    &o.val_every,    "100",    "0..", "validate every so many steps (0: only at the end)"}, \
@@ -93,13 +94,15 @@ typedef struct {
     {"--threads",      OPT_INT,    &o.threads,      "0",      "0..4096", "CPU threads (0: all cores)"}
 
 // ---------------------------------------------------------------------------------------------
-// A run. Zeroed before; what it holds lives as long as the process. The calls come in the order in which they stand here.
+// A run. Zeroed before; what it holds lives as long as the process. The calls come in the order in which they stand
+// here.
 
 typedef struct {
     const TrainOptions *o;
     LlamaConfig c;
     QuantPlan plan;              // set by the caller between trainer_begin and trainer_prepare, as
-    Rounding rounding;           //   is this: how updated parameters are rounded that are not f32
+    Rounding rounding;           //   are these: how updated parameters are rounded that are not f32,
+    const char *products;        //   and which products are integer ones (TrainProgress)
     ParamTable table;
     Shard shard;
     Store store;
@@ -127,8 +130,8 @@ typedef struct {
 
 // Ranks, device and output folder; opens --model and sets t->c. options: the program's table, for logs.
 int trainer_begin(Trainer *t, const TrainOptions *o, const Option *options, int n_options, Err *err);
-// With t->plan set: the parameter table (parameters that are not INT8 rows kept in `others`), shard, store, tokenizer and
-// data; checks that all ranks agree and prints what will run. has_v: AdamW.
+// With t->plan set: the parameter table (parameters that are not INT8 rows kept in `others`), shard, store, tokenizer
+// and data; checks that all ranks agree and prints what will run. has_v: AdamW.
 int trainer_prepare(Trainer *t, ParamFormat others, bool gather_quantized, bool has_v, Err *err);
 // Prints the memory plan and, if it fits, allocates everything and loads or draws the weights into the store.
 int trainer_alloc(Trainer *t, ActsShape shape, Err *err);
@@ -147,15 +150,15 @@ bool trainer_validates(const Trainer *t);
 int trainer_save_if_due(Trainer *t, Err *err);
 
 // A validation over the windows of the validation data in order, at most max_batches (0: all):
-//   trainer_val_begin(t, max); while (trainer_val_next(t)) { forward; loss } trainer_val_end(t, &loss, err);
+//   trainer_val_begin(t, &v, max); while (trainer_val_next(t, &v)) { forward; loss } trainer_val_end(t, &v, &loss, err);
 // Rows past the last window do not count. The loss is the mean over tokens and ranks.
 typedef struct { uint64_t batch, batches; int32_t *tokens, *targets; WireBytes wire; } Validation;
 void trainer_val_begin(Trainer *t, Validation *v, int max_batches);
 bool trainer_val_next(Trainer *t, Validation *v);
 int trainer_val_end(Trainer *t, Validation *v, double *loss, Err *err);
 
-// The last checkpoint, unless --no-save. Returns 1 where the run is done and its model is to be written and validated, 0
-// where it was stopped or nothing is saved.
+// The last checkpoint, unless --no-save. Returns 1 where the run is done and its model is to be written and validated,
+// 0 where it was stopped or nothing is saved.
 int trainer_end(Trainer *t, Err *err);
 // model.bin and, with --hf, the folder: floats as they work, INT8 weights as their codes.
 int trainer_export(Trainer *t, Err *err);

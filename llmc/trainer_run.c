@@ -171,6 +171,18 @@ int trainer_prepare(Trainer *t, ParamFormat others, bool gather_quantized, bool 
 static const char *const param_names[] = {"fp32", "bf16", "INT8"};
 static const char *const state_names[] = {"fp32", "bf16", "int8", "int4", "fp8"};
 
+// What a GPU's INT8 linears take beside: the largest weight as X or transposed, and 64 MiB of sums. (The CPU goes through
+// pieces that fit its caches.)
+static double linears_take(const Trainer *t) {
+    const LlamaConfig *c = &t->c;
+    double rows = 2.0 * c->FF, qkv = (double)(c->NH + 2 * c->NKV) * c->HS;
+    bool int8 = false;
+    for (int i = 0; i < t->table.n; i++) int8 = int8 || t->table.p[i].format == PARAM_INT8;
+    if (qkv > rows) rows = qkv;
+    if (c->V > rows) rows = c->V;
+    return int8 && !device_is_host() ? rows * c->C * sizeof(floatX) + (64 << 20) : 0;
+}
+
 // Prints the memory plan. Activations are counted by the function that allocates them, for one sequence and for two.
 static int print_memory_plan(Trainer *t, const StateArray *arrays, int n_arrays, Err *err) {
     const TrainOptions *o = t->o;
@@ -184,10 +196,13 @@ static int print_memory_plan(Trainer *t, const StateArray *arrays, int n_arrays,
     ParamFormat others = PARAM_F32;
     for (int i = 0; i < t->table.n; i++)
         if (t->table.p[i].format == PARAM_INT8) int8 = true;
-        else others = t->table.p[i].format;
+        else if (!param_is_norm(&t->table.p[i])) others = t->table.p[i].format;
     char master[64], moments[64], work[64];
-    snprintf(master, sizeof master, "master weights, %s", param_names[others]);
-    snprintf(moments, sizeof moments, "%s, %s", t->store.has_v ? "AdamW moments" : "momentum", state_names[o->optim_state]);
+    // bf16 that works as it is stored is counted below, once.
+    bool once = others == PARAM_BF16 && store_work(&t->store, 0) == NULL && t->shard.level == SHARD_NONE;
+    snprintf(master, sizeof master, "master weights, %s", once ? "fp32 (norms)" : param_names[others]);
+    snprintf(moments, sizeof moments, "%s, %s", t->store.has_v ? "AdamW moments" : "momentum",
+             state_names[o->optim_state]);
     snprintf(work, sizeof work, int8 ? "INT8 weights, and %s ones" : "working weights, %s", FLOATX_NAME);
     MemoryItem items[] = {
         {master, t->store.param_bytes, 0},
@@ -196,6 +211,7 @@ static int print_memory_plan(Trainer *t, const StateArray *arrays, int n_arrays,
         {work, shard->weights, 0},
         {"on the way between ranks", shard->buffers, 0},
         {"activations and logits", all - per * o->B, per},
+        {"working memory of INT8 linears", linears_take(t), 0},
         {"copy of the state while it is saved", device_is_host() && o->save_every && !o->no_save
              ? (double)train_state_copy_bytes(&t->shard.own, arrays, n_arrays) : 0, 0},
         {"tokens", t->train.owned && device_is_host() ? 4.0 * (double)t->train.n : 0, 0},
@@ -228,7 +244,9 @@ static int load_weights(Trainer *t, Err *err) {
         int64_t tile = (1 << 20) / p->cols + 1, row0 = own->row0[i];
         PackedTensor packed;
         // Trained codes go on as they are: values would have to be quantized again.
-        bool codes = p->format == PARAM_INT8 && t->o->model && t->file.packed;
+        QuantSpec in = quant_plan_linear(&t->file.plan, p->name).weight;
+        bool codes = p->format == PARAM_INT8 && t->o->model && t->file.packed && in.bits == 8 &&
+                     quant_works_as_codes(&in);
         if (codes) rc = model_packed(&t->file, p, &packed, err);
         if (rc < 0) break;
         if (codes && rc == 1) {
@@ -269,7 +287,7 @@ int trainer_start(Trainer *t, Err *err) {
     char path[1100];
     bool first = comm_rank() == 0;
     *p = (TrainProgress){.data_hash = t->train.hash, .seed = (uint64_t)o->seed, .T = o->T,
-                         .rounding = t->rounding};
+                         .rounding = t->rounding, .products = t->products};
     if (first) train_state_clean(o->out);
     snprintf(path, sizeof path, "%s/latest", o->out);
     if (!o->resume && path_exists(path) && !o->no_save)

@@ -49,12 +49,12 @@ validations() {
 # A number of the steps after the fourth: their median, or the largest.
 of_steps() {
     awk -v key="\"$2\": *" '/"event": *"step"/ && match($0, key "[-0-9.e+]+") {
-        v = substr($0, RSTART, RLENGTH); sub(key, "", v); if (++n > 4 || n == 1) print v }' "$1/log.jsonl" | sort -g |
+        v = substr($0, RSTART, RLENGTH); sub(key, "", v); if (++n > 4) print v }' "$1/log.jsonl" | sort -g |
         awk -v what="$3" '{ a[NR] = $1 } END { print what == "median" ? a[int((NR + 1) / 2)] : a[NR] }'
 }
 # MB of what the plan holds for weights, gradients and moments.
 state_mb() {
-    awk '/^memory plan/ { on = 1; next } /^  total/ { on = 0 } on && !/activations|tokens/ {
+    awk '/^memory plan/ { on = 1; next } /^  total/ { on = 0 } on && !/activations|tokens|copy of the state/ {
         m = $NF == "GB" ? 1e3 : $NF == "MB" ? 1 : $NF == "kB" ? 1e-3 : 1e-6; sum += $(NF - 1) * m }
         END { printf "%.1f", sum }' "$1"
 }

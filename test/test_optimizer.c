@@ -452,7 +452,8 @@ static void test_formats_of_tensors(void **state) {
     assert_int_equal(state_format(STATE_INT8, 4095), STATE_F32);         // small
     assert_int_equal(state_format(STATE_INT8, 4096 + 128), STATE_F32);   // not whole blocks
     assert_int_equal(state_format(STATE_INT4, 4096 + 128), STATE_INT4);
-    assert_int_equal(state_format(STATE_BF16, 7), STATE_BF16);
+    assert_int_equal(state_format(STATE_BF16, 7), STATE_F32);
+    assert_int_equal(state_format(STATE_BF16, 4097), STATE_BF16);
     assert_int_equal(state_unit(STATE_INT8, 576), 4);
     assert_int_equal(state_unit(STATE_INT4, 576), 2);
     assert_int_equal(state_unit(STATE_FP8, 2048), 1);

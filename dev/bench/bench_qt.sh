@@ -19,13 +19,19 @@ median() { awk -v key="\"$2\": *" '/"event": *"step"/ { if (match($0, key "[-0-9
     "$tmp/$1/log.jsonl" | sort -g | awk '{ a[NR] = $1 } END { print a[int((NR + 1) / 2)] }'; }
 best() { printf '%s\n%s\n' "$(median "$1" "$2")" "$(median "$3" "$2")" | sort -g"${4:-}" | head -n 1; }
 
-run none1 train_llama_qat --scheme none --profile "$tmp/none1.json"
+run none1 train_llama_qat --scheme none
 run wo1 train_llama_qt --matmul weight-only
-run int1 train_llama_qt --matmul int8 --profile "$tmp/int1.json"
+run int1 train_llama_qt --matmul int8
 run none2 train_llama_qat --scheme none
 run wo2 train_llama_qt --matmul weight-only
 run int2 train_llama_qt --matmul int8
-for r in none1 int1; do echo "--- $r"; grep -A 40 '^profile' "$tmp/$r.txt"; done
+# Where the time goes: runs of their own, since marks between operations cost a little.
+all=$steps steps=8
+run none3 train_llama_qat --scheme none --profile "$tmp/none3.json"
+run wo3 train_llama_qt --matmul weight-only --profile "$tmp/wo3.json"
+run int3 train_llama_qt --matmul int8 --profile "$tmp/int3.json"
+steps=$all
+for r in none3 wo3 int3; do echo "--- $r"; grep -A 40 '^profile' "$tmp/$r.txt"; done
 grep '^device' "$tmp/none1.txt"
 none=$(best none1 ms none2) wo=$(best wo1 ms wo2) int=$(best int1 ms int2)
 echo "result qt_bf16_step $none ms"

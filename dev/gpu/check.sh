@@ -156,12 +156,12 @@ fi
 step "kernels" $((120 * slow)) "$BUILD/bf16/$gpu/bench_cuda"
 
 # train NAME SCHEME OPTIONS...: ms a step and share of the measured matmul rate, medians of the steps after the fourth.
-# SCHEME: of train_llama_qat, or qt-weight-only, qt-int8 for train_llama_qt with 8-bit states.
+# SCHEME: of train_llama_qat, or qt-weight-only, qt-int8 for train_llama_qt.
 train() {
     local name=$1 scheme=$2 out ms share program
     shift 2
     case $scheme in
-    qt-*) program=(train_llama_qt --matmul "${scheme#qt-}" --optim-state int8) ;;
+    qt-*) program=(train_llama_qt --matmul "${scheme#qt-}") ;;
     *) program=(train_llama_qat --scheme "$scheme") ;;
     esac
     if [ -z "$sim" ] && [ "$(date +%s)" -gt "$last_start" ]; then
