@@ -34,6 +34,8 @@ const size_t PAGE = 4096;
 const size_t STACK = ASAN ? 256 << 10 : 64 << 10;             // of a simulated thread
 const int MAX_THREADS = 1024;                                 // in a block, as on every GPU
 const size_t DEFAULT_SMEM = 48 << 10;                          // without cudaFuncSetAttribute
+// Static shared memory counts too, and how much a kernel has is not known here: above this, dynamic is to be asked for.
+const size_t DEFAULT_DYNAMIC = DEFAULT_SMEM - (16 << 10);
 // CUDASIM_CAPABILITY=75 plays a device of compute capability 7.5.
 int capability() {
     const char *s = getenv("CUDASIM_CAPABILITY");
@@ -477,7 +479,7 @@ int n_smem_limits;
 size_t smem_limit(const void *kernel) {
     for (int i = 0; i < n_smem_limits; i++)
         if (smem_limits[i].kernel == kernel) return smem_limits[i].bytes;
-    return DEFAULT_SMEM;
+    return DEFAULT_DYNAMIC;
 }
 
 // ---------------------------------------------------------------------------------------------

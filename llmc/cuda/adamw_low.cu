@@ -23,8 +23,9 @@
 //   rows_kernel   INT8 parameters: a block of threads takes a tile of whole rows that are whole blocks of states. The
 //                 first pass updates them, stores the moments and keeps the new values in shared memory (16 KB or
 //                 more); the second knows the rows' ranges and makes the codes. A tile that shared memory cannot hold
-//                 (rows above some 54,000 columns on an H100, or many rows of an odd length) is computed twice, and
-//                 nothing is written before the second time
+//                 (rows above some 54,000 columns on an H100, or many rows of an odd length) is computed twice from
+//                 what memory holds: between the two the rows' new scales are written, of which the old ones are kept
+//                 in shared memory; codes and moments are written the second time
 #include "adamw.cuh"
 #include "ptx.cuh"
 
@@ -685,9 +686,8 @@ template <int STATE> static void launch_rows(const Update *u, bool vec) {
     const size_t bytes = (rows + (t.kept ? values : 0)) * sizeof(float);
     const unsigned threads = values <= 8192 ? 256 : values <= 16384 || !vec ? MAX_THREADS / 2 : MAX_THREADS;
     auto kernel = vec ? rows_kernel<STATE, true> : rows_kernel<STATE, false>;
-    // With the maps that may be more than 48 KB, which must be asked for.
-    const size_t ask = bytes > (32 << 10) && bytes <= (48 << 10) ? (48 << 10) + 16 : bytes;
-    if (!allow_shared(kernel, ask)) return;
+    static_assert(sizeof(typename Format<STATE>::Tables) <= 16 << 10, "what allow_shared leaves for static memory");
+    if (!allow_shared(kernel, bytes)) return;
     LAUNCH(kernel, grid_for((size_t)((u->rows + t.rows - 1) / t.rows)), threads, bytes, cuda_stream)(*u, t);
 }
 
@@ -743,7 +743,8 @@ static void launch_int8_rows(int8_t *codes, float *scale, const T *from, int64_t
 void cuda_int8_rows(int8_t *codes, float *scale, StoredParam from, int64_t rows, int64_t cols) {
     if (rows <= 0 || cols <= 0) return;
     if (from.format == PARAM_F32) launch_int8_rows(codes, scale, (const float *)from.data, rows, cols);
-    else launch_int8_rows(codes, scale, (const bf16 *)from.data, rows, cols);
+    else if (from.format == PARAM_BF16) launch_int8_rows(codes, scale, (const bf16 *)from.data, rows, cols);
+    else ops_set_error(E_USAGE, "int8_rows: rows in format %d; they must be f32 or bf16", (int)from.format);
 }
 
 void cuda_widen(float *out, const bf16 *in, size_t n) {

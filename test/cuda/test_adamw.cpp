@@ -11,7 +11,7 @@ static const struct { const char *spec; int rows, cols; } cases[] = {
     {"int6,group=30,asymmetric", 2, 90}, {"int4,group=512", 3, 1024}, {"int7,group=100", 4, 300},
     {"int8,channel", 5, 64}, {"int8,channel,symmetric-no-clip", 3, 576}, {"int8,channel", 1, 1}, {"int4,channel", 6, 33},
     {"uint8,channel,asymmetric", 2, 2056}, {"uint4,channel,float", 3, 301}, {"int8,channel,eps=1e-3", 2, 260},
-    {"int8,channel,range=-127..127", 1, 30000}, {"int8,channel", 1, 50000},
+    {"int8,channel,range=-127..127", 1, 30000}, {"int8,channel", 1, 24576}, {"int8,channel", 1, 50000},
     {"int5,block=2x16", 8, 48}, {"int8,block=3x5", 6, 35}, {"uint4,block=32x32,float", 64, 96},
     {"int8,block=4x1", 8, 9}, {"int4,block=8x100,asymmetric", 16, 300},
     {"int8,tensor", 7, 33}, {"uint8,tensor,asymmetric", 40, 260}, {"uint4,tensor,float", 16, 100}, {"int4,tensor", 2, 2},
