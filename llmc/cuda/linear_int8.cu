@@ -383,7 +383,7 @@ finish_kernel(Out *c, const int *acc, const float *before, float *after, const f
 // Working memory of a product: int32 sums of some rows, and f32 sums of the pieces before where there are several. None
 // where the tiles make it in one go.
 static int64_t rows_apart(const IntProduct *p) {
-    int64_t rows = scaled_rows(p->M, p->N);
+    int64_t rows = cuda_scaled_rows(p->M, p->N);
     Product part = {};
     part.tb = part.i8 = true;
     part.M = rows;

@@ -171,6 +171,14 @@ bool cuda_matmul_allowed(int way) {
     return allowed_ways & way;
 }
 
+static size_t scaled_bytes = SCALED_BYTES;
+void cuda_scaled_bytes(size_t bytes) { scaled_bytes = bytes; }
+int64_t cuda_scaled_rows(int64_t rows, int64_t columns) {
+    int64_t most = (int64_t)(scaled_bytes / 4) / columns / 256 * 256;
+    if (most < 256) most = 256;
+    return rows < most ? rows : most;
+}
+
 template <class Out, bool TA, bool TB>
 static void own(const Product *p, Out *c, const floatX *a, const floatX *b, const float *scale) {
 #ifndef PRECISION_FP32
@@ -194,7 +202,7 @@ static bool scaled_after(const Product *p, float *y, const floatX *x, const floa
 }
 #ifndef PRECISION_FP32
 static bool scaled_after(const Product *p, bf16 *y, const floatX *x, const floatX *w, const float *scale) {
-    int64_t rows = scaled_rows(p->M, p->N);
+    int64_t rows = cuda_scaled_rows(p->M, p->N);
     Product part = *p;
     part.out_f32 = true;
     part.M = rows;

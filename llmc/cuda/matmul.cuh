@@ -26,10 +26,8 @@ bool cuda_matmul_allowed(int way);
 // rows at a time. Most of it is read back from the second-level cache (50 MB on Hopper), and the matmul still has
 // thousands of rows or columns to work on.
 #define SCALED_BYTES ((size_t)64 << 20)
-// So many rows of `columns` values of 4 bytes.
-static inline int64_t scaled_rows(int64_t rows, int64_t columns) {
-    int64_t most = (int64_t)(SCALED_BYTES / 4) / columns / 256 * 256;
-    if (most < 256) most = 256;
-    return rows < most ? rows : most;
-}
+// So many rows of `columns` values of 4 bytes, 256 at least.
+int64_t cuda_scaled_rows(int64_t rows, int64_t columns);
+// Another number of bytes, for tests: 0 makes small products go 256 rows at a time.
+void cuda_scaled_bytes(size_t bytes);
 #endif

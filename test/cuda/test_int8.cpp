@@ -198,13 +198,17 @@ CUDA_TEST(linear_i8_pieces) {
     for (auto &c : cases) check_i8(c.shape, c.form, c.way, false, true, c.way == TILES, 1);
 }
 
-// More rows than are scaled at a time: 64 MiB of 4-byte sums, 256 rows at least.
-#ifdef __CUDACC__
+// More rows than are scaled at a time: 256. `offset`: a weight's gradient is added to what is there. The tiles make
+// only sums of several pieces in parts.
 CUDA_TEST(linear_i8_parts) {
-    const int shape[3] = {300, 16, 65536};
-    check_i8(shape, FORWARD, LIBRARY, false, false, 0, 1);
+    const struct { int shape[3]; Form form; int way; size_t offset; } cases[] = {
+        {{300, 32, 48}, FORWARD, LIBRARY, 0}, {{300, 48, 32}, BACKWARD_INPUT, LIBRARY, 0},
+        {{32, 48, 300}, BACKWARD_WEIGHT, LIBRARY, 1}, {{300, 65552, 16}, FORWARD_F32, LIBRARY, 0},
+        {{257, 65537, 1}, FORWARD, TILES, 0}};
+    cuda_scaled_bytes(0);
+    for (auto &c : cases) check_i8(c.shape, c.form, c.way, false, c.shape[1] > 1 << 16, c.offset, 1);
+    cuda_scaled_bytes(SCALED_BYTES);
 }
-#endif
 
 CUDA_TEST(linear_i8_no_tokens) {
     Device<floatX> x(8);
