@@ -261,10 +261,33 @@ CUDA_TEST(low_updates_split) {
         }
 }
 
+// One step of bf16 parameters from k on both wings, which agree; what it leaves, by the CPU wing.
+static Kept check_moments(StateFormat sf, const Kept &k, const std::vector<float> &grad, const AdamWParams &h,
+                          int64_t rows, int64_t cols) {
+    StepState state = {};
+    state.t = 2;
+    state.lr = 1e-2f;
+    state.grad_scale = 1.0f;
+    Kept want = k;
+    ops_cpu.adamw_low(param_of(PARAM_BF16, want.p, want.p_scale), state_of(sf, want.m, want.m_scale),
+                      state_of(sf, want.v, want.v_scale), nullptr, nullptr, grad.data(), &state, &h, nullptr,
+                      ROUND_NEAREST, 0, 0, rows, cols);
+    Device<StepState> ds(std::vector<StepState>(1, state));
+    Device<uint8_t> p(k.p), m(k.m), v(k.v);
+    Device<float> ms(k.m_scale), vs(k.v_scale), g(grad);
+    OP(adamw_low)(StoredParam{PARAM_BF16, p.p, nullptr}, StoredState{sf, m.p, ms.p}, StoredState{sf, v.p, vs.p},
+                  nullptr, nullptr, g.p, ds.p, &h, nullptr, ROUND_NEAREST, 0, (int64_t)0, rows, cols);
+    check_same("m", state_names[sf], m.host(), want.m);
+    check_same("v", state_names[sf], v.host(), want.v);
+    check_same("m's scales", state_names[sf], ms.host(), want.m_scale);
+    check_same("v's scales", state_names[sf], vs.host(), want.v_scale);
+    return want;
+}
+
 // Moments near all edges between two codes: gradients that make them so, and betas that leave nothing of the old ones.
 CUDA_TEST(low_updates_edges) {
     const float edges_s8[] = {STATE_EDGES_S8}, edges_u8[] = {STATE_EDGES_U8};
-    for (StateFormat sf : {STATE_INT8, STATE_INT4, STATE_FP8}) {
+    for (StateFormat sf : {STATE_INT8, STATE_FP8}) {
         const size_t cols = 256, n = 12 * cols;
         std::vector<float> grad(n);
         for (size_t i = 0; i < n; i++) {
@@ -275,26 +298,42 @@ CUDA_TEST(low_updates_edges) {
             if (c == 255) x = 1.0f;                            // the block's scale
             grad[i] = f32_from_bits(f32_bits(x) + (uint32_t)(row % 6) - 2);
         }
-        StepState state = {};
-        state.t = 2;
-        state.lr = 1e-2f;
-        state.grad_scale = 1.0f;
-        AdamWParams h = {0.0, 0.0, 1e-8, 0.0};
-        Kept k = make_kept(PARAM_BF16, sf, 12, n, false), want = k;
-        for (std::vector<float> *s : {&k.m_scale, &k.v_scale, &want.m_scale, &want.v_scale}) s->assign(s->size(), 0.0f);
-        ops_cpu.adamw_low(param_of(PARAM_BF16, want.p, want.p_scale), state_of(sf, want.m, want.m_scale),
-                          state_of(sf, want.v, want.v_scale), nullptr, nullptr, grad.data(), &state, &h, nullptr,
-                          ROUND_NEAREST, 0, 0, 12, cols);
-        Device<StepState> ds(std::vector<StepState>(1, state));
-        Device<uint8_t> p(k.p), m(k.m), v(k.v);
-        Device<float> ms(k.m_scale), vs(k.v_scale), g(grad);
-        OP(adamw_low)(StoredParam{PARAM_BF16, p.p, nullptr}, StoredState{sf, m.p, ms.p}, StoredState{sf, v.p, vs.p},
-                      nullptr, nullptr, g.p, ds.p, &h, nullptr, ROUND_NEAREST, 0, (int64_t)0, (int64_t)12,
-                      (int64_t)cols);
-        check_same("m", state_names[sf], m.host(), want.m);
-        check_same("v", state_names[sf], v.host(), want.v);
-        check_same("m's scales", state_names[sf], ms.host(), want.m_scale);
-        check_same("v's scales", state_names[sf], vs.host(), want.v_scale);
+        Kept k = make_kept(PARAM_BF16, sf, 12, n, false);
+        for (std::vector<float> *s : {&k.m_scale, &k.v_scale}) s->assign(s->size(), 0.0f);
+        check_moments(sf, k, grad, {0.0, 0.0, 1e-8, 0.0}, 12, (int64_t)cols);
+    }
+}
+
+// In 4 bits: values 2 c and 2 c + 1 of a block are the last below edge c and the edge itself, for m in the first block,
+// for v in the second. Both have scale 1, which is their last value. m = g. v = v + (g^2 - v) / 2, from v = (c + 1) / 8
+// and g^2 = 1 / 16, is (2 c + 3) / 32, the edge; a slightly smaller g leaves it just below.
+CUDA_TEST(low_updates_edges_int4) {
+    const float edges[2][16] = {{STATE_EDGES_S4}, {STATE_EDGES_U4}};
+    const size_t block = 128, n = 2 * block;
+    std::vector<float> grad(n);
+    Kept k = make_kept(PARAM_BF16, STATE_INT4, 2, n, false);
+    k.m_scale = {0.0f, 0.0f, 0.0f};
+    k.v_scale = {0.0f, 2.0f, 0.0f};
+    k.v.assign(n / 2, 0);
+    k.v[n / 2 - 1] = 15;
+    for (size_t c = 0; c < 15; c++) {
+        grad[2 * c] = nextafterf(edges[0][c], -1.0f);
+        grad[2 * c + 1] = edges[0][c];
+        const float edge = edges[1][c], v = (float)(c + 1) / 8.0f;
+        float g = 0.25f;
+        while (v + 0.5f * (g * g - v) >= edge) g = nextafterf(g, 0.0f);
+        CHECK(v + 0.5f * (g * g - v) == nextafterf(edge, 0.0f), "no v just below edge %zu", c);
+        k.v[block / 2 + c] = (uint8_t)(c << 4 | c);
+        grad[block + 2 * c] = g;
+        grad[block + 2 * c + 1] = 0.25f;
+    }
+    grad[block - 1] = 1.0f;
+    Kept want = check_moments(STATE_INT4, k, grad, {0.0, 0.5, 1e-8, 0.0}, 2, (int64_t)block);
+    CHECK(want.m_scale[0] == 1.0f && want.v_scale[1] == 1.0f, "%g %g", (double)want.m_scale[0],
+          (double)want.v_scale[1]);
+    for (size_t c = 0; c < 15; c++) {
+        int m = want.m[c], v = want.v[block / 2 + c], both = (int)(c << 4 | (c + 1));
+        CHECK(m == both && v == both, "edge %zu: codes %02x of m, %02x of v", c, (unsigned)m, (unsigned)v);
     }
 }
 
@@ -350,6 +389,14 @@ CUDA_TEST(int8_rows) {
                                  std::vector<uint8_t>(codes.begin(), codes.end()), 1);
                     check_same("scale", where, dscale.host(), scale);
                 }
+}
+
+CUDA_TEST(int8_rows_of_codes) {
+    Device<int8_t> codes(8);
+    Device<float> scale(1);
+    ops_cuda.int8_rows(codes.p, scale.p, StoredParam{PARAM_INT8, codes.p, scale.p}, 1, 8);
+    Err err = {};
+    CHECK(device_sync(&err) == E_USAGE && strstr(err.text, "format 2"), "%s", err.text);
 }
 
 CUDA_TEST(widen) {
