@@ -110,12 +110,12 @@ classifier_kernel(float *losses, floatX *dlogits, const float *logits, const int
 }
 
 // Bytes of dynamic shared memory for a row of `bytes`: all of it, or what the device has, in one of three sizes. sm_90
-// has 227 KiB for a block, sm_80 163, others 99.
+// has 227 KiB for a block, sm_80 163, others 99. What is to be asked for: see allow_shared.
 template <class Kernel> static size_t shared_for_row(Kernel *kernel, size_t bytes) {
     static const size_t sizes[] = {(size_t)220 << 10, (size_t)160 << 10, ROW_SHARED_MAX};
     for (size_t size : sizes) {
         size_t want = bytes < size ? bytes : size;
-        if (want <= 48 << 10 ||
+        if (want <= 32 << 10 ||
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)want) == cudaSuccess)
             return want;
         (void)cudaGetLastError();
