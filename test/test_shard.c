@@ -199,7 +199,8 @@ static void test_bytes_on_the_wire(void **state) {
         assert_true(q.linears / f.linears <= 0.29 * 2 / sizeof(floatX));
         assert_true(q.linears / f.linears >= 0.28 * 2 / sizeof(floatX));
         assert_true(q.others == f.others && q.gradients == f.gradients);
-        // Gathers of 4 blocks forward and backward twice, less what stays; of each R-1 of R parts, padded to whole rows.
+        // Gathers of 4 blocks forward and backward twice, less what stays; of each R-1 of R parts, padded to whole
+        // rows.
         double linears = 0, rows = 0;
         for (int i = 0; i < m.table.n; i++)
             if (m.table.p[i].layer == 1 && m.table.p[i].decay) {
@@ -234,8 +235,8 @@ static void test_memory(void **state) {
         assert_true(s.memory.weights <= (block + ends) * sizeof(floatX) * 1.01);
         assert_true(s.memory.gradients <= (block + ends) * 4 * 1.001);
         // To send and to receive: a block's gradients each; packed: own rows, and a block of floats.
-        assert_true(s.memory.buffers <= 2 * block * 4 * 1.05 + block * sizeof(floatX) * 1.05 + n / R * sizeof(floatX) * 1.01 +
-                                            40 * 14336 * 4);
+        assert_true(s.memory.buffers <= 2 * block * 4 * 1.05 + block * sizeof(floatX) * 1.05 +
+                                            n / R * sizeof(floatX) * 1.01 + 40 * 14336 * 4);
         shard_free(&s);
     }
     param_table_free(&m.table);
