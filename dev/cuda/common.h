@@ -54,7 +54,7 @@ void ops_set_error(int, const char *fmt, ...) {
     fprintf(stderr, "\n");
     exit(1);
 }
-void *cuda_workspace(size_t bytes) {
+void *cuda_workspace(size_t bytes, CudaWorkspace) {
     static void *p;
     static size_t size;
     if (bytes <= size) return p;
