@@ -511,7 +511,8 @@ static int eval_all(Eval *e, Err *err) {
     int B = run.hellaswag && e->B < 4 ? 4 : e->B;
     if (!text && !run.val_data) B = 1;           // tokens come one by one
     Arithmetic arith = run.arithmetic == 0 ? ARITH_TRAINED : ARITH_SERVED;
-    int rc = infer_new(&e->s, m, B, e->M, B * e->M, arith, run.as_float, err);
+    int rc = infer_new(&e->s, m, &(InferOptions){.B = B, .max_T = e->M, .max_N = B * e->M, .arith = arith,
+                                                   .as_float = run.as_float}, err);
     if (rc < 0) return rc;
     char size[32], mem[32];
     printf("%s: %s, %s arithmetic, %s; model size %s, %s in use\n", e->path, e->scheme, run.arithmetic == 0 ?

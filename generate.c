@@ -299,7 +299,8 @@ static int run_prompt(const char *model, ModelFile *m, Arithmetic arith, JsonLog
     Infer *s = NULL;
     TextOut out = {0};
     float *logits = xmalloc((size_t)m->config.V * sizeof *logits);
-    if (rc == 0) rc = infer_new(&s, m, 1, ctx, run.prefill < n_prompt ? run.prefill : n_prompt, arith, false, err);
+    if (rc == 0) rc = infer_new(&s, m, &(InferOptions){.B = 1, .max_T = ctx, .arith = arith,
+                                     .max_N = run.prefill < n_prompt ? run.prefill : n_prompt}, err);
     if (rc == 0) {
         // The last new token needs no place in the cache.
         int room = ctx - n_prompt + 1, max_new = run.max_new < room ? run.max_new : room;
@@ -326,7 +327,8 @@ static int run_prompt(const char *model, ModelFile *m, Arithmetic arith, JsonLog
 static int run_benchmark(const char *model, ModelFile *m, Arithmetic arith, JsonLog *log, Err *err) {
     Infer *s = NULL;
     int most = run.bench_prompt < run.prefill ? run.bench_prompt : run.prefill;
-    int rc = infer_new(&s, m, 1, run.bench_prompt + run.bench_new, most, arith, false, err);
+    int rc = infer_new(&s, m, &(InferOptions){.B = 1, .max_T = run.bench_prompt + run.bench_new, .max_N = most,
+                                                .arith = arith}, err);
     if (rc < 0) return rc;
     float *logits = xmalloc((size_t)m->config.V * sizeof *logits);
     rc = benchmark(s, model, m, logits, log, err);

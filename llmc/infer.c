@@ -5,28 +5,32 @@
 #include "device.h"
 
 enum {
-    MATVEC_MAX_N = 8,             // packed codes are read in place for so few tokens; above, a tensor is unpacked first
+    MATVEC_MAX_N = 8,             // most tokens that matvec_forward takes
     LOGIT_ROWS = 512,             // rows of logits that exist at one time
     STAGE_ELEMENTS = 1 << 22      // values that pass through the loader at one time
 };
 
-// One matmul: one tensor, or two or three that read the same input, their rows one after the other.
+// One matmul: one tensor, or two or three that read the same input, their rows one after the other. Its weight is held
+// in one of three forms.
 typedef struct { PackedTensor t; QuantSpec spec; int rows; bool on_device; } Part;
 typedef struct {
     int C, OC;
-    const QuantSpec *act;         // fake quantization of the input; NULL: none
-    bool integer;                 // integer products: codes in both arithmetics, rows of the input quantized on the fly
-    floatX *w;                    // (OC, C) X working values; NULL: packed
+    QuantSpec spec;               // of packed codes
+    const QuantSpec *act;         // quantization of the input; NULL: none
+    const QuantSpec *fq;          // the same where the producer of the input does it, as in training
+    bool integer;                 // integer products of INT8 training: codes in both arithmetics
+    floatX *w;                    // (OC, C) X working values
     float *wscale;                // (OC) f32, NULL: no row works as codes
-    Part part[3]; int n_parts;    // packed codes
-    uint8_t *codes;               // (OC, row bytes) and their scales (OC, blocks of a row) joined, so that one call
-    float *scale, *zero;          //   reads all parts; NULL: part by part
+    void *served;                 // served form (ops.h)
+    Part part[3]; int n_parts;    // what the file holds
+    uint8_t *codes;               // (OC, row bytes) and their scales joined; NULL: part 0 is all
+    float *scale, *zero;
 } Linear;
 
 typedef struct {
     floatX *norm1, *norm2;        // (C) X
     Linear qkv, o, gateup, down;
-    floatX *cache;                // (B, max_T, 2, NKV*HS) X: keys, then values, of each position
+    KvCache cache;
 } Block;
 
 struct Infer {
@@ -34,6 +38,7 @@ struct Infer {
     QuantPlan plan;
     ParamTable table;
     Arithmetic arith;
+    KvFormat kv;
     int B, max_T, max_N;
     int n, pos;                   // sequences now, and tokens of each in the cache
 
@@ -42,23 +47,20 @@ struct Infer {
     floatX *final_norm;           // (C) X
     Linear head;                  // (V, C); may share embed's values
 
+    DecodeState *state;           // pos above, where operations read it; token and draw of infer_next
     int32_t *tokens, *targets;    // (max_N) i32
     int32_t *rows;                // (max_N) i32: rows of y that the head reads
-    int32_t *kv_rows;             // (max_N * 2*NKV) i32: see append_to_cache
     int32_t *positions;           // (max_T) i32: 0, 1, 2, ...
     float *cos_t, *sin_t;         // (max_T, HS/2) f32
     floatX *res, *delta, *y;      // (max_N, C) X: residual stream, what a sublayer adds to it, normalized
     floatX *qkv;                  // (max_N, (NH + 2*NKV) * HS) X
     floatX *att;                  // (max_N, NH*HS) X
     floatX *gateup, *ffn;         // (max_N, 2*FF), (max_N, FF) X
-    floatX *unpacked;             // largest packed linear, X, with
-    float *unpacked_scale;        //   its row scales
     float *logits; int logit_rows;// (logit_rows, V) f32, made longer when losses are first asked for
     float *losses;                // (max_N) f32
 
     void **owned; int n_owned;    // everything from device_alloc
     size_t memory, model_bytes, token_bytes, embed_bytes;
-    size_t embed_row_scales;      // scales of a row of a packed embedding
 };
 
 static int grab(Infer *s, void *out, size_t a, size_t b, size_t c, const char *what, Err *err) {
@@ -152,27 +154,15 @@ static size_t packed_bytes(const Part *p, int C) {
     return (size_t)p->rows * quant_row_bytes(p->spec.bits, C) + (size_t)p->t.n_scales * (scale + zero);
 }
 
-// Puts the parts' codes and scales one after the other. Only for blocks within rows.
+// Puts the parts' codes and scales one after the other: what INT8 training's integer products read.
 static int join_parts(Infer *s, Linear *l, Err *err) {
-    size_t row_bytes = quant_row_bytes(l->part[0].spec.bits, l->C), row_scales = 0, row = 0;
-    for (int i = 0; i < l->n_parts; i++) {
-        int64_t block[2];
-        if (!quant_spec_equal(&l->part[i].spec, &l->part[0].spec)) return 0;
-        int rc = quant_block_shape(&l->part[i].spec, l->part[i].rows, l->C, block, err);
-        if (rc < 0) return rc;
-        if (block[0] != 1) return 0;
-        row_scales = (size_t)(l->C / block[1]);
-    }
+    size_t row_bytes = quant_row_bytes(l->spec.bits, l->C), row = 0;
     int rc = grab(s, &l->codes, (size_t)l->OC, row_bytes, 1, "packed weights", err);
-    if (rc == 0) rc = grab(s, &l->scale, (size_t)l->OC, row_scales, sizeof(float), "scales", err);
-    if (rc == 0 && l->part[0].t.zero) rc = grab(s, &l->zero, (size_t)l->OC, row_scales, sizeof(float), "zero points",
-                                                err);
+    if (rc == 0) rc = grab(s, &l->scale, (size_t)l->OC, 1, sizeof(float), "scales", err);
     for (int i = 0; rc == 0 && i < l->n_parts; row += (size_t)l->part[i++].rows) {
         Part *p = &l->part[i];
-        size_t n = (size_t)p->rows;
-        device_copy_in(l->codes + row * row_bytes, p->t.codes, n * row_bytes);
-        device_copy_in(l->scale + row * row_scales, p->t.scale, n * row_scales * sizeof(float));
-        if (l->zero) device_copy_in(l->zero + row * row_scales, p->t.zero, n * row_scales * sizeof(float));
+        device_copy_in(l->codes + row * row_bytes, p->t.codes, (size_t)p->rows * row_bytes);
+        device_copy_in(l->scale + row, p->t.scale, (size_t)p->rows * sizeof(float));
     }
     return rc;
 }
@@ -183,8 +173,7 @@ static void unpack_part(const Linear *l, int i, floatX *work, float *wscale) {
     for (int j = 0; j < i; j++) row += (size_t)l->part[j].rows;
     const Part *p = &l->part[i];
     ops->dequant_rows(work + row * (size_t)l->C, wscale ? wscale + row : NULL, p->t.codes, p->t.scale, p->t.zero,
-                      &p->spec,
-                      p->rows, l->C);
+                      &p->spec, p->rows, l->C);
 }
 
 static bool any_works_as_codes(const Linear *l) {
@@ -193,12 +182,47 @@ static bool any_works_as_codes(const Linear *l) {
     return false;
 }
 
+// The served form, made of the parts one after the other. 0 and l->served NULL: there is none, because parts differ in
+// their scheme or the wing has no such form.
+static int make_served(Infer *s, Linear *l, Err *err) {
+    for (int i = 1; i < l->n_parts; i++)
+        if (!quant_spec_equal(&l->part[i].spec, &l->spec)) return 0;
+    size_t bytes = ops->served_bytes(&l->spec, l->act, l->OC, l->C);
+    if (bytes == 0) return 0;
+    int rc = grab(s, &l->served, bytes, 1, 1, "packed weights", err);
+    int64_t row = 0;
+    for (int i = 0; rc == 0 && i < l->n_parts; row += l->part[i++].rows) {
+        Part *p = &l->part[i];
+        if (!device_is_host()) rc = part_to_device(p, l->C, err);
+        if (rc == 0) ops->served_pack(l->served, p->t.codes, p->t.scale, p->t.zero, &l->spec, l->act, row, p->rows,
+                                      l->OC, l->C);
+        part_free(p);                            // on a device: in order, after what reads it
+    }
+    return rc;
+}
+
+static int load_working_values(Infer *s, Linear *l, const ModelFile *m, const Param *const *p, Err *err) {
+    int rc = grab(s, &l->w, (size_t)l->OC, (size_t)l->C, sizeof(floatX), p[0]->name, err);
+    if (rc == 0 && any_works_as_codes(l)) rc = grab(s, &l->wscale, (size_t)l->OC, sizeof(float), 1, "row scales", err);
+    size_t row = 0;
+    for (int i = 0; rc == 0 && i < l->n_parts; row += (size_t)l->part[i++].rows) {
+        Part *part = &l->part[i];
+        if (part->t.codes && !device_is_host()) rc = part_to_device(part, l->C, err);
+        if (rc < 0) break;
+        if (part->t.codes) unpack_part(l, i, l->w, l->wscale);
+        else rc = load_floats(m, p[i], &part->spec, l->w + row * (size_t)l->C, l->wscale ? l->wscale + row : NULL, err);
+        part_free(part);
+    }
+    return rc;
+}
+
 // Loads tensors p[0..n) as one linear. keep_packed: leave codes as they are if all of them have any.
 static int load_linear(Infer *s, Linear *l, const ModelFile *m, const Param *const *p, int n, bool keep_packed,
                        Err *err) {
-    *l = (Linear){.C = (int)p[0]->cols, .n_parts = n};
-    if (p[0]->role != ROLE_EMBED && quant_is_int8_rows(&p[0]->scheme.act)) l->integer = keep_packed = true;
-    else if (p[0]->role != ROLE_EMBED && p[0]->scheme.act.bits) l->act = &p[0]->scheme.act;
+    bool embedding = p[0]->role == ROLE_EMBED;
+    *l = (Linear){.C = (int)p[0]->cols, .n_parts = n, .spec = p[0]->scheme.weight};
+    if (!embedding && quant_is_int8_rows(&p[0]->scheme.act)) l->integer = keep_packed = true;
+    else if (!embedding && p[0]->scheme.act.bits) l->act = &p[0]->scheme.act;
     bool all_packed = true;
     for (int i = 0; i < n; i++) {
         Part *part = &l->part[i];
@@ -213,28 +237,22 @@ static int load_linear(Infer *s, Linear *l, const ModelFile *m, const Param *con
     int rc = 0;
     if (all_packed && keep_packed) {
         for (int i = 0; i < n; i++) bytes += packed_bytes(&l->part[i], l->C);
-        if (n > 1 || !device_is_host()) rc = join_parts(s, l, err);
-        for (int i = 0; rc == 0 && i < n && !l->codes && !device_is_host(); i++)
-            rc = part_to_device(&l->part[i], l->C, err);
-    } else {
-        rc = grab(s, &l->w, (size_t)l->OC, (size_t)l->C, sizeof(floatX), p[0]->name, err);
-        if (rc == 0 && any_works_as_codes(l)) rc = grab(s, &l->wscale, (size_t)l->OC, sizeof(float), 1, "row scales",
-                                                        err);
-        size_t row = 0;
-        for (int i = 0; rc == 0 && i < n; row += (size_t)l->part[i++].rows) {
-            Part *part = &l->part[i];
-            if (part->t.codes && !device_is_host()) rc = part_to_device(part, l->C, err);
-            if (rc < 0) break;
-            if (part->t.codes) unpack_part(l, i, l->w, l->wscale);
-            else rc = load_floats(m, p[i], &part->spec, l->w + row * (size_t)l->C, l->wscale ? l->wscale + row : NULL,
-                                  err);
+        if (embedding || l->integer) {
+            if (n > 1) rc = join_parts(s, l, err);
+            else if (!device_is_host()) rc = part_to_device(&l->part[0], l->C, err);
+        } else {
+            rc = make_served(s, l, err);
         }
+    }
+    if (rc == 0 && !(all_packed && keep_packed && (embedding || l->integer || l->served))) {
+        l->fq = l->act;
+        rc = load_working_values(s, l, m, p, err);
         bytes = (size_t)l->OC * ((size_t)l->C * sizeof(floatX) + (l->wscale ? sizeof(float) : 0));
     }
-    if (l->w || l->codes)                        // the file's own are no longer read
+    if (rc == 0 && l->codes)                     // the file's own are no longer read
         for (int i = 0; i < n; i++) part_free(&l->part[i]);
     s->model_bytes += bytes;
-    if (p[0]->role == ROLE_EMBED) {
+    if (embedding) {
         s->embed_bytes = bytes;
         bytes /= (size_t)l->OC;                  // one row a token
     }
@@ -254,8 +272,7 @@ static int load_norm(Infer *s, floatX **w, const ModelFile *m, const Param *p, E
 static int load_head(Infer *s, const ModelFile *m, Err *err) {
     if (!s->c.tied) {
         const Param *head = param_get(&s->table, -1, ROLE_HEAD);
-        // Logits are f32 and qmatvec_forward's output is X, so the head's codes are unpacked, but for integer products.
-        return load_linear(s, &s->head, m, &head, 1, false, err);
+        return load_linear(s, &s->head, m, &head, 1, s->arith == ARITH_SERVED, err);
     }
     if (!s->plan.embedding.bits && !s->plan.tied_head.bits) {
         s->head = s->embed;
@@ -271,7 +288,7 @@ static int load_head(Infer *s, const ModelFile *m, Err *err) {
         head.scheme.act = s->plan.linear.act;    // as the other linears: integer products
     head.role = ROLE_HEAD;
     snprintf(head.name, sizeof head.name, "lm_head.weight");
-    return load_linear(s, &s->head, m, &p, 1, false, err);
+    return load_linear(s, &s->head, m, &p, 1, s->arith == ARITH_SERVED, err);
 }
 
 static int load_weights(Infer *s, const ModelFile *m, Err *err) {
@@ -281,7 +298,6 @@ static int load_weights(Infer *s, const ModelFile *m, Err *err) {
     int rc = 0;
     if (embed->scheme.weight.bits) rc = quant_block_shape(&embed->scheme.weight, embed->rows, embed->cols, block, err);
     // Rows are unpacked as tokens come; a block of several rows is unpacked at once.
-    if (embed->scheme.weight.bits) s->embed_row_scales = (size_t)(embed->cols / block[1]);
     if (rc == 0) rc = load_linear(s, &s->embed, m, &embed, 1, packed && block[0] == 1, err);
     for (int l = 0; rc == 0 && l < s->c.L; l++) {
         Block *b = &s->block[l];
@@ -299,24 +315,28 @@ static int load_weights(Infer *s, const ModelFile *m, Err *err) {
     return rc;
 }
 
+static int make_caches(Infer *s, Err *err) {
+    const LlamaConfig *c = &s->c;
+    size_t heads = (size_t)s->B * (size_t)s->max_T * 2 * (size_t)c->NKV;
+    int rc = 0;
+    for (int l = 0; rc == 0 && l < c->L; l++) {
+        KvCache *k = &s->block[l].cache;
+        *k = (KvCache){.format = s->kv, .max_T = s->max_T, .NKV = c->NKV, .HS = c->HS};
+        rc = grab(s, &k->values, heads, (size_t)c->HS, s->kv == KV_INT8 ? 1 : sizeof(floatX), "the KV cache", err);
+        if (rc == 0 && s->kv == KV_INT8) rc = grab(s, &k->scale, heads, sizeof(float), 1, "the KV cache's scales", err);
+    }
+    return rc;
+}
+
 static int make_buffers(Infer *s, Err *err) {
     const LlamaConfig *c = &s->c;
     size_t N = (size_t)s->max_N, heads = (size_t)c->NH + 2 * (size_t)c->NKV, HS = (size_t)c->HS, X = sizeof(floatX);
-    size_t T = (size_t)s->max_T, widest = 0, largest = 0;
-    for (int l = 0; l < c->L; l++) {
-        const Linear *of[] = {&s->block[l].qkv, &s->block[l].o, &s->block[l].gateup, &s->block[l].down};
-        for (size_t i = 0; i < sizeof of / sizeof *of; i++) {
-            size_t size = (size_t)of[i]->OC * (size_t)of[i]->C;
-            if (of[i]->integer) continue;
-            if (!of[i]->w && (size_t)of[i]->OC > widest) widest = (size_t)of[i]->OC;
-            if (!of[i]->w && size > largest) largest = size;
-        }
-    }
+    size_t T = (size_t)s->max_T;
     const char *act = "activations";
-    int rc = grab(s, &s->tokens, N, sizeof(int32_t), 1, act, err);
+    int rc = grab(s, &s->state, 1, sizeof *s->state, 1, act, err);
+    if (rc == 0) rc = grab(s, &s->tokens, N, sizeof(int32_t), 1, act, err);
     if (rc == 0) rc = grab(s, &s->targets, N, sizeof(int32_t), 1, act, err);
     if (rc == 0) rc = grab(s, &s->rows, N, sizeof(int32_t), 1, act, err);
-    if (rc == 0) rc = grab(s, &s->kv_rows, N, 2 * (size_t)c->NKV, sizeof(int32_t), act, err);
     if (rc == 0) rc = grab(s, &s->positions, T, sizeof(int32_t), 1, act, err);
     if (rc == 0) rc = grab(s, &s->cos_t, T, HS / 2, sizeof(float), act, err);
     if (rc == 0) rc = grab(s, &s->sin_t, T, HS / 2, sizeof(float), act, err);
@@ -330,19 +350,10 @@ static int make_buffers(Infer *s, Err *err) {
     if (rc == 0) rc = grab(s, &s->losses, N, sizeof(float), 1, act, err);
     s->logit_rows = s->B < LOGIT_ROWS ? s->B : LOGIT_ROWS;
     if (rc == 0) rc = grab(s, &s->logits, (size_t)s->logit_rows, (size_t)c->V, sizeof(float), "logits", err);
-    if (rc == 0 && largest) {
-        // Prefill is the only reader; one token at a time never touches it.
-        rc = grab(s, &s->unpacked, largest, X, 1, "an unpacked weight", err);
-        if (rc == 0) rc = grab(s, &s->unpacked_scale, widest, sizeof(float), 1, "an unpacked weight", err);
-    }
-    for (int l = 0; rc == 0 && l < c->L; l++)
-        rc = grab(s, &s->block[l].cache, (size_t)s->B * T, 2 * (size_t)c->NKV * HS, X, "the KV cache", err);
+    if (rc == 0) rc = make_caches(s, err);
     if (rc < 0) return rc;
 
-    int32_t *index = xmalloc((N * 2 * (size_t)c->NKV > T ? N * 2 * (size_t)c->NKV : T) * sizeof *index);
-    for (size_t n = 0, i = 0; n < N; n++)
-        for (size_t j = 0; j < 2 * (size_t)c->NKV; j++) index[i++] = (int32_t)(n * heads + (size_t)c->NH + j);
-    device_copy_in(s->kv_rows, index, N * 2 * (size_t)c->NKV * sizeof *index);
+    int32_t *index = xmalloc(T * sizeof *index);
     for (size_t t = 0; t < T; t++) index[t] = (int32_t)t;
     device_copy_in(s->positions, index, T * sizeof *index);
     free(index);
@@ -355,24 +366,24 @@ static int make_buffers(Infer *s, Err *err) {
     return 0;
 }
 
-int infer_new(Infer **out, const ModelFile *m, int B, int max_T, int max_N, Arithmetic arith, bool as_float, Err *err) {
+int infer_new(Infer **out, const ModelFile *m, const InferOptions *o, Err *err) {
     *out = NULL;
-    if (B < 1 || max_T < 1 || max_N < B)
+    if (o->B < 1 || o->max_T < 1 || o->max_N < o->B)
         return err_set(err, E_USAGE, "a batch of %d, a context of %d and %d tokens a call: each must be at least 1, and a "
-                       "call holds a token of every sequence", B, max_T, max_N);
-    if (as_float && m->packed)
+                       "call holds a token of every sequence", o->B, o->max_T, o->max_N);
+    if (o->as_float && m->packed)
         return err_set(err, E_USAGE, "%s holds codes only: it cannot run as the float model it was made from; give "
                                      "that model", m->path);
-    // kv_rows holds indices up to max_N * heads.
-    if ((int64_t)max_N * (m->config.NH + 2 * (int64_t)m->config.NKV) > INT32_MAX)
-        return err_set(err, E_USAGE, "%d tokens a call are too many for %d heads; use fewer", max_N, m->config.NH);
+    if (o->kv == KV_INT8 && o->arith == ARITH_TRAINED)
+        return err_set(err, E_USAGE, "an INT8 cache is not what training computes with: use served arithmetic with it");
     Infer *s = xcalloc(1, sizeof *s);
     s->c = m->config;
-    s->arith = arith;
-    s->B = s->n = B;
-    s->max_T = max_T;
-    s->max_N = max_N;
-    if (as_float) quant_plan_none(&s->plan);
+    s->arith = o->arith;
+    s->kv = o->kv;
+    s->B = s->n = o->B;
+    s->max_T = o->max_T;
+    s->max_N = o->max_N;
+    if (o->as_float) quant_plan_none(&s->plan);
     else s->plan = m->plan;
     s->block = xcalloc((size_t)s->c.L, sizeof *s->block);
     int rc = param_table_build(&s->table, &s->c, &s->plan, err);
@@ -413,15 +424,22 @@ void infer_reset(Infer *s, int n) {
     s->pos = 0;
 }
 
-// A gather of rows is what embedding_forward does, whatever the table: here positions of sequence 0.
+// A gather of rows is what embedding_forward does, whatever the table and whatever the bytes mean: here positions of
+// sequence 0, `bytes` each.
+static void fork_rows(Infer *s, void *rows, size_t bytes) {
+    size_t width = bytes / sizeof(floatX);
+    for (int b = 1; b < s->n; b++)
+        ops->embedding_forward((floatX *)rows + (size_t)b * (size_t)s->max_T * width, s->positions, rows,
+                               (size_t)s->pos, (int)width, s->pos);
+}
+
 void infer_fork(Infer *s, int n) {
-    int width = 2 * s->c.NKV * s->c.HS;
+    size_t heads = 2 * (size_t)s->c.NKV;
     s->n = n < 1 ? 1 : n > s->B ? s->B : n;
     for (int l = 0; l < s->c.L && s->pos > 0; l++) {
-        floatX *cache = s->block[l].cache;
-        for (int b = 1; b < s->n; b++)
-            ops->embedding_forward(cache + (size_t)b * (size_t)s->max_T * (size_t)width, s->positions, cache,
-                                   (size_t)s->pos, width, s->pos);
+        KvCache *k = &s->block[l].cache;
+        fork_rows(s, k->values, heads * (size_t)k->HS * (s->kv == KV_INT8 ? 1 : sizeof(floatX)));
+        if (k->scale) fork_rows(s, k->scale, heads * sizeof(float));
     }
 }
 
@@ -430,7 +448,8 @@ size_t infer_model_bytes(const Infer *s) { return s->model_bytes; }
 size_t infer_size_bytes(const Infer *s) { return s->model_bytes - s->embed_bytes; }
 size_t infer_bytes_per_token(const Infer *s) { return s->token_bytes; }
 size_t infer_cache_bytes_per_position(const Infer *s) {
-    return (size_t)s->c.L * 2 * (size_t)s->c.NKV * (size_t)s->c.HS * sizeof(floatX);
+    size_t head = s->kv == KV_INT8 ? (size_t)s->c.HS + sizeof(float) : (size_t)s->c.HS * sizeof(floatX);
+    return (size_t)s->c.L * 2 * (size_t)s->c.NKV * head;
 }
 size_t infer_cache_bytes(const Infer *s) { return infer_cache_bytes_per_position(s) * (size_t)s->B * (size_t)s->max_T; }
 size_t infer_memory_bytes(const Infer *s) { return s->memory; }
@@ -440,97 +459,68 @@ size_t infer_memory_bytes(const Infer *s) { return s->memory; }
 
 static void embed(Infer *s, const int32_t *tokens, size_t N) {
     const Linear *e = &s->embed;
-    if (e->w) {
-        ops->embedding_forward(s->res, s->tokens, e->w, N, e->C, e->OC);
-        return;
-    }
-    const Part *p = &e->part[0];
-    const uint8_t *codes = e->codes ? e->codes : p->t.codes;
-    const float *scale = e->codes ? e->scale : p->t.scale, *zero = e->codes ? e->zero : p->t.zero;
-    size_t row_bytes = quant_row_bytes(p->spec.bits, e->C), row_scales = s->embed_row_scales;
-    for (size_t n = 0; n < N; n++) {
-        size_t row = (size_t)tokens[n];
-        ops->dequant_rows(s->res + n * (size_t)e->C, NULL, codes + row * row_bytes, scale + row * row_scales,
-                          zero ? zero + row * row_scales : NULL, &p->spec, 1, e->C);
-    }
+    const PackedTensor *t = &e->part[0].t;
+    if (e->w) ops->embedding_forward(s->res, tokens, e->w, N, e->C, e->OC);
+    else ops->embedding_q_forward(s->res, tokens, t->codes, t->scale, t->zero, &e->spec, N, e->C, e->OC);
 }
 
-// INT8 rows of a linear of integer products.
+// INT8 rows of a linear of INT8 training's integer products.
 static const int8_t *int8_codes(const Linear *l) { return (const int8_t *)(l->codes ? l->codes : l->part[0].t.codes); }
 static const float *int8_scale(const Linear *l) { return l->codes ? l->scale : l->part[0].t.scale; }
 
-// y (N, OC) = x (N, C) . w^T, in the form the weight is held in.
-static void linear(Infer *s, floatX *y, const floatX *x, const Linear *l, size_t N) {
-    if (l->w) {
-        ops->linear_forward(y, x, l->w, l->wscale, N, l->C, l->OC);
-        return;
-    }
-    if (l->integer) {
-        ops->linear_i8_forward(y, x, int8_codes(l), int8_scale(l), N, l->C, l->OC);
-        return;
-    }
-    size_t OC = (size_t)l->OC;
-    if (N > MATVEC_MAX_N) {
-        float *wscale = any_works_as_codes(l) ? s->unpacked_scale : NULL;
-        if (l->codes) ops->dequant_rows(s->unpacked, wscale, l->codes, l->scale, l->zero, &l->part[0].spec, l->OC,
-                                        l->C);
-        else for (int i = 0; i < l->n_parts; i++) unpack_part(l, i, s->unpacked, wscale);
-        ops->linear_forward(y, x, s->unpacked, wscale, N, l->C, l->OC);
-        return;
-    }
-    if (l->codes) {
-        ops->qmatvec_forward(y, x, l->codes, l->scale, l->zero, &l->part[0].spec, N, l->C, l->OC);
-        return;
-    }
-    size_t column = 0;
-    for (int i = 0; i < l->n_parts; i++) {
-        const Part *p = &l->part[i];
-        // A part's columns of several tokens do not lie side by side: token by token then.
-        size_t together = l->n_parts == 1 ? N : 1;
-        for (size_t n = 0; n < N; n += together)
-            ops->qmatvec_forward(y + n * OC + column, x + n * (size_t)l->C, p->t.codes, p->t.scale, p->t.zero, &p->spec,
-                                 together, l->C, p->rows);
-        column += (size_t)p->rows;
-    }
+// Float weights that are read as they stream: served arithmetic, few tokens.
+static bool streams(const Infer *s, const Linear *l, size_t N) {
+    return s->arith == ARITH_SERVED && N <= MATVEC_MAX_N && !l->wscale;
 }
 
-// The keys and values of each new token go to their position. Seen as rows of HS values, row n of qkv has its NH query
-// heads, then NKV keys, then NKV values: kv_rows lists the latter, so that a gather writes them one after the other.
-static void append_to_cache(Infer *s, floatX *cache, int T) {
+// y (N, OC) = x (N, C) . w^T, in the form the weight is held in.
+static void linear(Infer *s, floatX *y, const floatX *x, const Linear *l, size_t N) {
+    if (l->served) ops->served_forward(y, x, l->served, &l->spec, l->act, N, l->C, l->OC);
+    else if (l->integer) ops->linear_i8_forward(y, x, int8_codes(l), int8_scale(l), N, l->C, l->OC);
+    else if (streams(s, l, N)) ops->matvec_forward(y, x, l->w, N, l->C, l->OC);
+    else ops->linear_forward(y, x, l->w, l->wscale, N, l->C, l->OC);
+}
+
+static void linear_f32(Infer *s, float *y, const floatX *x, const Linear *l, size_t N) {
+    if (l->served) ops->served_forward_f32(y, x, l->served, &l->spec, l->act, N, l->C, l->OC);
+    else if (l->integer) ops->linear_i8_forward_f32(y, x, int8_codes(l), int8_scale(l), N, l->C, l->OC);
+    else if (streams(s, l, N)) ops->matvec_forward_f32(y, x, l->w, N, l->C, l->OC);
+    else ops->linear_forward_f32(y, x, l->w, l->wscale, N, l->C, l->OC);
+}
+
+static void attention(Infer *s, const KvCache *k, int T) {
     const LlamaConfig *c = &s->c;
-    int heads = c->NH + 2 * c->NKV, width = 2 * c->NKV * c->HS;
-    for (int b = 0; b < s->n; b++)
-        ops->embedding_forward(cache + ((size_t)b * (size_t)s->max_T + (size_t)s->pos) * (size_t)width, s->kv_rows,
-                               s->qkv + (size_t)b * (size_t)T * (size_t)(heads * c->HS),
-                                   (size_t)T * 2 * (size_t)c->NKV, c->HS,
-                               T * heads);
+    int HS = c->HS, ld = (c->NH + 2 * c->NKV) * HS, ldkv = 2 * c->NKV * HS;
+    ops->rope_append(s->qkv, k, s->cos_t, s->sin_t, &s->state->pos, s->n, T, c->NH);
+    if (s->arith == ARITH_SERVED) {
+        ops->attention_cached(s->att, s->qkv, k, &s->state->pos, s->n, T, c->NH);
+        return;
+    }
+    const floatX *keys = k->values;
+    ops->attention_forward(s->att, NULL, s->qkv, keys, keys + c->NKV * HS, s->n, T, s->pos + T, c->NH, c->NKV, HS,
+                           c->NH * HS, ld, ldkv, (size_t)s->max_T * (size_t)ldkv);
 }
 
 static void forward_blocks(Infer *s, int T) {
     const LlamaConfig *c = &s->c;
     size_t N = (size_t)s->n * (size_t)T;
-    int HS = c->HS, ldqkv = (c->NH + 2 * c->NKV) * HS, ldkv = 2 * c->NKV * HS;
     for (int l = 0; l < c->L; l++) {
         Block *b = &s->block[l];
         floatX *res = l ? s->res : NULL, *delta = l ? s->delta : NULL;       // nothing to add before the first block
-        ops->rmsnorm_fq_forward(res, s->y, NULL, NULL, s->res, delta, b->norm1, N, c->C, c->norm_eps, b->qkv.act);
+        ops->rmsnorm_fq_forward(res, s->y, NULL, NULL, s->res, delta, b->norm1, N, c->C, c->norm_eps, b->qkv.fq);
         linear(s, s->qkv, s->y, &b->qkv, N);
-        ops->rope(s->qkv, s->cos_t, s->sin_t, N, T, s->pos, ldqkv, c->NH + c->NKV, HS, false);
-        append_to_cache(s, b->cache, T);
-        ops->attention_forward(s->att, NULL, s->qkv, b->cache, b->cache + c->NKV * HS, s->n, T, s->pos + T, c->NH,
-                               c->NKV, HS,
-                               c->NH * HS, ldqkv, ldkv, (size_t)s->max_T * (size_t)ldkv);
-        if (b->o.act) ops->fakequant_forward(s->att, NULL, s->att, N, c->NH * HS, b->o.act);
+        attention(s, &b->cache, T);
+        if (b->o.fq) ops->fakequant_forward(s->att, NULL, s->att, N, c->NH * c->HS, b->o.fq);
         linear(s, s->delta, s->att, &b->o, N);
 
         ops->rmsnorm_fq_forward(s->res, s->y, NULL, NULL, s->res, s->delta, b->norm2, N, c->C, c->norm_eps,
-                                b->gateup.act);
+                                b->gateup.fq);
         linear(s, s->gateup, s->y, &b->gateup, N);
-        ops->swiglu_fq_forward(s->ffn, NULL, s->gateup, N, c->FF, b->down.act);
+        ops->swiglu_fq_forward(s->ffn, NULL, s->gateup, N, c->FF, b->down.fq);
         linear(s, s->delta, s->ffn, &b->down, N);
     }
     ops->rmsnorm_fq_forward(s->res, s->y, NULL, NULL, s->res, s->delta, s->final_norm, N, c->C, c->norm_eps,
-                            s->head.act);
+                            s->head.fq);
 }
 
 // Runs the head over the n rows of y listed in host_rows, in pieces. The residual stream is not needed any more: its
@@ -539,9 +529,7 @@ static void head_piece(Infer *s, const int32_t *rows, size_t n, size_t N) {
     const LlamaConfig *c = &s->c;
     device_copy_in(s->rows, rows, n * sizeof *rows);
     ops->embedding_forward(s->res, s->rows, s->y, n, c->C, (int)N);
-    const Linear *h = &s->head;
-    if (h->integer) ops->linear_i8_forward_f32(s->logits, s->res, int8_codes(h), int8_scale(h), n, c->C, c->V);
-    else ops->linear_forward_f32(s->logits, s->res, h->w, h->wscale, n, c->C, c->V);
+    linear_f32(s, s->logits, s->res, &s->head, n);
 }
 
 static int check_ids(const Infer *s, const int32_t *ids, size_t n, const char *what, bool negative_ok, Err *err) {
@@ -577,7 +565,8 @@ int infer_forward(Infer *s, const int32_t *tokens, const int32_t *targets, int T
         s->logit_rows = rows;
     }
     device_copy_in(s->tokens, tokens, N * sizeof *tokens);
-    embed(s, tokens, N);
+    device_copy_in(&s->state->pos, &s->pos, sizeof s->pos);
+    embed(s, s->tokens, N);
     forward_blocks(s, T);
 
     size_t piece = (size_t)s->logit_rows;
@@ -609,5 +598,37 @@ int infer_forward(Infer *s, const int32_t *tokens, const int32_t *targets, int T
     rc = device_sync(err);
     if (rc < 0) return rc;
     s->pos += T;
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Decoding.
+
+typedef struct { Infer *s; const Sampler *sampler; } Step;
+
+static void decode_step(void *ctx) {
+    const Step *step = ctx;
+    Infer *s = step->s;
+    embed(s, &s->state->token, 1);
+    forward_blocks(s, 1);
+    linear_f32(s, s->logits, s->y, &s->head, 1);
+    ops->sample_next(s->state, s->logits, step->sampler, s->c.V);
+}
+
+int infer_next(Infer *s, const Sampler *sampler, uint64_t draw, int32_t *token, Err *err) {
+    if (s->n != 1) return err_set(err, E_USAGE, "decoding step by step is for one sequence; there are %d", s->n);
+    if (s->pos >= s->max_T)
+        return err_set(err, E_USAGE, "the context of %d is full; use a longer one (--ctx)", s->max_T);
+    int rc = check_ids(s, token, 1, "token", false, err);
+    if (rc < 0) return rc;
+    DecodeState state = {.pos = s->pos, .token = *token, .draw = draw};
+    device_copy_in(s->state, &state, sizeof state);
+    Step step = {s, sampler};
+    if (s->arith == ARITH_SERVED) device_step(f32_bits(sampler->temperature), decode_step, &step);
+    else decode_step(&step);                     // attention reads the position from the host
+    device_copy_out(token, &s->state->token, sizeof *token);
+    rc = device_sync(err);
+    if (rc < 0) return rc;
+    s->pos++;
     return 0;
 }

@@ -6,16 +6,22 @@
 #include "ops.h"
 
 // ARITH_TRAINED runs the operations the trainer ran on the same working values: same bits as its validation.
-// ARITH_SERVED keeps the codes packed and uses the fast kernels where they exist. Integer products (int8qt-int8) are
-// exact sums, so both run the trainer's operation on the codes: the same bits.
+// ARITH_SERVED keeps the codes packed and uses the fast kernels: weight-only schemes differ from trained by the rounding
+// of sums, schemes that quantize activations multiply integers (what train_llama_qat --forward integer trains with: the
+// same bits). Integer products of INT8 training (int8qt-int8) are the trainer's operation in both.
 typedef enum { ARITH_TRAINED, ARITH_SERVED } Arithmetic;
 
 typedef struct Infer Infer;
 
-// Loads an open model, which must stay open as long as *out lives. B: most sequences at once; max_T: cache length in
-// tokens; max_N: most tokens of one call (B*T).
-// as_float: ignore the file's plan and run a float model.bin without fake quantization (its weights as they are).
-int infer_new(Infer **out, const ModelFile *m, int B, int max_T, int max_N, Arithmetic arith, bool as_float, Err *err);
+typedef struct {
+    int B, max_T, max_N;     // most sequences at once; cache length in tokens; most tokens of one call (B*T)
+    Arithmetic arith;
+    KvFormat kv;             // KV_INT8 is for ARITH_SERVED
+    bool as_float;           // ignore the file's plan and run a float model.bin without fake quantization
+} InferOptions;
+
+// Loads an open model, which must stay open as long as *out lives.
+int infer_new(Infer **out, const ModelFile *m, const InferOptions *o, Err *err);
 void infer_free(Infer *s);
 
 // Empties the cache; the next calls bring n sequences, 1 <= n <= B (after infer_new: B).
@@ -38,4 +44,8 @@ size_t infer_memory_bytes(const Infer *s);               // everything that was 
 // Token ids and lengths are checked: E_USAGE, and nothing has changed.
 int infer_forward(Infer *s, const int32_t *tokens, const int32_t *targets, int T, float *logits, float *losses,
                   Err *err);
+// One step of decoding, where there is one sequence: runs *token and leaves in its place the one that `sampler` chooses
+// next (draw: how many were chosen before it), -1 when no logit is above -infinity. Nothing but the token leaves the
+// device.
+int infer_next(Infer *s, const Sampler *sampler, uint64_t draw, int32_t *token, Err *err);
 #endif

@@ -17,6 +17,7 @@
 #include "common.h"
 #include "optimizer.h"
 #include "quant.h"
+#include "sampler.h"
 #include "split.h"
 #ifdef __cplusplus
 extern "C" {
@@ -40,6 +41,20 @@ typedef struct {
 
 // double, so that 1 - beta is rounded once: 1 - 0.9 is 0.1f, and 1 - 0.9f is not.
 typedef struct { double beta1, beta2, eps, weight_decay; } AdamWParams;
+
+// Keys and values of one block as serving keeps them: for each sequence and position NKV keys, then NKV values, of HS.
+//   KV_X     values (B, max_T, 2, NKV, HS) X
+//   KV_INT8  values (B, max_T, 2, NKV, HS) int8, scale (B, max_T, 2, NKV) f32: each vector of HS is a row of INT8 as in
+//            optimizer.h (int8_row_scale, int8_row_inv, int8_nearest of the values of X)
+typedef enum { KV_X, KV_INT8 } KvFormat;
+typedef struct { void *values; float *scale; KvFormat format; int max_T, NKV, HS; } KvCache;
+
+// Where decoding stands, in device memory: what a recorded step reads and moves on.
+typedef struct {
+    int32_t pos;            // positions in the cache: that of the token that comes next
+    int32_t token;          // chosen last, the next one's input
+    uint64_t draw;          // of the random numbers: new tokens so far
+} DecodeState;
 
 typedef struct Ops {
     const char *name;       // "cpu", "cuda", "cudasim"
@@ -223,6 +238,10 @@ typedef struct Ops {
     // cols/b1); zero NULL when symmetric. The tensor starts at a block boundary.
     void (*dequant_rows)(floatX *work, float *wscale, const uint8_t *codes, const float *scale, const float *zero,
                          const QuantSpec *wq, int64_t rows, int64_t cols);
+    // embedding_q_forward: out (N, C) X = rows of a packed table by token: dequant_rows' values. codes, scale, zero of
+    // the whole table (V, C), blocks within rows; tokens (N) i32 in [0, V).
+    void (*embedding_q_forward)(floatX *out, const int32_t *tokens, const uint8_t *codes, const float *scale,
+                                const float *zero, const QuantSpec *wq, size_t N, int C, int V);
     // qmatvec_forward: y (N, OC) X = x (N, C) X . w^T for few tokens, straight from packed codes: bound by the codes'
     // bytes. Sums of a block are f32 of x times integer code (less its integer zero point), 16 lanes apart, scaled once
     // a block; zero points of the float domain multiply the block's sum of x. So it differs from the trained arithmetic
@@ -231,6 +250,52 @@ typedef struct Ops {
     // of a token do not depend on N or on the number of threads.
     void (*qmatvec_forward)(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
                             const QuantSpec *wq, size_t N, int C, int OC);
+
+    // Served form of a linear: its codes, scales and zero points in the order that this wing's kernels read, in one
+    // buffer of device memory that only these operations look into. act: how rows of the input are quantized, NULL or
+    // without bits for weight-only.
+    // served_bytes: size of the buffer, a host function. 0: the wing has no such form (blocks of several rows, codes
+    // with zero points in the float domain under a quantized input); the caller unpacks instead.
+    size_t (*served_bytes)(const QuantSpec *wq, const QuantSpec *act, int OC, int C);
+    // served_pack: rows [row0, row0 + rows) of (OC, C) from packed codes (quant.h) and their f32 scales and zero points
+    // (those of these rows; zero NULL when symmetric). Rows come in ascending order, all of them, row0 = 0 first.
+    void (*served_pack)(void *served, const uint8_t *codes, const float *scale, const float *zero, const QuantSpec *wq,
+                        const QuantSpec *act, int64_t row0, int64_t rows, int OC, int C);
+    // served_forward: y (N, OC) X = x (N, C) X . w^T, any N.
+    //   weight-only: for few tokens from the codes as they stream, in f32 with the error of qmatvec_forward above
+    //   (|err| <= (C + 6) * 2^-23 * sum |x| |w| before the rounding to X); for many, unpacked in pieces that stay in
+    //   cache and multiplied as linear_forward does. Which, depends on N alone.
+    //   act: rows of x are quantized (quant.h, dtype of X) and multiplied in integers. acc of a block of the weight's
+    //   row is the exact sum of (qx - zx) * (qw - zw) over it, as f32 (blocks above 2^16 columns: pieces of 2^16, their
+    //   f32 sums added in order).
+    //     one block a row:  y = X((f32(acc) * sx) * sw)
+    //     several:          t = 0; t = fmaf(f32(acc_g), sw_g, t) for ascending g; y = X(t * sx)
+    //   The same bits on every processor and wing, for any N and any number of threads.
+    void (*served_forward)(floatX *y, const floatX *x, const void *served, const QuantSpec *wq, const QuantSpec *act,
+                           size_t N, int C, int OC);
+    void (*served_forward_f32)(float *y, const floatX *x, const void *served, const QuantSpec *wq, const QuantSpec *act,
+                               size_t N, int C, int OC);
+    // matvec_forward: linear_forward (without wscale) for few tokens, N <= 8: bound by the weight's bytes, with its own
+    // order of f32 sums. Bits of a row do not depend on N or on the number of threads.
+    void (*matvec_forward)(floatX *y, const floatX *x, const floatX *w, size_t N, int C, int OC);
+    void (*matvec_forward_f32)(float *y, const floatX *x, const floatX *w, size_t N, int C, int OC);
+
+    // rope_append: rope on the queries and keys of qkv (B*T, (NH + 2*NKV) * HS) X in place, then the keys and values of
+    // each token to their place in the cache. Token t of sequence b stands at position *pos + t; pos is device memory,
+    // so that a recorded decoding step can be replayed.
+    void (*rope_append)(floatX *qkv, const KvCache *cache, const float *cos_t, const float *sin_t, const int32_t *pos,
+                        int B, int T, int NH);
+    // attention_cached: o (B*T, NH*HS) X, causal attention of the queries in qkv (as in rope_append, after it) over the
+    // cache: attention_forward with Tk = *pos + T keys, which INT8 caches hold as X(code * scale). Its bits may depend
+    // on T and B: few queries take a form of their own, with f32 weights.
+    void (*attention_cached)(floatX *o, const floatX *qkv, const KvCache *cache, const int32_t *pos, int B, int T,
+                             int NH);
+    // sample_next: state->token = sample_token(s, logits (V) f32, V, state->draw) (sampler.h; logits are overwritten),
+    // -1 when no logit is above -infinity. Then pos and draw go up by one.
+    void (*sample_next)(DecodeState *state, float *logits, const Sampler *s, int V);
+    // compare_logits: of logits and reference (n, V) f32, kl (n) f32 = sum_v p_ref (log p_ref - log p), never below 0,
+    // and same (n) i32 = 1 where both have their largest logit, the first of equals, at the same token.
+    void (*compare_logits)(float *kl, int32_t *same, const float *logits, const float *reference, size_t n, int V);
 } Ops;
 
 // One entry an operation, for tests that must cover all of them: X(name).
@@ -242,8 +307,9 @@ typedef struct Ops {
     X(attention_backward) X(fakequant_forward) X(mask_backward) X(swiglu_fq_forward) X(swiglu_backward) X(classifier) \
     X(loss_accumulate) X(sum_squares) X(state_sum) X(global_norm) X(adamw_fq) X(sgd_fq) X(weight_fq) \
     X(weight_ste_mask) X(adamw_low) X(int8_rows) X(widen) X(rows_pack) X(rows_unpack) X(weight_pack) \
-    X(weight_unpack) X(sum_ranks) X(dequant_rows) \
-    X(qmatvec_forward)
+    X(weight_unpack) X(sum_ranks) X(dequant_rows) X(embedding_q_forward) X(qmatvec_forward) X(served_bytes) \
+    X(served_pack) X(served_forward) X(served_forward_f32) X(matvec_forward) X(matvec_forward_f32) X(rope_append) \
+    X(attention_cached) X(sample_next) X(compare_logits)
 
 extern const Ops *ops;      // the backend that device_init chose
 extern const Ops ops_cpu;   // llmc/cpu/

@@ -201,6 +201,38 @@ TIMED(qmatvec_forward,
        size_t N, int C, int OC),
       (y, x, codes, scale, zero, wq, N, C, OC))
 
+TIMED(embedding_q_forward,
+      (floatX * out, const int32_t *tokens, const uint8_t *codes, const float *scale, const float *zero,
+       const QuantSpec *wq, size_t N, int C, int V),
+      (out, tokens, codes, scale, zero, wq, N, C, V))
+static size_t timed_served_bytes(const QuantSpec *wq, const QuantSpec *act, int OC, int C) {
+    return inner->served_bytes(wq, act, OC, C);          // no work of the device
+}
+TIMED(served_pack,
+      (void *served, const uint8_t *codes, const float *scale, const float *zero, const QuantSpec *wq,
+       const QuantSpec *act, int64_t row0, int64_t rows, int OC, int C),
+      (served, codes, scale, zero, wq, act, row0, rows, OC, C))
+TIMED(served_forward,
+      (floatX * y, const floatX *x, const void *served, const QuantSpec *wq, const QuantSpec *act, size_t N, int C,
+       int OC),
+      (y, x, served, wq, act, N, C, OC))
+TIMED(served_forward_f32,
+      (float *y, const floatX *x, const void *served, const QuantSpec *wq, const QuantSpec *act, size_t N, int C,
+       int OC),
+      (y, x, served, wq, act, N, C, OC))
+TIMED(matvec_forward, (floatX * y, const floatX *x, const floatX *w, size_t N, int C, int OC), (y, x, w, N, C, OC))
+TIMED(matvec_forward_f32, (float *y, const floatX *x, const floatX *w, size_t N, int C, int OC), (y, x, w, N, C, OC))
+TIMED(rope_append,
+      (floatX * qkv, const KvCache *cache, const float *cos_t, const float *sin_t, const int32_t *pos, int B, int T,
+       int NH),
+      (qkv, cache, cos_t, sin_t, pos, B, T, NH))
+TIMED(attention_cached,
+      (floatX * o, const floatX *qkv, const KvCache *cache, const int32_t *pos, int B, int T, int NH),
+      (o, qkv, cache, pos, B, T, NH))
+TIMED(sample_next, (DecodeState * state, float *logits, const Sampler *s, int V), (state, logits, s, V))
+TIMED(compare_logits, (float *kl, int32_t *same, const float *logits, const float *reference, size_t n, int V),
+      (kl, same, logits, reference, n, V))
+
 static void timeline_path(char *out, size_t size, const char *timeline, int rank) {
     if (rank > 0) snprintf(out, size, "%s.rank%d", timeline, rank);
     else snprintf(out, size, "%s", timeline);

@@ -79,7 +79,7 @@ static void open_model(ModelFile *m, const Variant *v, bool packed) {
 static Infer *new_infer(const ModelFile *m, int B, int max_T, int max_N, Arithmetic arith) {
     Err err = {0};
     Infer *s;
-    must(infer_new(&s, m, B, max_T, max_N, arith, false, &err), &err);
+    must(infer_new(&s, m, &(InferOptions){.B = B, .max_T = max_T, .max_N = max_N, .arith = arith, .as_float = false}, &err), &err);
     return s;
 }
 
@@ -298,7 +298,7 @@ static void float_view_ignores_the_plan(void **state) {
     infer_free(s);
     model_close(&plain);
     open_model(&planned, &variants[2], false);
-    must(infer_new(&s, &planned, 1, T_ALL, T_ALL, ARITH_TRAINED, true, &err), &err);
+    must(infer_new(&s, &planned, &(InferOptions){.B = 1, .max_T = T_ALL, .max_N = T_ALL, .arith = ARITH_TRAINED, .as_float = true}, &err), &err);
     must(infer_forward(s, tokens, targets, T_ALL, NULL, b, &err), &err);
     infer_free(s);
     s = new_infer(&planned, 1, T_ALL, T_ALL, ARITH_TRAINED);
@@ -308,7 +308,7 @@ static void float_view_ignores_the_plan(void **state) {
     same_bits("as float", variants[2].name, b, a, T_ALL);
     assert_memory_not_equal(c, a, sizeof a);
     open_model(&packed, &variants[2], true);
-    assert_int_equal(infer_new(&s, &packed, 1, T_ALL, T_ALL, ARITH_TRAINED, true, &err), E_USAGE);
+    assert_int_equal(infer_new(&s, &packed, &(InferOptions){.B = 1, .max_T = T_ALL, .max_N = T_ALL, .arith = ARITH_TRAINED, .as_float = true}, &err), E_USAGE);
     assert_non_null(strstr(err.text, "holds codes only"));
     assert_null(s);
     model_close(&packed);
@@ -322,9 +322,9 @@ static void hostile_input_changes_nothing(void **state) {
     open_model(&m, &variants[2], true);
     int V = m.config.V;
     Infer *s;
-    assert_int_equal(infer_new(&s, &m, 0, 8, 8, ARITH_TRAINED, false, &err), E_USAGE);
-    assert_int_equal(infer_new(&s, &m, 4, 8, 3, ARITH_TRAINED, false, &err), E_USAGE);
-    assert_int_equal(infer_new(&s, &m, 1, INT32_MAX, INT32_MAX, ARITH_TRAINED, false, &err), E_USAGE);
+    assert_int_equal(infer_new(&s, &m, &(InferOptions){.B = 0, .max_T = 8, .max_N = 8, .arith = ARITH_TRAINED, .as_float = false}, &err), E_USAGE);
+    assert_int_equal(infer_new(&s, &m, &(InferOptions){.B = 4, .max_T = 8, .max_N = 3, .arith = ARITH_TRAINED, .as_float = false}, &err), E_USAGE);
+    assert_int_equal(infer_new(&s, &m, &(InferOptions){.B = 1, .max_T = INT32_MAX, .max_N = INT32_MAX, .arith = ARITH_TRAINED, .as_float = false}, &err), E_USAGE);
     s = new_infer(&m, 2, 8, 10, ARITH_SERVED);
     const int32_t good[10] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
     float *logits = xmalloc((size_t)(2 * V) * 4), losses[10];

@@ -216,7 +216,7 @@ static void run_infer(const ModelFile *m, Arithmetic arith, const int32_t *token
                       float *losses, float *logits) {
     Infer *s;
     Err err = {0};
-    must(infer_new(&s, m, 1, T, T, arith, false, &err), &err);
+    must(infer_new(&s, m, &(InferOptions){.B = 1, .max_T = T, .max_N = T, .arith = arith, .as_float = false}, &err), &err);
     for (int at = 0; at < T; at += step) {
         int n = T - at < step ? T - at : step;
         float *to = logits + (size_t)(at + n - 1) * (size_t)m->config.V;
@@ -308,7 +308,7 @@ static void sizes_count_f32_scales(void **state) {
         if (c->tied) h = (QuantScheme){m.plan.tied_head, m.plan.linear.act};
         size_t per_code = quant_is_int8_rows(&h.act) ? 1 : X;
         size_t head = h.weight.bits ? 4 * (size_t)c->V + table * per_code : table * X;
-        must(infer_new(&s, &m, 1, 8, 8, ARITH_SERVED, false, &err), &err);
+        must(infer_new(&s, &m, &(InferOptions){.B = 1, .max_T = 8, .max_N = 8, .arith = ARITH_SERVED, .as_float = false}, &err), &err);
         assert_int_equal(infer_size_bytes(s), linears + norms + head);
         assert_int_equal(infer_bytes_per_token(s), linears + norms + head + (size_t)c->C * X);
         infer_free(s);

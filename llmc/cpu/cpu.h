@@ -68,6 +68,22 @@ void cpu_dequant_rows(floatX *work, float *wscale, const uint8_t *codes, const f
                       const QuantSpec *wq, int64_t rows, int64_t cols);
 void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
                          const QuantSpec *wq, size_t N, int C, int OC);
+void cpu_embedding_q_forward(floatX *out, const int32_t *tokens, const uint8_t *codes, const float *scale,
+                             const float *zero, const QuantSpec *wq, size_t N, int C, int V);
+size_t cpu_served_bytes(const QuantSpec *wq, const QuantSpec *act, int OC, int C);
+void cpu_served_pack(void *served, const uint8_t *codes, const float *scale, const float *zero, const QuantSpec *wq,
+                     const QuantSpec *act, int64_t row0, int64_t rows, int OC, int C);
+void cpu_served_forward(floatX *y, const floatX *x, const void *served, const QuantSpec *wq, const QuantSpec *act,
+                        size_t N, int C, int OC);
+void cpu_served_forward_f32(float *y, const floatX *x, const void *served, const QuantSpec *wq, const QuantSpec *act,
+                            size_t N, int C, int OC);
+void cpu_matvec_forward(floatX *y, const floatX *x, const floatX *w, size_t N, int C, int OC);
+void cpu_matvec_forward_f32(float *y, const floatX *x, const floatX *w, size_t N, int C, int OC);
+void cpu_rope_append(floatX *qkv, const KvCache *cache, const float *cos_t, const float *sin_t, const int32_t *pos,
+                     int B, int T, int NH);
+void cpu_attention_cached(floatX *o, const floatX *qkv, const KvCache *cache, const int32_t *pos, int B, int T, int NH);
+void cpu_sample_next(DecodeState *state, float *logits, const Sampler *s, int V);
+void cpu_compare_logits(float *kl, int32_t *same, const float *logits, const float *reference, size_t n, int V);
 
 // Below this many elements an operation runs on the calling thread: waking the others costs some microseconds.
 #define CPU_MIN_PARALLEL 16384
