@@ -13,15 +13,13 @@
 // ---------------------------------------------------------------------------------------------
 // Tensor types
 
-enum { T_F32 = 0, T_F16 = 1, T_Q4_0 = 2, T_Q4_1 = 3, T_Q5_0 = 6, T_Q5_1 = 7, T_Q8_0 = 8, T_Q4_K = 12, T_Q5_K = 13,
-       T_Q6_K = 14, T_BF16 = 30 };
-
 // A block of `values` values takes `bytes` bytes; bytes == 0: known by name, not read.
 static const struct { const char *name; int values, bytes; } types[] = {
-    [T_F32] = {"F32", 1, 4}, [T_F16] = {"F16", 1, 2}, [T_BF16] = {"BF16", 1, 2},
-    [T_Q4_0] = {"Q4_0", 32, 18}, [T_Q4_1] = {"Q4_1", 32, 20}, [T_Q5_0] = {"Q5_0", 32, 22}, [T_Q5_1] = {"Q5_1", 32, 24},
-    [T_Q8_0] = {"Q8_0", 32, 34}, [T_Q4_K] = {"Q4_K", 256, 144}, [T_Q5_K] = {"Q5_K", 256, 176},
-    [T_Q6_K] = {"Q6_K", 256, 210},
+    [GGML_F32] = {"F32", 1, 4}, [GGML_F16] = {"F16", 1, 2}, [GGML_BF16] = {"BF16", 1, 2},
+    [GGML_Q4_0] = {"Q4_0", 32, 18}, [GGML_Q4_1] = {"Q4_1", 32, 20}, [GGML_Q5_0] = {"Q5_0", 32, 22},
+    [GGML_Q5_1] = {"Q5_1", 32, 24},
+    [GGML_Q8_0] = {"Q8_0", 32, 34}, [GGML_Q4_K] = {"Q4_K", 256, 144}, [GGML_Q5_K] = {"Q5_K", 256, 176},
+    [GGML_Q6_K] = {"Q6_K", 256, 210},
     [9] = {"Q8_1", 0, 0}, [10] = {"Q2_K", 0, 0}, [11] = {"Q3_K", 0, 0}, [15] = {"Q8_K", 0, 0}, [16] = {"IQ2_XXS", 0, 0},
     [17] = {"IQ2_XS", 0, 0}, [18] = {"IQ3_XXS", 0, 0}, [19] = {"IQ1_S", 0, 0}, [20] = {"IQ4_NL", 0, 0},
     [21] = {"IQ3_S", 0, 0}, [22] = {"IQ2_S", 0, 0}, [23] = {"IQ4_XS", 0, 0}, [24] = {"I8", 0, 0}, [25] = {"I16", 0, 0},
@@ -474,20 +472,20 @@ int gguf_row(float *dst, const GgufTensor *t, int64_t row, Err *err) {
     int64_t blocks = t->ne[0] / values;
     const uint8_t *q = t->data + (size_t)row * (size_t)blocks * (size_t)bytes;
     switch (t->type) {
-    case T_F32: return convert_to_f32(dst, q, DT_F32, (size_t)t->ne[0]);
-    case T_F16: return convert_to_f32(dst, q, DT_F16, (size_t)t->ne[0]);
-    case T_BF16: return convert_to_f32(dst, q, DT_BF16, (size_t)t->ne[0]);
+    case GGML_F32: return convert_to_f32(dst, q, DT_F32, (size_t)t->ne[0]);
+    case GGML_F16: return convert_to_f32(dst, q, DT_F16, (size_t)t->ne[0]);
+    case GGML_BF16: return convert_to_f32(dst, q, DT_BF16, (size_t)t->ne[0]);
     default: break;
     }
     for (int64_t b = 0; b < blocks; b++, q += bytes, dst += values)
         switch (t->type) {
-        case T_Q8_0: block_q8_0(dst, q); break;
-        case T_Q4_0: block_q4_0(dst, q); break;
-        case T_Q4_1: block_q4_1(dst, q); break;
-        case T_Q5_0: block_q5_0(dst, q); break;
-        case T_Q5_1: block_q5_1(dst, q); break;
-        case T_Q4_K: block_q45_k(dst, q, false); break;
-        case T_Q5_K: block_q45_k(dst, q, true); break;
+        case GGML_Q8_0: block_q8_0(dst, q); break;
+        case GGML_Q4_0: block_q4_0(dst, q); break;
+        case GGML_Q4_1: block_q4_1(dst, q); break;
+        case GGML_Q5_0: block_q5_0(dst, q); break;
+        case GGML_Q5_1: block_q5_1(dst, q); break;
+        case GGML_Q4_K: block_q45_k(dst, q, false); break;
+        case GGML_Q5_K: block_q45_k(dst, q, true); break;
         default: block_q6_k(dst, q); break;
         }
     return 0;

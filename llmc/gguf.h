@@ -11,6 +11,10 @@ extern "C" {
 typedef enum { GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY,
                GGUF_U64, GGUF_I64, GGUF_F64 } GgufType;
 
+// Types of tensors that are read; F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are written, too (gguf_write.h).
+enum { GGML_F32 = 0, GGML_F16 = 1, GGML_Q4_0 = 2, GGML_Q4_1 = 3, GGML_Q5_0 = 6, GGML_Q5_1 = 7, GGML_Q8_0 = 8,
+       GGML_Q4_K = 12, GGML_Q5_K = 13, GGML_Q6_K = 14, GGML_BF16 = 30 };
+
 typedef struct {
     const char *key; size_t key_len;                 // into the map, not NUL-terminated
     GgufType type;                                   // GGUF_ARRAY: elem and count

@@ -5,6 +5,7 @@
 #define QLLM_TOKENIZER_H
 #include "common.h"
 #include "gguf.h"
+#include "gguf_write.h"
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -20,6 +21,10 @@ void tokenizer_free(Tokenizer *t);
 // Checked like any file.
 int tokenizer_from_blob(Tokenizer **out, const uint8_t *blob, size_t size, Err *err);
 int tokenizer_to_blob(const Tokenizer *t, uint8_t **blob, size_t *size, Err *err);     // malloc'ed
+// As tokenizer.ggml.* metadata of a model with `vocab` ids, those that the tokenizer lacks as unused tokens; eos is not
+// among them: the model's configuration has a say in it. E_USAGE for a tokenizer that GGUF has no words for; w is then
+// only good for gguf_writer_abort.
+int tokenizer_to_gguf(const Tokenizer *t, GgufWriter *w, int vocab, Err *err);
 // tokenizer.json text that `tokenizers` loads to the same ids. The original text where it came from one.
 int tokenizer_to_json(const Tokenizer *t, char **text, size_t *len, Err *err);         // malloc'ed
 // tokenizer_config.json text (bos, eos, chat template if known), for the exported folder. malloc'ed.

@@ -1,4 +1,5 @@
-// What the two halves of the tokenizer share: tokenizer.c (encoding) and tokenizer_files.c (JSON, GGUF, blob).
+// What the parts of the tokenizer share: tokenizer.c (encoding), tokenizer_files.c (JSON, GGUF, blob), tokenizer_gguf.c
+// (GGUF out).
 // Nobody else includes this.
 #ifndef QLLM_TOKENIZER_IMPL_H
 #define QLLM_TOKENIZER_IMPL_H
