@@ -11,7 +11,6 @@
 #define TOKENIZER_TENSOR "qllm.tokenizer"
 #define WRITER "qllm.c"
 #define TILE_VALUES ((int64_t)1 << 20)         // values converted at a time: 4 MiB of f32
-#define HF_SHARD_BYTES ((size_t)4 << 30)
 #define MAX_SHARDS 1024
 
 // The spec a tensor is packed with; bits == 0 where it stays float.
@@ -391,7 +390,7 @@ static int open_bin(ModelFile *m, Err *err) {
 // ---------------------------------------------------------------------------------------------
 // Opening GGUF
 
-static void gguf_name(char *buf, size_t size, const Param *p) {
+void model_gguf_name(char *buf, size_t size, const Param *p) {
     static const char *names[ROLE_COUNT] = {
         [ROLE_EMBED] = "token_embd", [ROLE_NORM1] = "attn_norm", [ROLE_Q] = "attn_q", [ROLE_K] = "attn_k",
         [ROLE_V] = "attn_v", [ROLE_O] = "attn_output", [ROLE_NORM2] = "ffn_norm", [ROLE_GATE] = "ffn_gate",
@@ -533,7 +532,7 @@ static int open_gguf(ModelFile *m, Err *err) {
     char name[128];
     for (int i = 0; i < table.n && rc == 0; i++) {
         const Param *p = &table.p[i];
-        gguf_name(name, sizeof name, p);
+        model_gguf_name(name, sizeof name, p);
         const GgufTensor *t = gguf_tensor(&m->gguf, name);
         if (!t) rc = err_set(err, E_MISSING, "%s: tensor '%s' is missing", m->path, name);
         else if (t->ne[0] != p->cols || t->ne[1] != p->rows || t->ne[2] != 1 || t->ne[3] != 1)
@@ -546,7 +545,7 @@ static int open_gguf(ModelFile *m, Err *err) {
         const char *found = m->gguf.tensors[i].name;
         bool known = strcmp(found, "rope_freqs.weight") == 0;
         for (int k = 0; k < table.n && !known; k++) {
-            gguf_name(name, sizeof name, &table.p[k]);
+            model_gguf_name(name, sizeof name, &table.p[k]);
             known = strcmp(name, found) == 0;
         }
         if (!known) rc = err_set(err, E_FORMAT, "%s: unknown tensor '%s': the model is not a plain Llama", m->path,
@@ -680,7 +679,7 @@ int model_read_rows(const ModelFile *m, const Param *p, int64_t row0, int64_t n,
     int rc = 0;
     if (m->kind == MODEL_GGUF) {
         char name[128];
-        gguf_name(name, sizeof name, &own);
+        model_gguf_name(name, sizeof name, &own);
         gg = gguf_tensor(&m->gguf, name);
         if (!gg || gg->ne[0] != p->cols || gg->ne[1] != p->rows)
             rc = err_set(err, E_MISSING, "%s: no tensor '%s' of %lld by %lld", m->path, name,
@@ -1137,47 +1136,55 @@ static int write_json(const char *dir, const char *name, cJSON *root, Err *err) 
     return rc;
 }
 
-static int write_shard(const char *path, const ParamTable *table, int first, int last, DType dtype, RowSource source,
-                       void *ctx, Err *err) {
+static int write_shard(const char *path, const ParamTable *table, int first, int last, const FolderWeights *from,
+                       Err *err) {
     StWriter *w = st_writer_new();
     st_writer_meta(w, "format", "pt");           // what transformers looks for
     st_writer_meta(w, "writer", WRITER);
-    for (int i = first; i < last; i++) declare_float(w, &table->p[i], dtype);
+    for (int i = first; i < last; i++) from->declare(from->ctx, &table->p[i], w);
     int rc = st_writer_begin(w, path, err);
-    for (int i = first; i < last && rc == 0; i++) rc = write_float(w, &table->p[i], dtype, source, ctx, err);
+    for (int i = first; i < last && rc == 0; i++) rc = from->write(from->ctx, &table->p[i], w, err);
     if (rc == 0) return st_writer_finish(w, err);
     st_writer_abort(w);
     return rc;
 }
 
-static size_t float_bytes(const Param *p, DType dtype) { return (size_t)p->rows * (size_t)p->cols * dtype_size(dtype); }
-
 // The shard that begins with tensor `first` ends before the tensor returned.
-static int shard_end(const ParamTable *table, int first, DType dtype, size_t shard_bytes) {
-    size_t bytes = float_bytes(&table->p[first], dtype);
+static int shard_end(const ParamTable *table, int first, size_t shard_bytes, const FolderWeights *from) {
+    size_t bytes = from->bytes(from->ctx, &table->p[first]);
     int i = first + 1;
-    while (i < table->n && float_bytes(&table->p[i], dtype) <= shard_bytes - (bytes < shard_bytes ? bytes :
-                                                                              shard_bytes))
-        bytes += float_bytes(&table->p[i++], dtype);
+    while (i < table->n &&
+           from->bytes(from->ctx, &table->p[i]) <= shard_bytes - (bytes < shard_bytes ? bytes : shard_bytes))
+        bytes += from->bytes(from->ctx, &table->p[i++]);
     return i;
 }
 
-static int write_weights(const char *dir, const ParamTable *table, DType dtype, size_t shard_bytes, RowSource source,
-                         void *ctx, Err *err) {
+// Which tensors a shard holds is read from itself.
+static int index_shard(cJSON *map, size_t *total, const char *path, const char *name, Err *err) {
+    Safetensors st;
+    int rc = safetensors_open(&st, path, err);
+    if (rc) return rc;
+    for (int i = 0; i < st.n; i++) {
+        cJSON_AddStringToObject(map, st.tensors[i].name, name);
+        *total += st.tensors[i].bytes;
+    }
+    safetensors_close(&st);
+    return 0;
+}
+
+static int write_weights(const char *dir, const ParamTable *table, size_t shard_bytes, const FolderWeights *from,
+                         Err *err) {
     char path[1024], name[64] = "model.safetensors";
     int n_shards = 0, rc = 0, k = 0;
     size_t total = 0;
-    for (int i = 0; i < table->n; i = shard_end(table, i, dtype, shard_bytes)) n_shards++;
+    for (int i = 0; i < table->n; i = shard_end(table, i, shard_bytes, from)) n_shards++;
     cJSON *map = cJSON_CreateObject();
     for (int first = 0, last; first < table->n && rc == 0; first = last) {
-        last = shard_end(table, first, dtype, shard_bytes);
+        last = shard_end(table, first, shard_bytes, from);
         if (n_shards > 1) snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", ++k, n_shards);
         rc = join(path, sizeof path, dir, name, err);
-        if (rc == 0) rc = write_shard(path, table, first, last, dtype, source, ctx, err);
-        for (int i = first; i < last; i++) {
-            cJSON_AddStringToObject(map, table->p[i].name, name);
-            total += float_bytes(&table->p[i], dtype);
-        }
+        if (rc == 0) rc = write_shard(path, table, first, last, from, err);
+        if (rc == 0 && n_shards > 1) rc = index_shard(map, &total, path, name, err);
     }
     if (rc || n_shards == 1) {
         cJSON_Delete(map);
@@ -1189,10 +1196,28 @@ static int write_weights(const char *dir, const ParamTable *table, DType dtype, 
     return write_json(dir, "model.safetensors.index.json", index, err);
 }
 
-static int write_configs(const char *dir, const LlamaConfig *c, const Tokenizer *tok, DType dtype, Err *err) {
+// config.json, with the description of the quantization where there is one.
+static int write_config(const char *dir, const LlamaConfig *c, DType dtype, const char *quantization, Err *err) {
     char *config = llama_config_to_json(c, torch_name(dtype));
-    int rc = write_text(dir, "config.json", config, strlen(config), err);
+    if (!quantization) {
+        int rc = write_text(dir, "config.json", config, strlen(config), err);
+        free(config);
+        return rc;
+    }
+    cJSON *root = json_parse(config, strlen(config), "config.json", err);
+    cJSON *q = root ? json_parse(quantization, strlen(quantization), "quantization_config", err) : NULL;
     free(config);
+    if (!q) {
+        cJSON_Delete(root);
+        return E_FORMAT;
+    }
+    cJSON_AddItemToObject(root, "quantization_config", q);
+    return write_json(dir, "config.json", root, err);
+}
+
+static int write_configs(const char *dir, const LlamaConfig *c, const Tokenizer *tok, DType dtype,
+                         const char *quantization, Err *err) {
+    int rc = write_config(dir, c, dtype, quantization, err);
     if (rc) return rc;
     cJSON *g = cJSON_CreateObject();
     cJSON_AddBoolToObject(g, "_from_model_config", 1);
@@ -1230,8 +1255,8 @@ static int install_folder(const char *tmp, const char *dir, bool replace, Err *e
     return 0;
 }
 
-int model_write_hf_shards(const char *dir, const LlamaConfig *c, const ParamTable *table, const Tokenizer *tok,
-                          DType dtype, size_t shard_bytes, RowSource source, void *ctx, Err *err) {
+int model_write_folder(const char *dir, const LlamaConfig *c, const ParamTable *table, const Tokenizer *tok,
+                       DType dtype, size_t shard_bytes, const char *quantization, const FolderWeights *from, Err *err) {
     char target[900], tmp[1000];
     size_t len = strlen(dir);
     while (len > 1 && dir[len - 1] == '/') len--;
@@ -1246,11 +1271,38 @@ int model_write_hf_shards(const char *dir, const LlamaConfig *c, const ParamTabl
     if (rc) return rc;
     snprintf(tmp, sizeof tmp, "%s.tmp-%ld", target, (long)getpid());
     if (mkdir(tmp, 0777)) return err_set(err, E_FAIL, "cannot make folder %s: %s", tmp, strerror(errno));
-    rc = write_weights(tmp, table, dtype, shard_bytes, source, ctx, err);
-    if (rc == 0) rc = write_configs(tmp, c, tok, dtype, err);
+    rc = write_weights(tmp, table, shard_bytes, from, err);
+    if (rc == 0) rc = write_configs(tmp, c, tok, dtype, quantization, err);
     if (rc == 0) rc = install_folder(tmp, target, exists && !empty, err);
     if (rc) remove_folder(tmp);
     return rc;
+}
+
+// The weights of a folder as floats.
+typedef struct { DType dtype; RowSource source; void *ctx; } FloatWeights;
+
+static size_t float_bytes(void *ctx, const Param *p) {
+    return (size_t)p->rows * (size_t)p->cols * dtype_size(((const FloatWeights *)ctx)->dtype);
+}
+
+static void float_declare(void *ctx, const Param *p, StWriter *w) {
+    declare_float(w, p, ((const FloatWeights *)ctx)->dtype);
+}
+
+static int float_write(void *ctx, const Param *p, StWriter *w, Err *err) {
+    const FloatWeights *f = ctx;
+    return write_float(w, p, f->dtype, f->source, f->ctx, err);
+}
+
+int model_write_float(StWriter *w, const Param *p, DType dtype, RowSource source, void *ctx, Err *err) {
+    return write_float(w, p, dtype, source, ctx, err);
+}
+
+int model_write_hf_shards(const char *dir, const LlamaConfig *c, const ParamTable *table, const Tokenizer *tok,
+                          DType dtype, size_t shard_bytes, RowSource source, void *ctx, Err *err) {
+    FloatWeights values = {dtype, source, ctx};
+    FolderWeights from = {&values, float_bytes, float_declare, float_write};
+    return model_write_folder(dir, c, table, tok, dtype, shard_bytes, NULL, &from, err);
 }
 
 int model_write_hf(const char *dir, const LlamaConfig *c, const ParamTable *table, const Tokenizer *tok, DType dtype,

@@ -74,6 +74,22 @@ int model_write_hf(const char *dir, const LlamaConfig *c, const ParamTable *tabl
 // The same with another size of shard (at least one tensor each).
 int model_write_hf_shards(const char *dir, const LlamaConfig *c, const ParamTable *table, const Tokenizer *tok, DType
                           dtype, size_t shard_bytes, RowSource source, void *ctx, Err *err);
+// The frame of both, for folders whose weights stand in another form (llmc/export.c): how many bytes a parameter takes,
+// which tensors it becomes, and their data; `quantization`, if not NULL, is JSON text for config.json's
+// quantization_config.
+typedef struct {
+    void *ctx;
+    size_t (*bytes)(void *ctx, const Param *p);
+    void (*declare)(void *ctx, const Param *p, StWriter *w);
+    int (*write)(void *ctx, const Param *p, StWriter *w, Err *err);
+} FolderWeights;
+#define HF_SHARD_BYTES ((size_t)4 << 30)
+int model_write_folder(const char *dir, const LlamaConfig *c, const ParamTable *table, const Tokenizer *tok,
+                       DType dtype, size_t shard_bytes, const char *quantization, const FolderWeights *from, Err *err);
+// The data of one float tensor of such a folder, streamed; it was declared with p's name and shape (norms: a vector).
+int model_write_float(StWriter *w, const Param *p, DType dtype, RowSource source, void *ctx, Err *err);
+// Name of a parameter in GGUF files: "blk.3.attn_q.weight".
+void model_gguf_name(char *buf, size_t size, const Param *p);
 // RowSource over an open model (ctx is the ModelFile).
 int model_row_source(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err);
 #endif
