@@ -363,6 +363,7 @@ static int open_bin(ModelFile *m, Err *err) {
     if (!format || strcmp(format, WRITER))
         return err_set(err, E_FORMAT, "%s: a safetensors file without our configuration inside; give the folder that "
                        "holds its config.json", m->path);
+    if (!(m->flags & MODEL_NO_VERIFY) && (rc = safetensors_verify(st, m->flags & MODEL_STREAM, err))) return rc;
     if (!version || strcmp(version, "1"))
         return err_set(err, E_FORMAT, "%s: model.bin version %.20s; this program reads version 1", m->path,
                        version ? version : "(none)");
@@ -574,10 +575,13 @@ static int open_file(ModelFile *m, Err *err) {
     return is_gguf ? open_gguf(m, err) : open_bin(m, err);
 }
 
-int model_open(ModelFile *m, const char *path, Err *err) {
+int model_open(ModelFile *m, const char *path, Err *err) { return model_open_with(m, path, 0, err); }
+
+int model_open_with(ModelFile *m, const char *path, int flags, Err *err) {
     Err local;
     if (!err) err = &local;
     memset(m, 0, sizeof *m);
+    m->flags = flags;
     quant_plan_none(&m->plan);
     size_t len = strlen(path);
     while (len > 1 && path[len - 1] == '/') len--;
@@ -597,6 +601,17 @@ void model_close(ModelFile *m) {
     gguf_close(&m->gguf);
     if (m->tokenizer) tokenizer_free(m->tokenizer);
     memset(m, 0, sizeof *m);
+}
+
+int model_unchanged(const ModelFile *m, Err *err) {
+    bool changed = m->kind == MODEL_GGUF && file_changed(&m->gguf.map, m->path);
+    const char *path = m->path;
+    for (int i = 0; i < m->n_files && !changed; i++) {
+        path = m->files[i].path;
+        changed = file_changed(&m->files[i].map, path);
+    }
+    if (!changed) return 0;
+    return err_set(err, E_FORMAT, "%s: written to while it was read; start again when the other program is done", path);
 }
 
 int model_packed(const ModelFile *m, const Param *p, PackedTensor *t, Err *err) {
@@ -1009,6 +1024,7 @@ static int write_bin(const char *path, const LlamaConfig *c, const QuantPlan *pl
     st_writer_meta(w, "packed", packed ? "true" : "false");
     st_writer_meta(w, "config", config);
     st_writer_meta(w, "quant", quant);
+    st_writer_seal(w);
     free(config);
     free(quant);
     for (int i = 0; i < n && rc == 0; i++) {

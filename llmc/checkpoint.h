@@ -17,6 +17,7 @@ typedef struct {
     LlamaConfig config;
     QuantPlan plan;                      // of model.bin; none elsewhere
     bool packed;                         // quantized tensors are stored as codes
+    int flags;                           // MODEL_STREAM...
     Tokenizer *tokenizer;                // NULL when the model carries none
     Safetensors *files; int n_files;     // HF: shards; BIN: one
     Gguf gguf;
@@ -24,8 +25,19 @@ typedef struct {
 
 // path: a folder with config.json, a .gguf file, or a model.bin. Checks that every tensor of the configuration is there
 // with its shape and a readable dtype, and that there is none too many (rotary inv_freq buffers aside).
+// A model.bin that carries a checksum is read through and compared with it: E_FORMAT where they differ.
 int model_open(ModelFile *m, const char *path, Err *err);
+// The same with flags.
+enum {
+    MODEL_NO_VERIFY = 1,                 // --no-verify: the checksum is not looked at
+    MODEL_STREAM = 2                     // rows are read once: pages that were read leave the process, so that a model
+                                         // of any size takes up a few tiles
+};
+int model_open_with(ModelFile *m, const char *path, int flags, Err *err);
 void model_close(ModelFile *m);
+// E_FORMAT if one of the mapped files was written to (or cut) since model_open, by size and time: what was read from it
+// then is of two models. Looks at the files' entries only. A file that was replaced by renaming is still there for us.
+int model_unchanged(const ModelFile *m, Err *err);
 
 // Configuration from a GGUF file's llama.* metadata and tensors (vocabulary, tied head, llama3 rope factors).
 int llama_config_from_gguf(LlamaConfig *c, const Gguf *g, Err *err);

@@ -103,6 +103,10 @@ int big_alloc(void **out, size_t bytes, const char *what, Err *err) {
     return 0;
 }
 
+static int64_t write_time(const struct stat *st) {
+    return (int64_t)st->st_mtim.tv_sec * 1000000000 + st->st_mtim.tv_nsec;
+}
+
 int file_map(FileMap *map, const char *path, Err *err) {
     *map = (FileMap){0};
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -123,6 +127,9 @@ int file_map(FileMap *map, const char *path, Err *err) {
         map->data = p;
         map->size = (size_t)st.st_size;
     }
+    map->device = st.st_dev;
+    map->inode = st.st_ino;
+    map->written = write_time(&st);
     close(fd);
     return 0;
 }
@@ -130,6 +137,29 @@ int file_map(FileMap *map, const char *path, Err *err) {
 void file_unmap(FileMap *map) {
     if (map->base) munmap(map->base, map->size);
     *map = (FileMap){0};
+}
+
+bool file_changed(const FileMap *map, const char *path) {
+    struct stat st;
+    if (stat(path, &st) || st.st_dev != map->device || st.st_ino != map->inode) return false;
+    return (size_t)st.st_size != map->size || write_time(&st) != map->written;
+}
+
+void file_populate(const FileMap *map, size_t begin, size_t end) {
+#ifdef MADV_POPULATE_READ
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    begin -= begin % page;
+    if (begin < end) madvise((uint8_t *)map->base + begin, end - begin, MADV_POPULATE_READ);
+#else
+    (void)map, (void)begin, (void)end;
+#endif
+}
+
+void file_drop(const FileMap *map, size_t begin, size_t end) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    begin -= begin % page;
+    end -= end % page;
+    if (begin < end) madvise((uint8_t *)map->base + begin, end - begin, MADV_DONTNEED);
 }
 
 int file_read(char **text, size_t *len, const char *path, size_t max, Err *err) {

@@ -1,10 +1,33 @@
 // The safetensors container: see safetensors.h for what is checked.
 #include "safetensors.h"
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include "json.h"
 
 #define MAX_HEADER (100u * 1000 * 1000)
+
+// A file's checksum of itself: the file, with zeros for the digits, in pieces of a mebibyte; the checksum of the
+// pieces' checksums, one after the other as little-endian words. So many threads can verify one file.
+#define SEAL_KEY "checksum"
+#define SEAL_DIGITS 16
+#define SEAL_PIECE ((size_t)1 << 20)
+static const char seal_zeros[] = "0000000000000000";
+
+// Where the digits are in a header's text; NULL if nowhere. In a string each quote would follow a backslash, so this is
+// no part of another value.
+static const char *seal_digits(const char *text, size_t len) {
+    static const char key[] = "\"" SEAL_KEY "\":\"";
+    const char *at = memmem(text, len, key, sizeof key - 1);
+    if (at) at += sizeof key - 1;
+    return at && (size_t)(text + len - at) > SEAL_DIGITS && at[SEAL_DIGITS] == '"' ? at : NULL;
+}
+
+static void add_word(Checksum *s, uint64_t word) {
+    uint8_t le[8];
+    for (int i = 0; i < 8; i++) le[i] = (uint8_t)(word >> (8 * i));
+    checksum_add(s, le, sizeof le);
+}
 
 // ---------------------------------------------------------------------------------------------
 // Reading
@@ -199,6 +222,48 @@ const char *safetensors_meta(const Safetensors *st, const char *key) {
     return NULL;
 }
 
+// Bytes [begin, end) of the file with zeros for the digits at `digits`.
+static uint64_t piece_checksum(const uint8_t *file, size_t begin, size_t end, size_t digits) {
+    if (digits >= end || digits + SEAL_DIGITS <= begin) return checksum_of(file + begin, end - begin);
+    size_t from = digits > begin ? digits : begin, to = digits + SEAL_DIGITS < end ? digits + SEAL_DIGITS : end;
+    Checksum s;
+    checksum_begin(&s);
+    checksum_add(&s, file + begin, from - begin);
+    checksum_add(&s, seal_zeros, to - from);
+    checksum_add(&s, file + to, end - to);
+    return checksum_end(&s);
+}
+
+int safetensors_verify(const Safetensors *st, bool drop, Err *err) {
+    const char *stored = safetensors_meta(st, SEAL_KEY);
+    if (!stored) return 0;
+    const uint8_t *file = st->map.data;
+    size_t size = st->map.size, header = 0;
+    for (int i = 7; i >= 0; i--) header = header << 8 | file[i];         // checked when it was opened
+    const char *digits = seal_digits((const char *)file + 8, header);
+    if (!digits || strlen(stored) != SEAL_DIGITS || memcmp(digits, stored, SEAL_DIGITS))
+        return err_set(err, E_FORMAT, "%s: its checksum is not in the form in which it was written: another program "
+                       "changed the file; --no-verify reads it all the same", st->path);
+    size_t n = (size + SEAL_PIECE - 1) / SEAL_PIECE, at = (size_t)((const uint8_t *)digits - file);
+    uint64_t *sums = xmalloc(n * sizeof *sums);
+    #pragma omp parallel for schedule(dynamic, 4)
+    for (size_t i = 0; i < n; i++) {
+        size_t begin = i * SEAL_PIECE, end = size - begin < SEAL_PIECE ? size : begin + SEAL_PIECE;
+        file_populate(&st->map, begin, end);
+        sums[i] = piece_checksum(file, begin, end, at);
+        if (drop) file_drop(&st->map, begin, end);
+    }
+    Checksum all;
+    checksum_begin(&all);
+    for (size_t i = 0; i < n; i++) add_word(&all, sums[i]);
+    free(sums);
+    char found[SEAL_DIGITS + 1];
+    snprintf(found, sizeof found, "%016llx", (unsigned long long)checksum_end(&all));
+    if (memcmp(found, stored, SEAL_DIGITS) == 0) return 0;
+    return err_set(err, E_FORMAT, "%s: the checksum of its %zu bytes is %s, but %s was written: the file is damaged or "
+                   "was changed; --no-verify reads it all the same", st->path, size, found, stored);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Writing
 
@@ -208,11 +273,36 @@ struct StWriter {
     bool overflow, open;
     AtomicFile file;
     Checksum *sum;                       // of the whole file, if asked for
+    bool seal;                           // the file carries its own, too: at byte `digits`
+    size_t digits;
+    Checksum piece, pieces;              // of the piece that is being written, and of those before
 };
+
+static void seal_add(StWriter *w, const uint8_t *data, size_t bytes) {
+    while (bytes) {
+        size_t room = SEAL_PIECE - (size_t)w->piece.bytes, n = bytes < room ? bytes : room;
+        checksum_add(&w->piece, data, n);
+        if (n == room) {
+            add_word(&w->pieces, checksum_end(&w->piece));
+            checksum_begin(&w->piece);
+        }
+        data += n;
+        bytes -= n;
+    }
+}
 
 static void put(StWriter *w, const void *data, size_t bytes) {
     if (w->sum) checksum_add(w->sum, data, bytes);
+    if (w->seal) seal_add(w, data, bytes);
     atomic_write(&w->file, data, bytes);
+}
+
+static void put_seal(StWriter *w) {
+    char digits[SEAL_DIGITS + 1];
+    if (w->piece.bytes) add_word(&w->pieces, checksum_end(&w->piece));
+    snprintf(digits, sizeof digits, "%016llx", (unsigned long long)checksum_end(&w->pieces));
+    if (fseeko(w->file.f, (off_t)w->digits, SEEK_SET) && !w->file.failed) w->file.failed = errno;
+    atomic_write(&w->file, digits, SEAL_DIGITS);
 }
 
 StWriter *st_writer_new(void) {
@@ -253,6 +343,13 @@ void st_writer_checksum(StWriter *w, Checksum *sum) {
     w->sum = sum;
 }
 
+void st_writer_seal(StWriter *w) {
+    w->seal = true;
+    checksum_begin(&w->piece);
+    checksum_begin(&w->pieces);
+    st_writer_meta(w, SEAL_KEY, seal_zeros);
+}
+
 int st_writer_begin(StWriter *w, const char *path, Err *err) {
     if (w->overflow) return err_set(err, E_SHAPE, "%s: the tensors to write have impossible sizes", path);
     if (!w->meta->child) cJSON_DeleteItemFromObjectCaseSensitive(w->root, "__metadata__");
@@ -264,6 +361,7 @@ int st_writer_begin(StWriter *w, const char *path, Err *err) {
         return err_set(err, E_FORMAT, "%s: its header would be %zu bytes, more than the %u a reader accepts", path,
                        padded, MAX_HEADER);
     }
+    if (w->seal) w->digits = 8 + (size_t)(seal_digits(text, len) - text);
     int rc = atomic_open(&w->file, path, err);
     if (rc == 0) {
         w->open = true;
@@ -291,6 +389,7 @@ int st_writer_finish(StWriter *w, Err *err) {
                      w->declared);
         atomic_abort(&w->file);
     } else {
+        if (w->seal) put_seal(w);
         rc = atomic_commit(&w->file, err);
     }
     writer_free(w);

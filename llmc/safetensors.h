@@ -33,6 +33,9 @@ int safetensors_parse(Safetensors *st, const uint8_t *data, size_t size, const c
 void safetensors_close(Safetensors *st);
 const StTensor *safetensors_find(const Safetensors *st, const char *name);
 const char *safetensors_meta(const Safetensors *st, const char *key);
+// An open file that carries its own checksum (st_writer_seal) holds the bytes that were written: 0, else E_FORMAT. One
+// without a checksum passes. drop: pages leave this process once they were read (file_drop).
+int safetensors_verify(const Safetensors *st, bool drop, Err *err);
 
 // Writer: declare everything, then give the data in the order declared, in pieces of any size. Appears atomically.
 // Tensors are laid out in the order declared, data aligned to 64 bytes by padding the header.
@@ -42,6 +45,9 @@ void st_writer_meta(StWriter *w, const char *key, const char *value);
 void st_writer_tensor(StWriter *w, const char *name, DType dtype, int ndim, const int64_t *shape);
 // From st_writer_begin on, every byte of the file also goes into *sum, which must outlive the writer.
 void st_writer_checksum(StWriter *w, Checksum *sum);
+// The file carries its checksum, as metadata "checksum": sixteen hexadecimal digits, filled in at the end. Not together
+// with st_writer_checksum.
+void st_writer_seal(StWriter *w);
 int st_writer_begin(StWriter *w, const char *path, Err *err);
 void st_writer_data(StWriter *w, const void *data, size_t bytes);
 int st_writer_finish(StWriter *w, Err *err);   // E_FAIL with the cause if a write failed or data do not add up; frees w

@@ -606,7 +606,8 @@ static void doubled_tensor(void **state) {
 // ---------------------------------------------------------------------------------------------
 // Damaged model.bin
 
-// Copies a container, with one metadata value replaced, one tensor dropped, or the first bytes of one changed.
+// Copies a container, without its checksum and with one metadata value replaced, one tensor dropped, or the first bytes
+// of one changed.
 static void edit_bin(const char *from, const char *to, const char *key, const char *value, const char *drop,
                      const char *patch, const void *bytes, size_t n) {
     Safetensors st;
@@ -614,7 +615,8 @@ static void edit_bin(const char *from, const char *to, const char *key, const ch
     assert_int_equal(safetensors_open(&st, from, &err), 0);
     StWriter *w = st_writer_new();
     for (int i = 0; i < st.n_meta; i++)
-        st_writer_meta(w, st.meta[i].key, key && strcmp(key, st.meta[i].key) == 0 ? value : st.meta[i].value);
+        if (strcmp(st.meta[i].key, "checksum"))
+            st_writer_meta(w, st.meta[i].key, key && strcmp(key, st.meta[i].key) == 0 ? value : st.meta[i].value);
     for (int i = 0; i < st.n; i++)
         if (!drop || strcmp(drop, st.tensors[i].name))
             st_writer_tensor(w, st.tensors[i].name, st.tensors[i].dtype, st.tensors[i].ndim, st.tensors[i].shape);
@@ -681,6 +683,66 @@ static void damaged_bin(void **state) {
     float row[64];
     assert_int_equal(model_read_rows(&m, param_find(&table, q), 0, 1, row, &err), E_FORMAT);
     model_close(&m);
+    param_table_free(&table);
+}
+
+static void flip(const char *path, long at) {
+    FILE *f = fopen(path, "r+b");
+    assert_non_null(f);
+    assert_int_equal(fseek(f, at, SEEK_SET), 0);
+    int byte = fgetc(f);
+    assert_int_equal(fseek(f, at, SEEK_SET), 0);
+    fputc(byte ^ 1, f);
+    fclose(f);
+}
+
+// Any change of a model.bin is seen when it is opened, unless --no-verify; files without a checksum open as before.
+static void checksum(void **state) {
+    (void)state;
+    LlamaConfig c = small_config(true);
+    QuantPlan plan;
+    ParamTable table;
+    ModelFile m;
+    Err err = {0};
+    quant_plan_none(&plan);
+    assert_int_equal(quant_scheme_from_name(&plan.linear, "int8wo", &err), 0);
+    assert_int_equal(param_table_build(&table, &c, &plan, &err), 0);
+    const char *path = temp("sealed.bin"), *old = temp("old.bin");
+    for (int packed = 0; packed < 2; packed++) {
+        if (packed ? model_write_packed(path, &c, &plan, &table, NULL, DT_BF16, random_rows, &c, NULL, NULL, &err)
+                   : model_write_bin(path, &c, &plan, &table, NULL, DT_BF16, random_rows, &c, &err))
+            fail_msg("%s", err.text);
+        if (model_open_with(&m, path, MODEL_STREAM, &err)) fail_msg("%s", err.text);
+        const uint8_t *data = m.files[0].map.data;
+        const char *digits = memmem(data, m.files[0].map.size, "checksum\":\"", 11);
+        const char *theta = memmem(data, m.files[0].map.size, "vocab_size", 10);
+        assert_true(digits && theta);
+        long at[] = {0, (long)m.files[0].map.size - 1, (long)m.files[0].map.size / 2,
+                     (const uint8_t *)digits - data + 11, (const uint8_t *)theta - data + 3};
+        at[0] = (const uint8_t *)m.files[0].tensors[0].data - data;
+        model_close(&m);
+        for (size_t i = 0; i < sizeof at / sizeof *at; i++) {
+            flip(path, at[i]);
+            if (i < 4) expect_refused(path, E_FORMAT, "--no-verify");
+            else assert_true(model_open(&m, path, &err) < 0);          // a name in the configuration
+            if (i < 3) {
+                if (model_open_with(&m, path, MODEL_NO_VERIFY, &err)) fail_msg("%s", err.text);
+                model_close(&m);
+            }
+            flip(path, at[i]);
+        }
+        edit_bin(path, old, NULL, NULL, NULL, NULL, NULL, 0);
+        if (model_open(&m, old, &err)) fail_msg("%s", err.text);
+        assert_int_equal(model_unchanged(&m, &err), 0);
+        flip(old, (long)m.files[0].map.size - 1);
+        assert_int_equal(model_unchanged(&m, &err), E_FORMAT);
+        assert_non_null(strstr(err.text, "old.bin"));
+        model_close(&m);
+        if (model_open(&m, old, &err)) fail_msg("%s", err.text);
+        assert_int_equal(rename(path, old), 0);                            // another file, not this one
+        assert_int_equal(model_unchanged(&m, &err), 0);
+        model_close(&m);
+    }
     param_table_free(&table);
 }
 
@@ -991,6 +1053,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(hf_refuses_to_overwrite), cmocka_unit_test(strange_models), cmocka_unit_test(damaged_values),
     cmocka_unit_test(trained_rows_round_trip), cmocka_unit_test(damaged_rows), cmocka_unit_test(failed_rows),
     cmocka_unit_test(strange_places), cmocka_unit_test(doubled_tensor), cmocka_unit_test(damaged_bin),
+    cmocka_unit_test(checksum),
     cmocka_unit_test(failed_writes), cmocka_unit_test(opening_touches_no_data),
 };
 TEST_MAIN(tests)

@@ -217,8 +217,62 @@ static void failed_writes(void **state) {
     assert_false(path_exists(left));
 }
 
+// A file's checksum of itself, against doc/formats.md read another way; the digits lie in one piece, across the end of
+// the first, and at the beginning of the second.
+static void seal(void **state) {
+    (void)state;
+    Err err = {0};
+    const char *path = temp_file("sealed.safetensors");
+    const size_t piece = 1 << 20, n = 3 * piece + 77;
+    uint8_t *data = malloc(n);
+    char *pad = malloc(piece + 1);
+    for (size_t i = 0; i < n; i++) data[i] = (uint8_t)(i * i >> 7);
+    int across = 0;
+    for (size_t k = 0; k < 10; k++) {
+        size_t length = k ? piece - 150 + 10 * k : 10;
+        memset(pad, 'x', length);
+        pad[length] = 0;
+        StWriter *w = st_writer_new();
+        st_writer_meta(w, "pad", pad);
+        st_writer_meta(w, "note", "\"checksum\":\"0123456789abcdef\"");
+        st_writer_seal(w);
+        st_writer_tensor(w, "a", DT_U8, 1, (int64_t[]){(int64_t)n});
+        assert_int_equal(st_writer_begin(w, path, &err), 0);
+        st_writer_data(w, data, 5);
+        st_writer_data(w, data + 5, n - 5);
+        assert_int_equal(st_writer_finish(w, &err), 0);
+
+        Safetensors st;
+        assert_int_equal(safetensors_open(&st, path, &err), 0);
+        if (safetensors_verify(&st, k & 1, &err)) fail_msg("%s", err.text);
+        uint8_t *copy = malloc(st.map.size);
+        memcpy(copy, st.map.data, st.map.size);
+        const char *stored = safetensors_meta(&st, "checksum");
+        uint8_t *digits = memmem(copy, st.map.size, stored, 16);
+        assert_non_null(digits);
+        size_t at = (size_t)(digits - copy);
+        across += at < piece && at + 16 > piece;
+        memset(digits, '0', 16);
+        Checksum all;
+        checksum_begin(&all);
+        for (size_t i = 0; i < st.map.size; i += piece) {
+            uint64_t sum = checksum_of(copy + i, st.map.size - i < piece ? st.map.size - i : piece);
+            checksum_add(&all, &sum, 8);                                   // this machine is little-endian
+        }
+        char expected[17];
+        snprintf(expected, sizeof expected, "%016llx", (unsigned long long)checksum_end(&all));
+        assert_string_equal(stored, expected);
+        safetensors_close(&st);
+        free(copy);
+    }
+    assert_true(across > 0);
+    free(data);
+    free(pad);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(round_trip), cmocka_unit_test(hostile), cmocka_unit_test(header_length),
     cmocka_unit_test(nested_json), cmocka_unit_test(truncated_and_mangled), cmocka_unit_test(failed_writes),
+    cmocka_unit_test(seal),
 };
 TEST_MAIN(tests)
