@@ -49,12 +49,13 @@ typedef struct {
         keep, recompute, threads, max_skips, log_every, shard;
     int64_t seed;
     double lr, min_lr, weight_decay, beta1, beta2, eps, clip;
-    bool resume, hf, no_save;
+    bool resume, hf, no_save, no_verify;
 } TrainOptions;
 
 // Entries of an option table (cli.h); o is a TrainOptions with static storage.
 #define TRAIN_OPTIONS_DATA(o) \
     {"--model",        OPT_STRING, &o.model,        NULL,     NULL, "model to start from: Hugging Face folder, .gguf or model.bin"}, \
+    {"--no-verify",    OPT_FLAG,   &o.no_verify,    "0",      NULL, "do not compare a model.bin with its checksum"}, \
     {"--init",         OPT_STRING, &o.init,         NULL,     NULL, "start from random weights of a named shape: tiny, 1M, 5M, 135M, 1B, ..."}, \
     {"--tokenizer",    OPT_STRING, &o.tokenizer,    NULL,     NULL, "tokenizer.json, or \"bytes\" (default: the model's own; bytes with --init)"}, \
     {"--train-data",   OPT_STRING, &o.train_data,   NULL,     NULL, ".txt, .jsonl or token shards (.bin): a file, folder or pattern"}, \

@@ -49,7 +49,7 @@ int trainer_begin(Trainer *t, const TrainOptions *o, const Option *options, int 
     if ((rc = make_dir(o->out, err)) < 0) return rc;
     if ((rc = check_out_is_shared(o->out, err)) < 0) return rc;
     if (!o->model) return llama_config_named(&t->c, o->init, err);
-    if ((rc = model_open(&t->file, o->model, err)) < 0) return rc;
+    if ((rc = model_open_with(&t->file, o->model, o->no_verify ? MODEL_NO_VERIFY : 0, err)) < 0) return rc;
     t->c = t->file.config;
     return 0;
 }
