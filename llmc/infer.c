@@ -425,21 +425,24 @@ void infer_reset(Infer *s, int n) {
 }
 
 // A gather of rows is what embedding_forward does, whatever the table and whatever the bytes mean: here positions of
-// sequence 0, `bytes` each.
-static void fork_rows(Infer *s, void *rows, size_t bytes) {
-    size_t width = bytes / sizeof(floatX);
-    for (int b = 1; b < s->n; b++)
-        ops->embedding_forward((floatX *)rows + (size_t)b * (size_t)s->max_T * width, s->positions, rows,
-                               (size_t)s->pos, (int)width, s->pos);
+// each of the m sequences, `bytes` each, from the last sequence on, so that none is written over before it is read.
+static void fork_rows(Infer *s, void *rows, size_t bytes, int m, int copies) {
+    size_t width = bytes / sizeof(floatX), all = (size_t)s->max_T * width;
+    for (int to = m * copies - 1; to > 0; to--)
+        if (to / copies != to)
+            ops->embedding_forward((floatX *)rows + (size_t)to * all, s->positions,
+                                   (floatX *)rows + (size_t)(to / copies) * all, (size_t)s->pos, (int)width, s->pos);
 }
 
-void infer_fork(Infer *s, int n) {
+void infer_fork(Infer *s, int copies) {
     size_t heads = 2 * (size_t)s->c.NKV;
-    s->n = n < 1 ? 1 : n > s->B ? s->B : n;
+    int m = s->n, most = s->B / m;
+    copies = copies < 1 ? 1 : copies > most ? most : copies;
+    s->n = m * copies;
     for (int l = 0; l < s->c.L && s->pos > 0; l++) {
         KvCache *k = &s->block[l].cache;
-        fork_rows(s, k->values, heads * (size_t)k->HS * (s->kv == KV_INT8 ? 1 : sizeof(floatX)));
-        if (k->scale) fork_rows(s, k->scale, heads * sizeof(float));
+        fork_rows(s, k->values, heads * (size_t)k->HS * (s->kv == KV_INT8 ? 1 : sizeof(floatX)), m, copies);
+        if (k->scale) fork_rows(s, k->scale, heads * sizeof(float), m, copies);
     }
 }
 
@@ -541,9 +544,17 @@ static int check_ids(const Infer *s, const int32_t *ids, size_t n, const char *w
     return 0;
 }
 
-int infer_forward(Infer *s, const int32_t *tokens, const int32_t *targets, int T, float *logits, float *losses,
-                  Err *err) {
-    const LlamaConfig *c = &s->c;
+// Logits of the rows of a call: as many rows at a time as there is to be room for, once losses are asked for.
+static int room_for_losses(Infer *s, Err *err) {
+    int rows = s->max_N < LOGIT_ROWS ? s->max_N : LOGIT_ROWS;
+    if (s->logit_rows >= rows) return 0;
+    int rc = grab(s, &s->logits, (size_t)rows, (size_t)s->c.V, sizeof(float), "logits", err);
+    if (rc == 0) s->logit_rows = rows;
+    return rc;
+}
+
+// Checks a call, then runs the blocks over its tokens. The caller runs the head and moves pos on.
+static int run_tokens(Infer *s, const int32_t *tokens, const int32_t *targets, int T, bool scored, Err *err) {
     if (T < 1 || T > s->max_N / s->n)
         return err_set(err, E_USAGE, "%d tokens for each of %d sequences: this model was loaded for 1 to %d tokens a "
                                      "call", T, s->n, s->max_N);
@@ -553,51 +564,100 @@ int infer_forward(Infer *s, const int32_t *tokens, const int32_t *targets, int T
                        T, s->pos, s->max_T);
     size_t N = (size_t)s->n * (size_t)T;
     int rc = check_ids(s, tokens, N, "token", false, err);
-    if (rc == 0 && losses) {
+    if (rc == 0 && scored) {
         if (!targets) return err_set(err, E_USAGE, "losses need targets");
         rc = check_ids(s, targets, N, "target", true, err);
+        if (rc == 0) rc = room_for_losses(s, err);
     }
     if (rc < 0) return rc;
-    if (losses && s->logit_rows < LOGIT_ROWS && s->logit_rows < s->max_N) {
-        int rows = s->max_N < LOGIT_ROWS ? s->max_N : LOGIT_ROWS;
-        rc = grab(s, &s->logits, (size_t)rows, (size_t)c->V, sizeof(float), "logits", err);
-        if (rc < 0) return rc;
-        s->logit_rows = rows;
-    }
     device_copy_in(s->tokens, tokens, N * sizeof *tokens);
     device_copy_in(&s->state->pos, &s->pos, sizeof s->pos);
     embed(s, s->tokens, N);
     forward_blocks(s, T);
+    return 0;
+}
 
-    size_t piece = (size_t)s->logit_rows;
-    int32_t rows[LOGIT_ROWS];
-    for (size_t b = 0; logits && b < (size_t)s->n;) {
-        size_t n = 0;
-        for (; n < piece && b + n < (size_t)s->n; n++) rows[n] = (int32_t)((b + n + 1) * (size_t)T - 1);
-        head_piece(s, rows, n, N);
-        device_copy_out(logits + b * (size_t)c->V, s->logits, n * (size_t)c->V * sizeof(float));
-        b += n;
+// The next rows whose target counts, from *at on, at most `most`: their numbers and targets. Results of rows that do not
+// count are 0.
+static size_t scored_rows(int32_t *rows, int32_t *wanted, const int32_t *targets, size_t N, size_t *at, size_t most) {
+    size_t n = 0;
+    for (; n < most && *at < N; ++*at) {
+        if (targets[*at] < 0) continue;
+        rows[n] = (int32_t)*at;
+        wanted[n++] = targets[*at];
     }
-    for (size_t i = 0; losses && i < N;) {
-        int32_t wanted[LOGIT_ROWS];
-        float loss[LOGIT_ROWS];
-        size_t n = 0;
-        for (; n < piece && i < N; i++) {
-            losses[i] = 0.0f;
-            if (targets[i] < 0) continue;
-            rows[n] = (int32_t)i;
-            wanted[n++] = targets[i];
-        }
-        if (n == 0) break;
+    return n;
+}
+
+// Logits of these rows, and from them the losses.
+static void score_rows(Infer *s, float *losses, const int32_t *rows, const int32_t *wanted, size_t n, size_t N) {
+    float loss[LOGIT_ROWS];
+    head_piece(s, rows, n, N);
+    device_copy_in(s->targets, wanted, n * sizeof *wanted);
+    ops->classifier(s->losses, NULL, s->logits, s->targets, n, s->c.V);
+    device_copy_out(loss, s->losses, n * sizeof *loss);
+    for (size_t k = 0; k < n; k++) losses[rows[k]] = loss[k];
+}
+
+int infer_forward(Infer *s, const int32_t *tokens, const int32_t *targets, int T, float *logits, float *losses,
+                  Err *err) {
+    int32_t rows[LOGIT_ROWS], wanted[LOGIT_ROWS];
+    size_t N = (size_t)s->n * (size_t)T, V = (size_t)s->c.V, n;
+    int rc = run_tokens(s, tokens, targets, T, losses != NULL, err);
+    if (rc < 0) return rc;
+    for (size_t b = 0; logits && b < (size_t)s->n; b += n) {
+        for (n = 0; n < (size_t)s->logit_rows && b + n < (size_t)s->n; n++)
+            rows[n] = (int32_t)((b + n + 1) * (size_t)T - 1);
         head_piece(s, rows, n, N);
-        device_copy_in(s->targets, wanted, n * sizeof *wanted);
-        ops->classifier(s->losses, NULL, s->logits, s->targets, n, c->V);
-        device_copy_out(loss, s->losses, n * sizeof *loss);
-        for (size_t k = 0; k < n; k++) losses[rows[k]] = loss[k];
+        device_copy_out(logits + b * V, s->logits, n * V * sizeof(float));
+    }
+    if (losses) {
+        size_t at = 0;
+        memset(losses, 0, N * sizeof *losses);
+        while ((n = scored_rows(rows, wanted, targets, N, &at, (size_t)s->logit_rows)) > 0)
+            score_rows(s, losses, rows, wanted, n, N);
     }
     rc = device_sync(err);
     if (rc < 0) return rc;
     s->pos += T;
+    return 0;
+}
+
+int infer_compare(Infer *s, Infer *ref, const int32_t *tokens, const int32_t *targets, int T, float *losses,
+                  float *ref_losses, float *kl, int32_t *same, Err *err) {
+    if (s->c.V != ref->c.V)
+        return err_set(err, E_USAGE, "a vocabulary of %d cannot be compared with one of %d: the reference must be of the "
+                                     "same family", s->c.V, ref->c.V);
+    if (s->n != ref->n || s->pos != ref->pos)
+        return err_set(err, E_USAGE, "the model stands at %d sequences and position %d, its reference at %d and %d: both "
+                                     "must be given the same calls", s->n, s->pos, ref->n, ref->pos);
+    size_t N = (size_t)s->n * (size_t)T, at = 0, n;
+    int rc = run_tokens(s, tokens, targets, T, true, err);
+    if (rc == 0) rc = run_tokens(ref, tokens, targets, T, true, err);
+    if (rc < 0) return rc;
+    int32_t rows[LOGIT_ROWS], wanted[LOGIT_ROWS], alike[LOGIT_ROWS];
+    float distance[LOGIT_ROWS];
+    size_t most = (size_t)(s->logit_rows < ref->logit_rows ? s->logit_rows : ref->logit_rows);
+    memset(losses, 0, N * sizeof *losses);
+    memset(ref_losses, 0, N * sizeof *ref_losses);
+    memset(kl, 0, N * sizeof *kl);
+    memset(same, 0, N * sizeof *same);
+    while ((n = scored_rows(rows, wanted, targets, N, &at, most)) > 0) {
+        score_rows(s, losses, rows, wanted, n, N);
+        score_rows(ref, ref_losses, rows, wanted, n, N);
+        // losses and rows have been read: their memory takes what comes of the comparison
+        ops->compare_logits(s->losses, s->rows, s->logits, ref->logits, n, s->c.V);
+        device_copy_out(distance, s->losses, n * sizeof *distance);
+        device_copy_out(alike, s->rows, n * sizeof *alike);
+        for (size_t k = 0; k < n; k++) {
+            kl[rows[k]] = distance[k];
+            same[rows[k]] = alike[k];
+        }
+    }
+    rc = device_sync(err);
+    if (rc < 0) return rc;
+    s->pos += T;
+    ref->pos += T;
     return 0;
 }
 

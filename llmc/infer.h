@@ -30,8 +30,9 @@ void infer_free(Infer *s);
 
 // Empties the cache; the next calls bring n sequences, 1 <= n <= B (after infer_new: B).
 void infer_reset(Infer *s, int n);
-// From one sequence, n with the same past (1 <= n <= B): what has one context and several continuations.
-void infer_fork(Infer *s, int n);
+// Each sequence becomes `copies` of it with the same past, side by side (b goes on as b * copies and those after it),
+// as far as B holds them: for contexts that each have several continuations.
+void infer_fork(Infer *s, int copies);
 int infer_position(const Infer *s);                      // tokens in the cache
 
 size_t infer_model_bytes(const Infer *s);                // parameters as held in memory, all of them
@@ -48,6 +49,11 @@ size_t infer_memory_bytes(const Infer *s);               // everything that was 
 // Token ids and lengths are checked: E_USAGE, and nothing has changed.
 int infer_forward(Infer *s, const int32_t *tokens, const int32_t *targets, int T, float *logits, float *losses,
                   Err *err);
+// The same tokens through a model and a reference of the same vocabulary, which have been given the same calls before;
+// neither's logits leave the device. All (n*T), 0 where the target is < 0: the losses of both, kl the divergence
+// sum p_ref (log p_ref - log p) in nats, and same 1 where both hold the same token for the likeliest.
+int infer_compare(Infer *s, Infer *ref, const int32_t *tokens, const int32_t *targets, int T, float *losses,
+                  float *ref_losses, float *kl, int32_t *same, Err *err);
 // One step of decoding, where there is one sequence: runs *token and leaves in its place the one that `sampler` chooses
 // next (draw: how many were chosen before it), -1 when no logit is above -infinity. Nothing but the token leaves the
 // device.
