@@ -1,9 +1,6 @@
 // Top-k and top-p without a sort and without memory: the cut is found by three histograms over the bits of the weights.
 #include "sampler.h"
 #include <math.h>
-#include "rng.h"
-
-enum { SAMPLER_STREAM = 0x53414d50 };            // keeps these draws apart from those of training
 
 int argmax_token(const float *logits, int V) {
     int best = -1;
@@ -13,22 +10,23 @@ int argmax_token(const float *logits, int V) {
     return best;
 }
 
-// Weights are exp(.) of finite values: not negative, so that their bits order like the values. Keeps the largest ones
-// until their amount (their number, or their sum) reaches `enough`, and sets the others to zero. Of equals at the cut,
-// the first.
+static uint64_t amount_of(float w, bool by_number) { return by_number ? 1 : sampler_amount(w); }
+
+// Weights are not negative, so that their bits order like the values. Keeps the largest ones until their amount (their
+// number, or the sum of their amounts) reaches `enough`, and sets the others to zero. Of equals at the cut, the first.
 //
 // The 32 bits of the smallest kept weight are found from the top in digits of 11, 11 and 10 bits: each pass sums the
 // amounts by digit among the weights that share the digits found so far, then walks down from the largest digit.
-static void keep_largest(float *w, int V, double enough, bool by_number) {
+static void keep_largest(float *w, int V, uint64_t enough, bool by_number) {
     static const int shift[3] = {21, 10, 0}, bits[3] = {11, 11, 10};
     uint32_t prefix = 0;
-    double above = 0.0;                          // amount of the weights known to be larger than the cut
+    uint64_t above = 0;                          // amount of the weights known to be larger than the cut
     for (int pass = 0; pass < 3; pass++) {
-        double amount[2048] = {0};
+        uint64_t amount[2048] = {0};
         uint32_t mask = (1u << bits[pass]) - 1u, known = pass ? ~0u << shift[pass - 1] : 0u;
         for (int i = 0; i < V; i++) {
             uint32_t key = f32_bits(w[i]);
-            if ((key & known) == prefix) amount[key >> shift[pass] & mask] += by_number ? 1.0 : (double)w[i];
+            if ((key & known) == prefix) amount[key >> shift[pass] & mask] += amount_of(w[i], by_number);
         }
         uint32_t digit = mask;
         while (digit > 0 && above + amount[digit] < enough) above += amount[digit--];
@@ -37,14 +35,14 @@ static void keep_largest(float *w, int V, double enough, bool by_number) {
     for (int i = 0; i < V; i++) {
         uint32_t key = f32_bits(w[i]);
         if (key > prefix) continue;
-        if (key == prefix && above < enough) above += by_number ? 1.0 : (double)w[i];
+        if (key == prefix && above < enough) above += amount_of(w[i], by_number);
         else w[i] = 0.0f;
     }
 }
 
-static double sum_weights(const float *w, int V) {
-    double sum = 0.0;
-    for (int i = 0; i < V; i++) sum += (double)w[i];
+static uint64_t sum_amounts(const float *w, int V) {
+    uint64_t sum = 0;
+    for (int i = 0; i < V; i++) sum += sampler_amount(w[i]);
     return sum;
 }
 
@@ -52,25 +50,18 @@ int sample_token(const Sampler *s, float *logits, int V, uint64_t step) {
     int best = argmax_token(logits, V);
     if (best < 0 || !(s->temperature > 0.0f) || isinf(logits[best])) return best;
     float top = logits[best];
-    for (int i = 0; i < V; i++) {
-        float w = expf((logits[i] - top) / s->temperature);
-        logits[i] = w >= 0.0f ? w : 0.0f;        // NaN becomes 0, and so does a -0 in any libm
-    }
-    if (s->top_k > 0 && s->top_k < V) keep_largest(logits, V, (double)s->top_k, true);
-    double total = sum_weights(logits, V);
+    for (int i = 0; i < V; i++) logits[i] = sampler_weight(logits[i], top, s->temperature);
+    if (s->top_k > 0 && s->top_k < V) keep_largest(logits, V, (uint64_t)s->top_k, true);
+    uint64_t total = sum_amounts(logits, V);
     if (s->top_p < 1.0f) {
-        keep_largest(logits, V, (double)s->top_p * total, false);
-        total = sum_weights(logits, V);
+        keep_largest(logits, V, sampler_enough(s->top_p, total), false);
+        total = sum_amounts(logits, V);
     }
-    Philox r = philox(s->seed, SAMPLER_STREAM, step);
-    double u = ((double)(r.v[0] >> 5) * 67108864.0 + (double)(r.v[1] >> 6)) * 0x1p-53;   // 53 bits, below 1
-    double below = 0.0, draw = u * total;
-    int last = best;
+    if (total == 0) return best;
+    uint64_t below = 0, draw = sampler_draw(s->seed, step, total);
     for (int i = 0; i < V; i++) {
-        if (logits[i] == 0.0f) continue;
-        below += (double)logits[i];
-        last = i;
-        if (draw < below) break;                 // if rounding lets all pass, the last kept one is taken
+        below += sampler_amount(logits[i]);
+        if (draw < below) return i;
     }
-    return last;
+    return best;
 }
