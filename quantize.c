@@ -2,6 +2,7 @@
 //
 //   ./quantize run1/model.bin                      the scheme is read from the file: writes run1/model-8da4w-32.bin
 //   ./quantize SmolLM2-135M/ --scheme int4wo-64    any model, any scheme
+//   ./quantize model-8da4w-32.bin --to gguf        and into the files of other engines: gguf, hf, dequantized
 //
 // Every quantized tensor is read as bf16 (what fake quantization trained with), a scale (and zero point) is chosen for
 // each of its blocks, its codes are packed, and its error against the float weights is reported: the
@@ -10,16 +11,20 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "llmc/checkpoint.h"
 #include "llmc/cli.h"
+#include "llmc/export.h"
 #include "llmc/logger.h"
+
+enum { TO_BIN, TO_GGUF, TO_HF, TO_DEQUANTIZED };
 
 static struct {
     const char *scheme, *weight, *activation, *embedding, *head, *out, *hf_out, *json;
     StringList rules;
-    int dtype;
-    bool quiet;
+    int dtype, to;
+    bool quiet, allow_inexact;
 } run;
 
 static const Option options[] = {
@@ -32,7 +37,12 @@ static const Option options[] = {
     {"--head",       OPT_STRING, &run.head,       NULL,    NULL, "the head of a tied table, as in int8,channel"},
     {"--rule",       OPT_LIST,   &run.rules,      NULL,    NULL,
      "PATTERN=SCHEME or 'PATTERN=WEIGHT;ACTIVATION' for linears by name; the last match wins"},
-    {"--out",        OPT_STRING, &run.out,        NULL,    NULL, "file to write (default: MODEL-SCHEME.bin)"},
+    {"--to",         OPT_ENUM,   &run.to,         "bin",   "bin,gguf,hf,dequantized",
+     "our own file, GGUF (llama.cpp), a compressed-tensors folder (transformers, vLLM), or a folder of floats"},
+    {"--allow-inexact", OPT_FLAG, &run.allow_inexact, "0", NULL,
+     "with --to: write the nearest where the format cannot hold a value exactly"},
+    {"--out",        OPT_STRING, &run.out,        NULL,    NULL,
+     "file or folder to write (default: MODEL-SCHEME.bin, .gguf, -hf or -dequantized)"},
     {"--hf-out",     OPT_STRING, &run.hf_out,     NULL,    NULL, "also write a dequantized Hugging Face folder"},
     {"--dtype",      OPT_ENUM,   &run.dtype,      "auto",  "auto,bf16,f32",
      "of tensors that stay floats (auto: f32 in an fp32 build if the model has it, else bf16)"},
@@ -75,8 +85,11 @@ static double input_bytes(const ModelFile *m) {
     return sum;
 }
 
-// run1/model.bin -> run1/model-8da4w-32.bin, SmolLM2/ -> SmolLM2-8da4w-32.bin.
-static int default_out(char *out, size_t size, const char *model, const char *scheme, Err *err) {
+// run1/model.bin -> run1/model-8da4w-32.bin, SmolLM2/ -> SmolLM2-8da4w-32.bin. A packed model's name stays: it was
+// given for its scheme.
+static int default_out(char *out, size_t size, const ModelFile *m, const char *scheme, Err *err) {
+    static const char *const ends[] = {".bin", ".gguf", "-hf", "-dequantized"};
+    const char *model = m->path;
     size_t len = strlen(model);
     while (len > 1 && model[len - 1] == '/') len--;
     size_t base = len;
@@ -92,7 +105,9 @@ static int default_out(char *out, size_t size, const char *model, const char *sc
             break;
         }
     }
-    if ((size_t)snprintf(out, size, "%.*s-%s.bin", (int)len, model, scheme) >= size)
+    bool named = m->packed || (run.to && !strcmp(scheme, "none"));
+    if ((size_t)snprintf(out, size, "%.*s%s%s%s", (int)len, model, named ? "" : "-", named ? "" : scheme,
+                         ends[run.to]) >= size)
         return err_set(err, E_USAGE, "the output's name would be longer than %zu bytes; say --out FILE", size);
     return 0;
 }
@@ -107,7 +122,7 @@ static int check_outputs(const ModelFile *m, const char *out, Err *err) {
             if (paths[j] && (!strcmp(paths[i], paths[j]) || same_file(paths[i], paths[j])))
                 return err_set(err, E_USAGE, "%s would be written twice; give different names", paths[i]);
     }
-    if (path_is_dir(out)) return err_set(err, E_USAGE, "%s is a folder; --out names a file", out);
+    if (path_is_dir(out) && run.to <= TO_GGUF) return err_set(err, E_USAGE, "%s is a folder; --out names a file", out);
     return 0;
 }
 
@@ -223,7 +238,7 @@ static int write_json(const Totals *s, const Report *t, const ModelFile *m, cons
 }
 
 // ---------------------------------------------------------------------------------------------
-// The conversion
+// What is made of what
 
 static DType float_dtype(const ModelFile *m) {
     if (run.dtype) return run.dtype == 1 ? DT_BF16 : DT_F32;
@@ -236,6 +251,11 @@ static DType float_dtype(const ModelFile *m) {
 }
 
 static int choose_plan(QuantPlan *plan, const ModelFile *m, Err *err) {
+    bool asked = run.scheme || run.weight || run.activation || run.embedding || run.head || run.rules.n;
+    if (m->packed && run.to && !asked) {
+        *plan = m->plan;
+        return 0;
+    }
     if (m->packed && quant_plan_has_rows(&m->plan))
         return err_set(err, E_USAGE, "%s is packed already (%s): INT8 rows are stored as codes; generate and eval read "
                        "it as it is", m->path, m->plan.name);
@@ -245,8 +265,7 @@ static int choose_plan(QuantPlan *plan, const ModelFile *m, Err *err) {
     int rc = quant_plan_from_options(plan, &m->plan, run.scheme, run.weight, run.activation, run.embedding, run.head,
                                      run.rules.item, run.rules.n, err);
     if (rc) return rc;
-    bool asked = run.scheme || run.weight || run.activation || run.embedding || run.head || run.rules.n;
-    if (quant_plan_is_none(plan) && !asked)
+    if (quant_plan_is_none(plan) && !asked && run.to == TO_BIN)
         return err_set(err, E_USAGE, "%s carries no quantization scheme; choose one, as in --scheme 8da4w-32 (or "
                        "int8wo, int8dq, int4wo-64, int3-32), or --scheme none for a float copy", m->path);
     if (!m->config.tied && run.head)
@@ -261,15 +280,115 @@ static int choose_plan(QuantPlan *plan, const ModelFile *m, Err *err) {
     return 0;
 }
 
+// ---------------------------------------------------------------------------------------------
+// Exports
+
+// The table of an export, and its sums.
+typedef struct { FILE *json; int n, inexact; double bytes; } Exported;
+
+static void export_row(void *ctx, const ExportRow *row) {
+    Exported *t = ctx;
+    t->bytes += (double)row->bytes;
+    t->inexact += !row->exact;
+    if (t->json) {
+        fputs(t->n ? ",\n  {\"name\": " : "\n  {\"name\": ", t->json);
+        json_write_string(t->json, row->name);
+        fprintf(t->json, ", \"shape\": [%lld, %lld], \"form\": \"%s\", \"bytes\": %zu, \"exact\": %s, ",
+                (long long)row->rows, (long long)row->cols, row->form, row->bytes, row->exact ? "true" : "false");
+        fputs("\"max_abs_err\": ", t->json);
+        json_write_double(t->json, row->max_err);
+        fputc('}', t->json);
+    }
+    t->n++;
+    if (run.quiet) return;
+    if (t->n == 1) printf("%-46s %15s  %-12s %s\n", "tensor", "shape", "as", "values");
+    char shape[48];
+    snprintf(shape, sizeof shape, "%lld x %lld", (long long)row->rows, (long long)row->cols);
+    printf("%-46s %15s  %-12s ", row->name, shape, row->form);
+    if (row->exact) puts("exact");
+    else printf("off by up to %.3g, %.3f%% of the largest\n", row->max_err,
+                row->amax > 0 ? 100 * row->max_err / row->amax : 0.0);
+}
+
+static void export_note(void *ctx, const char *text) {
+    (void)ctx;
+    fflush(stdout);
+    fprintf(stderr, "%s: note: %s\n", program_name, text);
+}
+
+static int export_as(int to, const char *out, const ModelFile *m, const ExportOptions *o, Err *err) {
+    if (to == TO_GGUF) return export_gguf(out, m, o, err);
+    return to == TO_HF ? export_compressed(out, m, o, err) : export_dequantized(out, m, o, err);
+}
+
 // The packed file is opened anew, so that what is exported is what it holds.
-static int export_hf(const char *packed, const ParamTable *table, Err *err) {
+static int export_packed(int to, const char *out, const char *packed, const ExportOptions *o, Err *err) {
     ModelFile m;
     int rc = model_open(&m, packed, err);
     if (rc) return rc;
-    rc = model_write_hf(run.hf_out, &m.config, table, m.tokenizer, DT_BF16, model_row_source, &m, err);
+    rc = export_as(to, out, &m, o, err);
     model_close(&m);
     return rc;
 }
+
+static int export_hf(const char *packed, Err *err) {
+    ExportOptions o = {.dtype = -1, .note = export_note, .allow_inexact = true};
+    return export_packed(TO_DEQUANTIZED, run.hf_out, packed, &o, err);
+}
+
+// A model that is to be quantized first is packed beside the export, into a file that goes again.
+static int pack_and_export(ModelFile *m, const QuantPlan *plan, const char *out, const ExportOptions *o, Err *err) {
+    char packed[1200];
+    ParamTable table;
+    size_t len = strlen(out);
+    while (len > 1 && out[len - 1] == '/') len--;
+    snprintf(packed, sizeof packed, "%.*s.packed-%ld", (int)len, out, (long)getpid());
+    int rc = param_table_build(&table, &m->config, plan, err);
+    if (rc) return rc;
+    rc = model_write_packed(packed, &m->config, plan, &table, m->tokenizer, float_dtype(m), model_row_source, m, NULL,
+                            NULL, err);
+    param_table_free(&table);
+    if (rc == 0) rc = export_packed(run.to, out, packed, o, err);
+    unlink(packed);
+    return rc;
+}
+
+static int export_model(ModelFile *m, const QuantPlan *plan, const char *out, Err *err) {
+    Exported t = {0};
+    AtomicFile json;
+    int rc = 0;
+    double start = now_seconds();
+    ExportOptions o = {.allow_inexact = run.allow_inexact, .report = export_row, .note = export_note, .ctx = &t};
+    o.dtype = run.dtype == 0 ? -1 : run.dtype == 1 ? DT_BF16 : DT_F32;
+    if (run.hf_out) return err_set(err, E_USAGE, "--hf-out goes with --to bin; --to dequantized writes such a folder");
+    if (run.json) {
+        if ((rc = atomic_open(&json, run.json, err))) return rc;
+        t.json = json.f;
+        fputs("{\"model\": ", t.json);
+        json_write_string(t.json, m->path);
+        fputs(", \"out\": ", t.json);
+        json_write_string(t.json, out);
+        fputs(",\n \"tensors\": [", t.json);
+    }
+    if (run.to == TO_DEQUANTIZED && run.dtype == 0 && quant_plan_is_none(plan)) o.dtype = float_dtype(m);
+    rc = m->packed || quant_plan_is_none(plan) ? export_as(run.to, out, m, &o, err) :
+        pack_and_export(m, plan, out, &o, err);
+    if (run.json) {
+        fputs("]}\n", t.json);
+        if (ferror(t.json)) json.failed = 1;
+        if (rc) atomic_abort(&json);
+        else rc = atomic_commit(&json, err);
+    }
+    if (rc) return rc;
+    char size[32], time[32];
+    printf("%s%d tensors, %s%s; %s -> %s (%s) in %s\n", run.quiet ? "" : "\n", t.n, fmt_bytes(size, t.bytes),
+           t.inexact ? "" : ", all exact", m->path, out, plan->name, fmt_time(time, now_seconds() - start));
+    if (t.inexact) printf("%d of them are not exact: see their largest errors above\n", t.inexact);
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------
+// The conversion
 
 static int quantize(ModelFile *m, Err *err) {
     QuantPlan plan;
@@ -280,10 +399,11 @@ static int quantize(ModelFile *m, Err *err) {
     int rc = choose_plan(&plan, m, err);
     if (rc) return rc;
     if (!out) {
-        if ((rc = default_out(derived, sizeof derived, m->path, plan.name, err))) return rc;
+        if ((rc = default_out(derived, sizeof derived, m, plan.name, err))) return rc;
         out = derived;
     }
     if ((rc = check_outputs(m, out, err))) return rc;
+    if (run.to) return export_model(m, &plan, out, err);
     if ((rc = param_table_build(&table, &m->config, &plan, err))) return rc;
 
     double start = now_seconds();
@@ -298,12 +418,8 @@ static int quantize(ModelFile *m, Err *err) {
         print_totals(&s, &report, m, &plan, out);
         if (run.json) rc = write_json(&s, &report, m, &plan, out, err);
     }
-    if (rc == 0 && run.hf_out && (rc = export_hf(out, &table, err)) == 0) {
+    if (rc == 0 && run.hf_out && (rc = export_hf(out, err)) == 0)
         printf("dequantized weights for transformers: %s\n", run.hf_out);
-        if (m->config.tied && plan.tied_head.bits)
-            fprintf(stderr, "%s: note: a tied folder holds one table: that of the embedding, not the head's\n",
-                    program_name);
-    }
     free(report.row);
     param_table_free(&table);
     return rc;

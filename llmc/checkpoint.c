@@ -23,6 +23,10 @@ static QuantSpec packed_spec(const LlamaConfig *c, const QuantPlan *plan, const 
     return quant_plan_linear(plan, p->name).weight;
 }
 
+QuantSpec model_packed_spec(const ModelFile *m, const Param *p) {
+    return m->packed ? packed_spec(&m->config, &m->plan, p) : (QuantSpec){0};
+}
+
 // Zero points are codes in the integer domain, real numbers in the float domain.
 static DType zero_dtype(const QuantSpec *s) {
     return s->zero == QZ_FLOAT ? DT_BF16 : s->is_unsigned ? DT_U8 : DT_I8;

@@ -54,6 +54,8 @@ typedef struct { const uint8_t *codes; float *scale, *zero; int64_t n_scales; } 
 // "lm_head.weight".
 int model_packed(const ModelFile *m, const Param *p, PackedTensor *t, Err *err);
 void packed_tensor_free(PackedTensor *t);
+// The spec that p is packed with in m; bits == 0 where it is stored as floats.
+QuantSpec model_packed_spec(const ModelFile *m, const Param *p);
 
 // Where the writers take the values from: `rows` of p starting at row0 as f32 into out; returns 0 or an error.
 typedef int (*RowSource)(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err);

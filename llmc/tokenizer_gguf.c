@@ -1,6 +1,6 @@
-// A tokenizer as GGUF metadata, the inverse of tokenizer_from_gguf. GGUF says what a token is and which merges there are,
-// and names the way in which text is split by one word (tokenizer.ggml.pre): tokenizers that split in another way than
-// those that have a word cannot be written.
+// A tokenizer as GGUF metadata, the inverse of tokenizer_from_gguf. GGUF says what a token is and which merges there
+// are, and names the way in which text is split by one word (tokenizer.ggml.pre): tokenizers that split in another way
+// than those that have a word cannot be written.
 #include <cjson/cJSON.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,9 +27,9 @@ static const char *pre_name(const Tokenizer *t) {
         !(t->options & OPT_IGNORE_MERGES))
         return "smollm";
     // llama-bpe looks a word up whole before it merges.
-    if (is_step(s, PRE_SPLIT, 0) && s->behavior == SPLIT_ISOLATED && s->a_len == strlen(LLAMA3_PATTERN) &&
-        !memcmp(s->a, LLAMA3_PATTERN, s->a_len) && is_step(s + 1, PRE_BYTE_LEVEL, 0) && (t->options & OPT_IGNORE_MERGES))
-        return "llama-bpe";
+    bool llama3 = is_step(s, PRE_SPLIT, 0) && s->behavior == SPLIT_ISOLATED && s->a_len == strlen(LLAMA3_PATTERN) &&
+        !memcmp(s->a, LLAMA3_PATTERN, s->a_len) && is_step(s + 1, PRE_BYTE_LEVEL, 0);
+    if (llama3 && (t->options & OPT_IGNORE_MERGES)) return "llama-bpe";
     return NULL;
 }
 
@@ -122,8 +122,8 @@ static int put_scores(GgufWriter *w, const Tokenizer *t, int vocab, Err *err) {
     free(score);
     free(made);
     if (ordered && ways == t->n_merges && rank < 1 << 24) return 0;
-    return err_set(err, E_USAGE, "the tokenizer's %d merges are not those of a SentencePiece vocabulary (%lld ways to cut "
-                   "its tokens in two), which GGUF's scores cannot say; write the model without its tokenizer "
+    return err_set(err, E_USAGE, "the tokenizer's %d merges are not those of a SentencePiece vocabulary (%lld ways to "
+                   "cut its tokens in two), which GGUF's scores cannot say; write the model without its tokenizer "
                    "(--allow-inexact), or use --to hf", t->n_merges, (long long)ways);
 }
 
@@ -147,8 +147,8 @@ int tokenizer_to_gguf(const Tokenizer *t, GgufWriter *w, int vocab, Err *err) {
         return err_set(err, E_FORMAT, "the tokenizer has ids up to %d, the model's vocabulary ends at %d", t->n - 1,
                        vocab - 1);
     if (spm ? !is_plain_spm(t, &prefix) : !pre)
-        return err_set(err, E_USAGE, "the tokenizer (%s) splits text in a way that GGUF has no name for; write the model "
-                       "without its tokenizer (--allow-inexact), or use --to hf", tokenizer_name(t));
+        return err_set(err, E_USAGE, "the tokenizer (%s) splits text in a way that GGUF has no name for; write the "
+                       "model without its tokenizer (--allow-inexact), or use --to hf", tokenizer_name(t));
     gguf_put_text(w, "tokenizer.ggml.model", spm ? "llama" : "gpt2");
     if (pre) gguf_put_text(w, "tokenizer.ggml.pre", pre);
     put_tokens(w, t, vocab, spm);
