@@ -1,4 +1,4 @@
-// Wikitext and HellaSwag: texts in, prepared texts and sums out.
+// Wikitext, HellaSwag, distance from a reference: texts and values in, prepared texts and sums out.
 #include "metrics.h"
 #include <locale.h>
 #include <math.h>
@@ -402,4 +402,54 @@ double choice_stderr(int n, int right) {
     if (n < 2) return NAN;
     double acc = (double)right / n;
     return sqrt(acc * (1.0 - acc) / (n - 1));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Distance from a reference model.
+
+typedef struct { double mean, error; } Mean;
+
+// Of a[i] - b[i], b NULL for none, in the order of the text.
+static Mean window_mean(const float *a, const float *b, const size_t *count, size_t windows) {
+    double sum = 0, squares = 0;
+    size_t n = 0;
+    for (size_t w = 0; w < windows; w++) n += count[w];
+    for (size_t i = 0; i < n; i++) sum += (double)a[i] - (b ? (double)b[i] : 0.0);
+    double mean = sum / (double)n;
+    for (size_t w = 0, i = 0; w < windows; w++) {
+        double off = -mean * (double)count[w];
+        for (size_t end = i + count[w]; i < end; i++) off += (double)a[i] - (b ? (double)b[i] : 0.0);
+        squares += off * off;
+    }
+    double W = (double)windows;
+    return (Mean){mean, windows < 2 ? NAN : sqrt(W / (W - 1) * squares) / (double)n};
+}
+
+static int by_value(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+static double percentile(const float *sorted, size_t n, double q) {
+    double at = q * (double)(n - 1);
+    size_t low = (size_t)at, high = low + 1 < n ? low + 1 : low;
+    return (double)sorted[low] + (at - (double)low) * ((double)sorted[high] - (double)sorted[low]);
+}
+
+void distance_measure(Distance *d, float *kl, const float *loss, const float *ref_loss, const float *same,
+                      const size_t *count, size_t windows) {
+    Mean divergence = window_mean(kl, NULL, count, windows), alike = window_mean(same, NULL, count, windows);
+    Mean change = window_mean(loss, ref_loss, count, windows);
+    *d = (Distance){.kl_mean = divergence.mean, .kl_stderr = divergence.error, .same = alike.mean,
+                    .same_stderr = alike.error, .ratio = exp(change.mean),
+                    .ratio_stderr = exp(change.mean) * change.error};
+    for (size_t w = 0; w < windows; w++) d->n += count[w];
+    if (isnan(divergence.mean)) {                            // nothing to sort by
+        *d = (Distance){d->n, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN};
+        return;
+    }
+    qsort(kl, d->n, sizeof *kl, by_value);
+    d->kl_median = percentile(kl, d->n, 0.5);
+    d->kl_p99 = percentile(kl, d->n, 0.99);
+    d->kl_max = (double)kl[d->n - 1];
 }

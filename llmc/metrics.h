@@ -64,6 +64,23 @@ typedef struct { int n, right, right_norm; } ChoiceScore;
 void choice_add(ChoiceScore *c, const double *scores, const int *chars, int n_choices, int label);
 double choice_stderr(int n, int right);                      // NaN for n < 2
 
+// ---------------------------------------------------------------------------------------------
+// Distance from a reference model.
+
+// Of n tokens: kl in nats, loss of the model and of the reference, same (1 where both hold the same token for the
+// likeliest). The text was read in windows, one after the other, of count[w] tokens; tokens of one window depend on each
+// other, so standard errors take windows for what was drawn: sqrt(W / (W - 1) sum_w (sum_w - mean count_w)^2) / n, NaN
+// for a single window. Percentiles interpolate between the two nearest ranks, at q (n - 1). All NaN where a kl is.
+typedef struct {
+    size_t n;
+    double kl_mean, kl_stderr, kl_median, kl_p99, kl_max;
+    double same, same_stderr;                                // share of tokens
+    double ratio, ratio_stderr;                              // perplexity over the reference's
+} Distance;
+// n, the sum of the counts, is 1 at least. kl is left sorted.
+void distance_measure(Distance *d, float *kl, const float *loss, const float *ref_loss, const float *same,
+                      const size_t *count, size_t windows);
+
 #ifdef __cplusplus
 }
 #endif
