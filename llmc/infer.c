@@ -371,6 +371,8 @@ int infer_new(Infer **out, const ModelFile *m, const InferOptions *o, Err *err) 
     if (o->B < 1 || o->max_T < 1 || o->max_N < o->B)
         return err_set(err, E_USAGE, "a batch of %d, a context of %d and %d tokens a call: each must be at least 1, and a "
                        "call holds a token of every sequence", o->B, o->max_T, o->max_N);
+    if (o->max_N > INT32_MAX / (m->config.NH + 2 * m->config.NKV))       // rows of heads are counted in int
+        return err_set(err, E_USAGE, "%d tokens a call are too many for %d heads; use fewer", o->max_N, m->config.NH);
     if (o->as_float && m->packed)
         return err_set(err, E_USAGE, "%s holds codes only: it cannot run as the float model it was made from; give "
                                      "that model", m->path);
