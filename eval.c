@@ -642,7 +642,11 @@ static int eval_hellaswag(Eval *e, Err *err) {
     if (rc == 0) rc = run_tasks(e, task, h.n, scores, err);
     if (rc == 0) {
         ChoiceScore score = {0};
-        for (int i = 0; i < h.n; i++) choice_add(&score, scores[i], h.item[i].chars, 4, h.item[i].label);
+        double sum = 0;                          // of all endings: moves with the slightest change of a score
+        for (int i = 0; i < h.n; i++) {
+            choice_add(&score, scores[i], h.item[i].chars, 4, h.item[i].label);
+            for (int k = 0; k < 4; k++) sum += scores[i][k];
+        }
         double acc = (double)score.right / score.n, norm = (double)score.right_norm / score.n;
         double acc_err = choice_stderr(score.n, score.right), norm_err = choice_stderr(score.n, score.right_norm);
         printf("hellaswag: %d tasks, 0-shot, %s%s\n", score.n,
@@ -657,6 +661,7 @@ static int eval_hellaswag(Eval *e, Err *err) {
         jsonlog_num(e->log, "acc_stderr", acc_err);
         jsonlog_num(e->log, "acc_norm", norm);
         jsonlog_num(e->log, "acc_norm_stderr", norm_err);
+        jsonlog_num(e->log, "loglikelihood", sum);
         report_end(e);
     }
     for (int i = 0; i < h.n; i++)

@@ -139,6 +139,40 @@ static void pages_begin_at_titles(void **state) {
     free(pages);
 }
 
+// Two windows, of three tokens and of two. Mean divergence (1 + 2 + 3 + 0 + 4) / 5 = 2; the windows' sums are off by
+// 6 - 6 = 0 and 4 - 4 = 0. Agreement 3/5: sums 3 - 9/5 and 0 - 6/5, so sqrt(2 (36/25 + 36/25)) / 5 = 12 / 25.
+static void distance_of_the_worked_example(void **state) {
+    (void)state;
+    float kl[5] = {1, 2, 3, 0, 4};
+    const float same[5] = {1, 1, 1, 0, 0}, loss[5] = {2, 2, 2, 2, 2.5f}, ref[5] = {2, 2, 2, 2, 2};
+    const size_t count[2] = {3, 2};
+    Distance d;
+    distance_measure(&d, kl, loss, ref, same, count, 2);
+    assert_int_equal(d.n, 5);
+    assert_true(d.kl_mean == 2.0 && d.kl_stderr == 0.0);
+    assert_true(d.kl_median == 2.0 && d.kl_max == 4.0);
+    assert_true(fabs(d.kl_p99 - 3.96) < 1e-12);               // 0.96 of the way from 3 to 4: q (n - 1) = 3.96
+    assert_true(fabs(d.same - 0.6) < 1e-15 && fabs(d.same_stderr - 0.48) < 1e-15);
+    // Losses are 0.5 / 5 apart: sums off by 0 - 0.3 and 0.5 - 0.2.
+    assert_true(fabs(d.ratio - exp(0.1)) < 1e-15);
+    assert_true(fabs(d.ratio_stderr - exp(0.1) * 0.6 / 5) < 1e-15);
+}
+
+static void distance_of_one_token_and_of_none_that_counts(void **state) {
+    (void)state;
+    float one[1] = {0.25f}, bad[3] = {1, NAN, 2};
+    const float same[3] = {1, 1, 1}, loss[3] = {1, 1, 1};
+    const size_t count[1] = {1}, three[1] = {3};
+    Distance d;
+    distance_measure(&d, one, loss, loss, same, count, 1);
+    assert_true(d.kl_mean == 0.25 && d.kl_median == 0.25 && d.kl_p99 == 0.25 && d.kl_max == 0.25 && d.same == 1.0 &&
+                d.ratio == 1.0);
+    assert_true(isnan(d.kl_stderr) && isnan(d.same_stderr) && isnan(d.ratio_stderr));
+    distance_measure(&d, bad, loss, loss, same, three, 1);
+    assert_int_equal(d.n, 3);
+    assert_true(isnan(d.kl_mean) && isnan(d.kl_median) && isnan(d.kl_p99) && isnan(d.kl_max) && isnan(d.same));
+}
+
 // The published file: totals that reproduce the words-to-bytes ratio of lm-eval's tables, and its first page.
 static void totals_of_the_test_file(void **state) {
     (void)state;
@@ -257,6 +291,8 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(windows_of_the_worked_example),
     cmocka_unit_test(windows_predict_each_token_once),
     cmocka_unit_test(scores_of_the_worked_example),
+    cmocka_unit_test(distance_of_the_worked_example),
+    cmocka_unit_test(distance_of_one_token_and_of_none_that_counts),
     cmocka_unit_test(words_are_fields_between_spaces),
     cmocka_unit_test(agrees_with_python),
     cmocka_unit_test(pages_begin_at_titles),
