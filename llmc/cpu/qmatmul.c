@@ -1,5 +1,6 @@
 // Packed codes multiplied by a few tokens without unpacking them to memory.
 #include "packed.h"
+#include "served.h"
 
 // Tokens that share one reading of the codes, rows whose sums run side by side, rows that a thread takes at a time.
 #define TOKENS 4
@@ -179,18 +180,26 @@ VEC v16 float_zeros(v16 total, const Matvec *mv, int64_t r, size_t t) {
     return total;
 }
 
+// The result in X or, where x is NULL, in f32.
+typedef struct { floatX *x; float *f32; } Output;
+
+static void write_one(Output y, size_t at, float v) {
+    if (y.x) y.x[at] = f2x(v);
+    else y.f32[at] = v;
+}
+
 // Writes what a DotFn found for rows r.. and tokens t0..
-static void write_rows(floatX *y, const Matvec *mv, const v16 *total, int64_t r, int rows, size_t t0, int n, int OC) {
+static void write_rows(Output y, const Matvec *mv, const v16 *total, int64_t r, int rows, size_t t0, int n, int OC) {
     for (int t = 0; t < n; t++)
         for (int i = 0; i < rows; i++) {
             v16 v = total[i * n + t];
             if (mv->zero_is_float) v = float_zeros(v, mv, r + i, t0 + (size_t)t);
-            y[(t0 + (size_t)t) * (size_t)OC + (size_t)(r + i)] = f2x(v16_sum(v));
+            write_one(y, (t0 + (size_t)t) * (size_t)OC + (size_t)(r + i), v16_sum(v));
         }
 }
 
 // Rows first to last - 1 against all tokens.
-static void rows_all(floatX *y, const Matvec *mv, int64_t first, int64_t last, size_t N, int OC, CodesKind kind) {
+static void rows_all(Output y, const Matvec *mv, int64_t first, int64_t last, size_t N, int OC, CodesKind kind) {
     const DotSet *dot = &dot_sets[kind];
     v16 total[ROWS * TOKENS];
     int64_t r = first, unguarded = OC - (int64_t)((15 + mv->pk.row_bytes) / mv->pk.row_bytes);
@@ -213,17 +222,22 @@ static void rows_all(floatX *y, const Matvec *mv, int64_t first, int64_t last, s
         }
 }
 
-static void rows_odd(floatX *y, const Matvec *mv, int64_t first, int64_t last, size_t N, int C, int OC) {
+static void rows_odd(Output y, const Matvec *mv, int64_t first, int64_t last, size_t N, int C, int OC) {
     for (int64_t r = first; r < last; r++)
         for (size_t t = 0; t < N; t++) {
             v16 zeros = {0};
             if (mv->zero_is_float) zeros = float_zeros(zeros, mv, r, t);
-            y[t * (size_t)OC + (size_t)r] = f2x(row_dot_odd(mv, r, mv->x + t * mv->ldx, C) + v16_sum(zeros));
+            write_one(y, t * (size_t)OC + (size_t)r, row_dot_odd(mv, r, mv->x + t * mv->ldx, C) + v16_sum(zeros));
         }
 }
 
 void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
                          const QuantSpec *wq, size_t N, int C, int OC) {
+    cpu_qmatvec(y, NULL, x, codes, scale, zero, wq, N, C, OC);
+}
+
+void cpu_qmatvec(floatX *y, float *y32, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
+                 const QuantSpec *wq, size_t N, int C, int OC) {
     Matvec mv = {.codes = codes, .scale = scale, .zero = zero, .zero_is_float = wq->zero == QZ_FLOAT,
                  .centre = quant_mid(wq)};
     if (packed_init(&mv.pk, wq, OC, C) < 0) return;
@@ -261,7 +275,7 @@ void cpu_qmatvec_forward(floatX *y, const floatX *x, const uint8_t *codes, const
 #pragma omp parallel for schedule(static) if ((size_t)OC * (size_t)C >= CPU_MIN_PARALLEL)
     for (int64_t k = 0; k < strips; k++) {
         int64_t first = k * STRIP_ROWS, last = first + STRIP_ROWS < OC ? first + STRIP_ROWS : OC;
-        if (aligned) rows_all(y, &mv, first, last, N, OC, kind);
-        else rows_odd(y, &mv, first, last, N, C, OC);
+        if (aligned) rows_all((Output){y, y32}, &mv, first, last, N, OC, kind);
+        else rows_odd((Output){y, y32}, &mv, first, last, N, C, OC);
     }
 }

@@ -11,6 +11,10 @@ void served_w_pack(void *served, const uint8_t *codes, const float *scale, const
 void served_w_forward(floatX *y, float *y32, const floatX *x, const void *served, const QuantSpec *wq, size_t N, int C,
                       int OC);
 
+// qmatvec_forward with either result: one of y and y32 is NULL (qmatmul.c).
+void cpu_qmatvec(floatX *y, float *y32, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
+                 const QuantSpec *wq, size_t N, int C, int OC);
+
 // act has bits and an integer zero point, so has wq.
 size_t served_i_bytes(const QuantSpec *wq, int OC, int C);
 void served_i_pack(void *served, const uint8_t *codes, const float *scale, const float *zero, const QuantSpec *wq,
