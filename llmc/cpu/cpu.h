@@ -252,6 +252,11 @@ VEC void range_add(Range *r, v16 v, int n) {
 // nearest cache, so that quantizing costs no memory traffic.
 void fakequant_row(floatX *y, uint8_t *mask, const floatX *x, int C, Range range, const QuantSpec *act);
 
+// Rope on the first NH_rot heads of one row; cs, sn (HS/2) of its position.
+void rope_row(floatX *row, const float *cs, const float *sn, int NH_rot, int HS, bool inverse);
+// argmax_token (sampler.h), sixteen at a time.
+int cpu_argmax(const float *logits, int V);
+
 // The rows of a window that ranks have, counted through all ranks (ranks.c): how many there are, and those from `first`
 // to last - 1 in runs that lie together. Start from rank -1; false: no more.
 typedef struct {

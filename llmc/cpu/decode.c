@@ -1,56 +1,42 @@
-// What decoding does around its matmuls: the cache, attention over it, the next token.
+// What decoding does around its matmuls: what goes into the cache, the next token, rows of a packed table.
 #include "cpu.h"
 #include "sampler.h"
 
-static size_t cache_width(const KvCache *c) { return 2 * (size_t)c->NKV * (size_t)c->HS; }
+// One vector of the cache in codes and their scale.
+static void append_int8(int8_t *codes, float *scale, const floatX *x, int HS) {
+    v16 m = {0};
+    for (int i = 0; i < HS; i += 16) m = v16_max(v16_abs(v16_loadx(x + i, HS - i < 16 ? HS - i : 16)), m);
+    *scale = int8_row_scale(v16_hmax(m));
+    v16 inv = v16_set1(int8_row_inv(*scale));
+    for (int i = 0; i < HS; i += 16) {
+        int n = HS - i < 16 ? HS - i : 16;
+        v16_store_i8(codes + i, v16_loadx(x + i, n) * inv, n);
+    }
+}
 
 void cpu_rope_append(floatX *qkv, const KvCache *cache, const float *cos_t, const float *sin_t, const int32_t *pos,
                      int B, int T, int NH) {
-    int HS = cache->HS, NKV = cache->NKV, ld = (NH + 2 * NKV) * HS;
-    cpu_rope(qkv, cos_t, sin_t, (size_t)B * (size_t)T, T, *pos, ld, NH + NKV, HS, false);
-    size_t width = cache_width(cache);
-    for (int b = 0; b < B; b++)
-        for (int t = 0; t < T; t++) {
-            size_t place = (size_t)b * (size_t)cache->max_T + (size_t)(*pos + t);
-            const floatX *kv = qkv + ((size_t)b * (size_t)T + (size_t)t) * (size_t)ld + (size_t)(NH * HS);
-            if (cache->format == KV_X) {
-                memcpy((floatX *)cache->values + place * width, kv, width * sizeof *kv);
-                continue;
-            }
-            int8_t *codes = (int8_t *)cache->values + place * width;
-            float *scale = cache->scale + place * 2 * (size_t)NKV;
-            for (int h = 0; h < 2 * NKV; h++) {
-                float amax = 0.0f;
-                for (int i = 0; i < HS; i++) {
-                    float a = fabsf(x2f(kv[h * HS + i]));
-                    if (a > amax) amax = a;
-                }
-                scale[h] = int8_row_scale(amax);
-                float inv = int8_row_inv(scale[h]);
-                for (int i = 0; i < HS; i++) codes[h * HS + i] = int8_nearest(x2f(kv[h * HS + i]), inv);
-            }
+    int HS = cache->HS, NKV = cache->NKV, heads = 2 * NKV;
+    size_t ld = (size_t)(NH + heads) * (size_t)HS, width = (size_t)(heads * HS), N = (size_t)B * (size_t)T;
+    size_t half = (size_t)HS / 2;
+#pragma omp parallel for schedule(static) if (N * ld >= CPU_MIN_PARALLEL)
+    for (size_t n = 0; n < N; n++) {
+        size_t at = (size_t)*pos + n % (size_t)T, place = n / (size_t)T * (size_t)cache->max_T + at;
+        floatX *row = qkv + n * ld, *kv = row + (size_t)(NH * HS);
+        rope_row(row, cos_t + at * half, sin_t + at * half, NH + NKV, HS, false);
+        if (cache->format == KV_X) {
+            memcpy((floatX *)cache->values + place * width, kv, width * sizeof *kv);
+            continue;
         }
-}
-
-void cpu_attention_cached(floatX *o, const floatX *qkv, const KvCache *cache, const int32_t *pos, int B, int T,
-                          int NH) {
-    int HS = cache->HS, NKV = cache->NKV, ld = (NH + 2 * NKV) * HS, Tk = *pos + T;
-    size_t width = cache_width(cache), skv = (size_t)cache->max_T * width;
-    const floatX *kv = cache->values;
-    if (cache->format == KV_INT8) {
-        floatX *wide = cpu_workspace_outer((size_t)B * skv * sizeof *wide);
-        if (!wide) return;
-        const int8_t *codes = cache->values;
-        for (int b = 0; b < B; b++)
-            for (size_t i = (size_t)b * skv; i < (size_t)b * skv + (size_t)Tk * width; i++)
-                wide[i] = f2x((float)codes[i] * cache->scale[i / (size_t)HS]);
-        kv = wide;
+        for (int h = 0; h < heads; h++)
+            append_int8((int8_t *)cache->values + place * width + h * HS, cache->scale + place * (size_t)heads + h,
+                        kv + h * HS, HS);
     }
-    cpu_attention_forward(o, NULL, qkv, kv, kv + NKV * HS, B, T, Tk, NH, NKV, HS, NH * HS, ld, 2 * NKV * HS, skv);
 }
 
 void cpu_sample_next(DecodeState *state, float *logits, const Sampler *s, int V) {
-    state->token = sample_token(s, logits, V, state->draw);
+    // The same token as sample_token's, in one pass.
+    state->token = s->temperature > 0.0f ? sample_token(s, logits, V, state->draw) : cpu_argmax(logits, V);
     state->pos++;
     state->draw++;
 }
@@ -68,28 +54,5 @@ void cpu_embedding_q_forward(floatX *out, const int32_t *tokens, const uint8_t *
         size_t row = (size_t)tokens[n];
         cpu_dequant_rows(out + n * (size_t)C, NULL, codes + row * row_bytes, scale + row * across,
                          zero ? zero + row * across : NULL, wq, 1, C);
-    }
-}
-
-void cpu_compare_logits(float *kl, int32_t *same, const float *logits, const float *reference, size_t n, int V) {
-    for (size_t r = 0; r < n; r++) {
-        const float *a = logits + r * (size_t)V, *b = reference + r * (size_t)V;
-        int ta = argmax_token(a, V), tb = argmax_token(b, V);
-        same[r] = ta == tb;
-        double za = 0.0, zb = 0.0, sum = 0.0;
-        if (ta < 0 || tb < 0) {
-            kl[r] = NAN;
-            continue;
-        }
-        for (int v = 0; v < V; v++) {
-            za += exp((double)(a[v] - a[ta]));
-            zb += exp((double)(b[v] - b[tb]));
-        }
-        double la = (double)a[ta] + log(za), lb = (double)b[tb] + log(zb);
-        for (int v = 0; v < V; v++) {
-            double p = exp((double)b[v] - lb);
-            if (p > 0.0) sum += p * (((double)b[v] - lb) - ((double)a[v] - la));
-        }
-        kl[r] = sum > 0.0 ? (float)sum : 0.0f;
     }
 }
