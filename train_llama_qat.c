@@ -12,6 +12,10 @@
 //   - gradients pass straight through both (--ste clip zeroes them where a value was clipped).
 // So QAT costs what plain training costs, plus arithmetic on data that is in cache anyway.
 //
+// With --forward integer a linear whose input is quantized multiplies the codes themselves, by the kernel that serves
+// the packed model (ops->served_forward): the input comes unquantized, and its fake-quantized values are made after the
+// product, for the backward, which is the same as before.
+//
 // With several ranks the model asks for a unit's weights (shard_forward, shard_backward) and hands over its gradients
 // (shard_gradients); units are the embedding, the blocks 0 .. L-1, and L, the final norm and the head. llmc/shard.h
 // says who holds what meanwhile.
@@ -23,6 +27,7 @@
 #include <string.h>
 #include "llmc/comm.h"
 #include "llmc/device.h"
+#include "llmc/served_weights.h"
 #include "llmc/trainer.h"
 
 // ---------------------------------------------------------------------------------------------
@@ -37,6 +42,7 @@ typedef struct {
                              // and gradients (f32, summed over the tokens of a step), whole: always, or when asked for
     Store *store;            // what this rank updates: masters (--master) and moments (--optim-state), all rows of every
                              // parameter or its share of them
+    ServedWeights *served;   // --forward integer: linears as they are served; else NULL
 } Llama;
 
 static int param_index(const Llama *m, int l, ParamRole r) { return (int)(param_get(m->table, l, r) - m->table->p); }
@@ -66,14 +72,39 @@ static const QuantSpec *act(const Llama *m, int l, ParamRole r) {
     return m->fake_quant && p && p->scheme.act.bits ? &p->scheme.act : NULL;
 }
 
+// The linear that begins with this tensor as it is served; NULL: it multiplies working values.
+static const ServedLinear *served(const Llama *m, int l, ParamRole first) {
+    const Param *p = m->fake_quant ? param_get(m->table, l, first) : NULL;
+    return p ? served_weights_get(m->served, (int)(p - m->table->p)) : NULL;
+}
+
+// What the producer of a linear's input does to it: nothing where the product itself quantizes.
+static const QuantSpec *producer_act(const Llama *m, int l, ParamRole r) {
+    return served(m, l, r) ? NULL : act(m, l, r);
+}
+
 // Rebuilds all working values from the masters, with fake quantization on or off.
 static void llama_requantize(Llama *m, bool fake_quant) {
     m->fake_quant = fake_quant;
     shard_requantize(m->shard, m->store, fake_quant);
+    if (m->served && fake_quant) served_weights_update(m->served, m->store);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Forward
+
+// y (N, OC) = x (N, C) . W^T. x is the linear's input: fake-quantized, or, where the product is one of integers, still
+// to be quantized; then xq receives fq(x) (and mask what was not clipped) for the backward. xq may be x.
+static void linear(const Llama *m, const Acts *s, floatX *y, const floatX *x, floatX *xq, uint8_t *mask, int l,
+                   ParamRole first, ParamRole last, int C, int OC) {
+    const ServedLinear *k = served(m, l, first);
+    if (!k) {
+        ops->linear_forward(y, x, w(m, l, first), wscale(m, l, first, last), s->N, C, OC);
+        return;
+    }
+    ops->served_forward(y, x, k->served, k->wq, k->act, s->N, C, OC);
+    ops->fakequant_forward(xq, mask, x, s->N, C, k->act);
+}
 
 // Everything of block l after its first residual add; also what --recompute runs again.
 static void block_forward(const Llama *m, const Acts *s, int l, floatX *x_prev, bool add_delta) {
@@ -84,23 +115,20 @@ static void block_forward(const Llama *m, const Acts *s, int l, floatX *x_prev, 
     // attention: x -> rmsnorm -> q,k,v -> rope -> causal softmax(q k^T) v -> o
     ops->rmsnorm_fq_forward(add_delta ? k->x : NULL, k->ln1, k->rstd1, k->mask1, add_delta ? x_prev : k->x,
                             add_delta ? s->delta : NULL, w(m, l, ROLE_NORM1), s->N, c->C, c->norm_eps,
-                            act(m, l, ROLE_Q));
-    ops->linear_forward(k->qkv, k->ln1, w(m, l, ROLE_Q), wscale(m, l, ROLE_Q, ROLE_V), s->N, c->C, QKV);
+                            producer_act(m, l, ROLE_Q));
+    linear(m, s, k->qkv, k->ln1, k->ln1, k->mask1, l, ROLE_Q, ROLE_V, c->C, QKV);
     ops->rope(k->qkv, s->cos_t, s->sin_t, s->N, s->T, 0, QKV, c->NH + c->NKV, c->HS, false);
     ops->attention_forward(k->att, k->lse, k->qkv, k->qkv + NHS, k->qkv + NHS + KVS, s->B, s->T, s->T, c->NH, c->NKV,
                            c->HS, NHS, QKV, QKV, (size_t)s->T * QKV);
-    const floatX *o_in = k->att;
-    if (act(m, l, ROLE_O)) {
-        ops->fakequant_forward(k->attq, k->mask_att, k->att, s->N, NHS, act(m, l, ROLE_O));
-        o_in = k->attq;
-    }
-    ops->linear_forward(s->delta, o_in, w(m, l, ROLE_O), wscale(m, l, ROLE_O, ROLE_O), s->N, NHS, c->C);
+    const QuantSpec *o_act = producer_act(m, l, ROLE_O);
+    if (o_act) ops->fakequant_forward(k->attq, k->mask_att, k->att, s->N, NHS, o_act);
+    linear(m, s, s->delta, o_act ? k->attq : k->att, k->attq, k->mask_att, l, ROLE_O, ROLE_O, NHS, c->C);
 
     // feed-forward: x2 = x + o -> rmsnorm -> gate, up -> silu(gate) * up -> down
     ops->rmsnorm_fq_forward(k->x2, k->ln2, k->rstd2, k->mask2, k->x, s->delta, w(m, l, ROLE_NORM2), s->N, c->C,
-                            c->norm_eps, act(m, l, ROLE_GATE));
-    ops->linear_forward(k->gateup, k->ln2, w(m, l, ROLE_GATE), wscale(m, l, ROLE_GATE, ROLE_UP), s->N, c->C, 2 * c->FF);
-    ops->swiglu_fq_forward(k->ffn, k->mask_ffn, k->gateup, s->N, c->FF, act(m, l, ROLE_DOWN));
+                            c->norm_eps, producer_act(m, l, ROLE_GATE));
+    linear(m, s, k->gateup, k->ln2, k->ln2, k->mask2, l, ROLE_GATE, ROLE_UP, c->C, 2 * c->FF);
+    ops->swiglu_fq_forward(k->ffn, k->mask_ffn, k->gateup, s->N, c->FF, producer_act(m, l, ROLE_DOWN));
 }
 
 // tokens -> lnf, the input of the head.
@@ -112,12 +140,12 @@ static void llama_forward(const Llama *m, const Acts *s) {
         shard_forward(m->shard, l);
         // The residual add of the block before is done by this block's first norm, in the same pass.
         block_forward(m, s, l, l ? s->block[l - 1].x2 : NULL, l > 0);
-        ops->linear_forward(s->delta, s->block[l].ffn, w(m, l, ROLE_DOWN), wscale(m, l, ROLE_DOWN, ROLE_DOWN), s->N,
-                            c->FF, c->C);
+        const BlockActs *k = &s->block[l];
+        linear(m, s, s->delta, k->ffn, k->ffn, k->mask_ffn, l, ROLE_DOWN, ROLE_DOWN, c->FF, c->C);
     }
     shard_forward(m->shard, c->L);
     ops->rmsnorm_fq_forward(s->x_final, s->lnf, s->rstdf, s->maskf, s->block[c->L - 1].x2, s->delta,
-                            w(m, -1, ROLE_FINAL_NORM), s->N, c->C, c->norm_eps, act(m, -1, ROLE_HEAD));
+                            w(m, -1, ROLE_FINAL_NORM), s->N, c->C, c->norm_eps, producer_act(m, -1, ROLE_HEAD));
 }
 
 // Head and loss in chunks of rows, so that the logits are never whole. With `backward`, also the head's gradient and
@@ -129,12 +157,15 @@ static void llama_loss(const Llama *m, const Acts *s, bool backward, int micro) 
     // A tied table's gradient begins here; embedding_backward adds to it at the end of the backward.
     float *dhead = dw(m, -1, c->tied ? ROLE_EMBED : ROLE_HEAD);
     const float *scale = head_scale(m);
+    const ServedLinear *k = c->tied ? NULL : served(m, -1, ROLE_HEAD);
     for (size_t i = 0; i < s->N; i += (size_t)s->chunk) {
         size_t n = s->N - i < (size_t)s->chunk ? s->N - i : (size_t)s->chunk;
-        const floatX *x = s->lnf + i * c->C;
-        ops->linear_forward_f32(s->logits, x, head(m), scale, n, c->C, c->V);
+        floatX *x = s->lnf + i * c->C;
+        if (k) ops->served_forward_f32(s->logits, x, k->served, k->wq, k->act, n, c->C, c->V);
+        else ops->linear_forward_f32(s->logits, x, head(m), scale, n, c->C, c->V);
         ops->classifier(s->losses + i, backward ? s->dlogits : NULL, s->logits, s->targets + i, n, c->V);
         if (!backward) continue;
+        if (k) ops->fakequant_forward(x, s->maskf ? s->maskf + i * c->C : NULL, x, n, c->C, k->act);
         ops->linear_backward_weight(dhead, s->dlogits, x, n, c->C, c->V, accumulate || i > 0);
         ops->linear_backward_input(s->dc + i * c->C, s->dlogits, head(m), scale, scale ? s->scaled : NULL, n, c->C,
                                    c->V);
@@ -243,6 +274,7 @@ static void llama_update(const Llama *m, StepState *state, const UpdateParams *u
                         p->decay ? (float)u->weight_decay : 0.0f, wq, p->rows, p->cols);
     }
     shard_weights_changed(m->shard, m->store, m->fake_quant);
+    if (m->served && m->fake_quant) served_weights_update(m->served, m->store);
 }
 
 // One step: gradients of all its micro-batches, then the update. What changes from step to step is in s->state,
@@ -269,7 +301,7 @@ static TrainOptions run;
 static struct {
     const char *scheme, *weight, *activation, *embedding, *head;
     StringList rules;
-    int ste, fake_quant_after, optimizer, gather;
+    int ste, fake_quant_after, optimizer, gather, forward;
     double momentum;
 } qat;
 
@@ -283,6 +315,7 @@ static const Option options[] = {
     {"--head",         OPT_STRING, &qat.head,         NULL,     NULL, "quantize a tied head (an untied one follows --scheme)"},
     {"--rule",         OPT_LIST,   &qat.rules,        NULL,     NULL, "PATTERN=SCHEME for linears whose name matches; may be repeated, the last match wins"},
     {"--ste",          OPT_ENUM,   &qat.ste,          "pass",   "pass,clip", "gradient of clipped values: passed through, or zero"},
+    {"--forward",      OPT_ENUM,   &qat.forward,      "float",  "float,integer", "linears with quantized inputs multiply fake-quantized values, or codes by the kernel that serves them"},
     {"--fake-quant-after", OPT_INT, &qat.fake_quant_after, "0", "0..", "train in float for this many steps first"},
     {"--gather",       OPT_ENUM,   &qat.gather,       "quant",  "quant,full", "between ranks fake-quantized weights travel as codes and scales (same bits, fewer bytes), or whole"},
     {"--optimizer",    OPT_ENUM,   &qat.optimizer,    "adamw",  "adamw,sgd", "update rule"},
@@ -299,6 +332,8 @@ static int check_options(Err *err) {
                                      "--optim-state");
     if (qat.ste == 1 && run.master)
         return err_set(err, E_USAGE, "--ste clip reads fp32 masters; use --ste pass, or --master fp32");
+    if (qat.forward && run.master)
+        return err_set(err, E_USAGE, "--forward integer makes codes from fp32 masters; use --master fp32, or --forward float");
     return 0;
 }
 
@@ -363,16 +398,30 @@ static ActsShape acts_shape(const ParamTable *table, const QuantPlan *plan) {
     return s;
 }
 
+// Weights in served form are made from masters that this rank has all of.
+static int plan_integer_forward(Trainer *t, ServedWeights *s, Err *err) {
+    if (t->shard.level != SHARD_NONE)
+        return err_set(err, E_USAGE, "--forward integer needs all masters on every rank: use --shard none, or --forward float");
+    int rc = served_weights_plan(s, &t->table, &t->c, err);
+    if (rc == 0) t->served_bytes = (double)s->bytes;
+    return rc;
+}
+
 static int run_training(Err *err) {
     static Trainer t;                          // lives as long as the process
     int rc;
     if ((rc = check_options(err)) < 0 || (rc = trainer_begin(&t, &run, options, N_OPTIONS, err)) < 0) return rc;
     if ((rc = plan_from_options(&t.plan, run.model ? &t.file.plan : NULL, err)) < 0) return rc;
+    if (qat.forward) t.products = "output";
     rc = trainer_prepare(&t, run.master ? PARAM_BF16 : PARAM_F32, qat.gather == 0, qat.optimizer == OPTIM_ADAMW, err);
+    ServedWeights served_weights;
+    if (rc == 0 && qat.forward) rc = plan_integer_forward(&t, &served_weights, err);
     if (rc < 0 || (rc = trainer_alloc(&t, acts_shape(&t.table, &t.plan), err)) < 0) return rc;
+    if (qat.forward && (rc = served_weights_alloc(&served_weights, err)) < 0) return rc;
     if ((rc = trainer_start(&t, err)) < 0) return rc;
 
-    Llama m = {.c = t.c, .plan = &t.plan, .table = &t.table, .shard = &t.shard, .store = &t.store};
+    Llama m = {.c = t.c, .plan = &t.plan, .table = &t.table, .shard = &t.shard, .store = &t.store,
+               .served = qat.forward ? &served_weights : NULL};
     UpdateParams u = {.kind = (Optim)qat.optimizer, .momentum = (float)qat.momentum, .weight_decay = run.weight_decay,
                       .adamw = {.beta1 = run.beta1, .beta2 = run.beta2, .eps = run.eps},
                       .clip = (float)run.clip, .ste_clip = qat.ste == 1};

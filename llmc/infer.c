@@ -591,10 +591,13 @@ static size_t scored_rows(int32_t *rows, int32_t *wanted, const int32_t *targets
     return n;
 }
 
-// Logits of these rows, and from them the losses.
-static void score_rows(Infer *s, float *losses, const int32_t *rows, const int32_t *wanted, size_t n, size_t N) {
+// Logits of these rows, and from them the losses. A product's bits may differ between few tokens and many: a few left of
+// a call of many pass as many, so that a loss does not depend on how many others were scored.
+static void score_rows(Infer *s, float *losses, int32_t rows[LOGIT_ROWS], const int32_t *wanted, size_t n, size_t N) {
     float loss[LOGIT_ROWS];
-    head_piece(s, rows, n, N);
+    size_t run = n;
+    while (N > MATVEC_MAX_N && run <= MATVEC_MAX_N && run < (size_t)s->logit_rows) rows[run++] = rows[0];
+    head_piece(s, rows, run, N);
     device_copy_in(s->targets, wanted, n * sizeof *wanted);
     ops->classifier(s->losses, NULL, s->logits, s->targets, n, s->c.V);
     device_copy_out(loss, s->losses, n * sizeof *loss);

@@ -103,7 +103,8 @@ typedef struct {
     LlamaConfig c;
     QuantPlan plan;              // set by the caller between trainer_begin and trainer_prepare, as
     Rounding rounding;           //   are these: how updated parameters are rounded that are not f32,
-    const char *products;        //   and which products are integer ones (TrainProgress)
+    const char *products;        //   which products are integer ones (TrainProgress),
+    double served_bytes;         //   and, before trainer_alloc, what the caller takes for weights in served form
     ParamTable table;
     Shard shard;
     Store store;

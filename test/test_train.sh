@@ -52,6 +52,42 @@ signal_saves() {
     cmp "$tmp/straight/model.bin" "$tmp/stopped/model.bin"
 }
 
+# --forward integer trains with the very products that are served: the last loss is that of eval --arithmetic served,
+# which is not that of trained arithmetic. In steps the three forwards agree to about a hundredth.
+integer_is_served() {
+    for scheme in 8da4w-32 8da4w-64 int8dq; do
+        for opt in "" "--ste clip --recompute block --grad-accum 2" "--fake-quant-after 3"; do
+            rm -rf "$tmp/i" "$tmp/packed.bin"
+            train i --steps 6 --scheme "$scheme" --forward integer $opt &&
+                "$bin/quantize" "$tmp/i/model.bin" --out "$tmp/packed.bin" --quiet > /dev/null || return 1
+            want=$(last_val i)
+            for arith in served trained; do
+                "$bin/eval" "$tmp/packed.bin" --val-data "$tmp/val.txt" --seq-len 64 --arithmetic $arith \
+                    --json "$tmp/i.json" > "$tmp/eval.txt" 2>&1 || { cat "$tmp/eval.txt"; return 1; }
+            done
+            served=$(sed -n 's/.*"val_loss": \([^,}]*\).*/\1/p' "$tmp/i.json" | sed -n 1p)
+            trained=$(sed -n 's/.*"val_loss": \([^,}]*\).*/\1/p' "$tmp/i.json" | sed -n 2p)
+            rm -f "$tmp/i.json"
+            echo "$scheme $opt: trainer $want, served $served, trained $trained"
+            [ -n "$want" ] && [ "$want" = "$served" ] && [ "$want" != "$trained" ] || return 1
+        done
+    done
+    train f --steps 6 --scheme int8dq && train i --steps 6 --scheme int8dq --forward integer || return 1
+    steps f > "$tmp/f.s" && steps i > "$tmp/i.s"
+    paste -d ' ' "$tmp/f.s" "$tmp/i.s" | awk '{ d = $2 - $5; if (d < 0) d = -d; if (!(d < 0.02)) bad = 1; n++ }
+            END { exit bad || n != 6 }'
+}
+
+# What cannot go together is refused before anything is trained.
+integer_is_refused() {
+    for opt in "--scheme int4wo-32" "--scheme none" "--scheme 8da4w-32 --master bf16-sr" \
+        "--weight uint4,group=32,asymmetric --activation int8,token,asymmetric" \
+        "--scheme 8da4w-32 --rule *k_proj.weight=int4,group=16;int8,token,asymmetric"; do
+        if train no --steps 2 --forward integer $opt > "$tmp/said.txt"; then echo "taken: $opt"; return 1; fi
+        grep -q -e '--forward' "$tmp/said.txt" || { cat "$tmp/said.txt"; return 1; }
+    done
+}
+
 # What is trained is what is served, for every scheme: the packed file scores the very loss that the trainer printed last,
 # and packing the exported Hugging Face folder gives the same bytes of codes and scales.
 served_is_trained() {
@@ -137,6 +173,8 @@ check two_runs_equal two_runs_equal
 check resume_equal resume_equal
 check signal_saves signal_saves
 check served_is_trained served_is_trained
+check integer_is_served integer_is_served
+check integer_is_refused integer_is_refused
 check bad_input bad_input
 check nan_stops nan_stops
 check resume_refuses resume_refuses
