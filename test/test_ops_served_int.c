@@ -212,7 +212,7 @@ static void other_schemes(void **unused) {
     check("int5,group=12,symmetric", asymmetric, 36, 18, 17);
     check("uint6,group=8,asymmetric", "int5,token,asymmetric", 64, 40, MOST);
     check("uint7,group=6,asymmetric", asymmetric, 18, 18, 17);
-    check("int8,channel,range=-20..100", asymmetric, 40, 18, 17);
+    check("int8,channel,symmetric-no-clip,range=-20..100", asymmetric, 40, 18, 17);
     check("int8,group=32,symmetric", asymmetric, 128, 48, MOST);
     check("uint8,group=18,asymmetric", asymmetric, 54, 37, 17);
     check("int8,channel,asymmetric", "uint8,token,asymmetric", 70, 17, 17);
