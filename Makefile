@@ -225,7 +225,7 @@ test-kill: programs $(MPI_TESTS)
 # Fuzzing: a libFuzzer program a parser, FUZZ_SECONDS each. The library alone is needed, without OpenMP and oneDNN.
 FUZZ_FLAGS := -std=c11 -D_GNU_SOURCE -Wall -Wextra -O1 -g -ffp-contract=off -Wno-unknown-pragmas -I. -Illmc \
               $(DEPS_FLAGS) -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
-FUZZ_OBJ   := $(patsubst %.c,$(BUILD)/fuzz/%.o,$(wildcard llmc/*.c))
+FUZZ_OBJ   := $(patsubst %.c,$(BUILD)/fuzz/%.o,$(wildcard llmc/*.c) llmc/cpu/quantize_rows.c)
 $(BUILD)/fuzz/%.o: %.c
 	@mkdir -p $(@D)
 	@echo "  clang $<"

@@ -6,11 +6,12 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include "cpu/quantize_rows.h"
 #include "json.h"
 
 #define TOKENIZER_TENSOR "qllm.tokenizer"
 #define WRITER "qllm.c"
-#define TILE_VALUES ((int64_t)1 << 20)         // values converted at a time: 4 MiB of f32
+#define TILE_VALUES ((int64_t)1 << 18)         // values converted at a time: 1 MiB of f32 stays in cache
 #define MAX_SHARDS 1024
 
 // The spec a tensor is packed with; bits == 0 where it stays float.
@@ -681,6 +682,19 @@ static int64_t gguf_source_row(const LlamaConfig *c, const Param *p, int64_t row
     return head * c->HS + 2 * (i % half) + i / half;
 }
 
+// The file that a tensor lies in.
+static const Safetensors *st_file(const ModelFile *m, const StTensor *t) {
+    int i = 0;
+    while (t->data < m->files[i].map.data || t->data >= m->files[i].map.data + m->files[i].map.size) i++;
+    return &m->files[i];
+}
+
+// Rows [row0, row0 + n) of p, which takes up `bytes` from data on, are not read again.
+static void drop_rows(const FileMap *map, const uint8_t *data, size_t bytes, const Param *p, int64_t row0, int64_t n) {
+    size_t begin = (size_t)(data - map->data), row = bytes / (size_t)p->rows;
+    file_drop(map, begin + (size_t)row0 * row, begin + (size_t)(row0 + n) * row);
+}
+
 int model_read_rows(const ModelFile *m, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
     if (row0 < 0 || n < 0 || row0 > p->rows - n)
         return err_set(err, E_SHAPE, "%s: '%s' has %lld rows; rows %lld to %lld are asked for", m->path, p->name,
@@ -726,11 +740,17 @@ int model_read_rows(const ModelFile *m, const Param *p, int64_t row0, int64_t n,
         free(codes);
     }
     if (bad_row < n) return refuse_not_finite(m->path, p, row0 + bad_row, out + bad_row * p->cols, p->cols, err);
+    if (!(m->flags & MODEL_STREAM)) return 0;
+    if (gg) drop_rows(&m->gguf.map, gg->data, gg->bytes, p, row0, n);
+    else if (spec.bits) drop_rows(&m->files[0].map, parts.codes->data, parts.codes->bytes, p, row0, n);
+    else drop_rows(&st_file(m, st)->map, st->data, st->bytes, p, row0, n);
     return 0;
 }
 
 int model_row_source(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
-    return model_read_rows(ctx, p, row0, n, out, err);
+    int rc = model_read_rows(ctx, p, row0, n, out, err);
+    if (rc == 0 && row0 + n == p->rows) rc = model_unchanged(ctx, err);      // once a tensor
+    return rc;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -749,10 +769,13 @@ static void declare_float(StWriter *w, const Param *p, DType dtype) {
 // Asks the source for rows and refuses what is not finite, so that no broken model is ever left behind.
 static int source_rows(RowSource source, void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
     int rc = source(ctx, p, row0, n, out, err);
-    for (int64_t r = 0; r < n && rc == 0; r++)
-        if (first_not_finite(out + r * p->cols, p->cols) >= 0)
-            rc = refuse_not_finite("nothing written", p, row0 + r, out + r * p->cols, p->cols, err);
-    return rc;
+    if (rc || source == model_row_source) return rc;              // which looks itself
+    int64_t bad = n;
+    #pragma omp parallel for schedule(static) reduction(min : bad)
+    for (int64_t r = 0; r < n; r++)
+        if (first_not_finite(out + r * p->cols, p->cols) >= 0 && r < bad) bad = r;
+    if (bad == n) return 0;
+    return refuse_not_finite("nothing written", p, row0 + bad, out + bad * p->cols, p->cols, err);
 }
 
 static int write_float(StWriter *w, const Param *p, DType dtype, RowSource source, void *ctx, Err *err) {
@@ -807,84 +830,94 @@ static void declare_packed(StWriter *w, const Param *p, const QuantSpec *s, cons
 // pieces of `piece` rows: once if it is one piece, else twice (a scale for a whole tensor that is too large to hold).
 typedef struct {
     const Param *p, *from;               // what is written; what the source is asked for (they differ for a tied head)
-    const QuantSpec *s;
-    int64_t block[2], across, piece;
-    bool rounds;                         // codes are made from bf16(value)
-    float *x, *w16;                      // (piece, cols): as the source gave it; what codes are made from
+    RowQuant q;
+    int64_t across, piece;
+    size_t row_bytes;
+    float *x;                            // (piece, cols) as the source gave it
     uint8_t *packed;                     // (piece, row_bytes)
-    float *mn, *mx;                      // (bands of the span, across)
+    float *mn, *mx;                      // (RANGE_PARTS, across)
     QParams *qp;                         // (rows/block[0], across)
-    double *signal, *noise, *worst, *amax;   // one a row of the piece, summed in order: threads change nothing
+    RowErrors *errors;                   // (piece), added up in order: threads change nothing
 } Packer;
 
-static int read_piece(Packer *k, int64_t row, int64_t n, RowSource source, void *ctx, Err *err) {
-    int rc = source_rows(source, ctx, k->from, row, n, k->x, err);
-    if (rc) return rc;
-    #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n * k->p->cols; i++) k->w16[i] = k->rounds ? bf16_round(k->x[i]) : k->x[i];
-    return 0;
+// Ranges of one band are made from at most so many runs of its rows, side by side.
+#define RANGE_PARTS 64
+
+static void no_ranges(float *mn, float *mx, int64_t n) {
+    for (int64_t i = 0; i < n; i++) mn[i] = INFINITY, mx[i] = -INFINITY;
 }
 
-// Folds the n rows of a piece into the ranges of the span's blocks: either the piece is the span, or the span is one
-// band.
-static void fold_ranges(Packer *k, int64_t n) {
-    int64_t height = n < k->block[0] ? n : k->block[0], n_blocks = n / height * k->across;
+// Widens the ranges of a band, the first of RANGE_PARTS, by n of its rows.
+static void fold_ranges(Packer *k, const float *x, int64_t n) {
     #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n_blocks; i++)
-        for (int64_t r = i / k->across * height; r < (i / k->across + 1) * height; r++) {
-            const float *w = k->w16 + r * k->p->cols + i % k->across * k->block[1];
-            for (int64_t c = 0; c < k->block[1]; c++) quant_minmax(&k->mn[i], &k->mx[i], w[c]);
-        }
+    for (int i = 0; i < RANGE_PARTS; i++) {
+        float *mn = k->mn + i * k->across, *mx = k->mx + i * k->across;
+        int64_t first = n * i / RANGE_PARTS, last = n * (i + 1) / RANGE_PARTS;
+        if (i) no_ranges(mn, mx, k->across);
+        quantize_ranges(mn, mx, &k->q, x + first * k->p->cols, last - first);
+    }
+    for (int64_t i = k->across; i < RANGE_PARTS * k->across; i++) {
+        int64_t b = i % k->across;
+        if (k->mn[i] < k->mn[b]) k->mn[b] = k->mn[i];
+        if (k->mx[i] > k->mx[b]) k->mx[b] = k->mx[i];
+    }
 }
 
-// Codes of rows [row, row + n), packed, and their errors against the source's values.
-static void encode_piece(Packer *k, int64_t row, int64_t n) {
-    const QuantSpec *s = k->s;
-    int64_t cols = k->p->cols;
-    size_t row_bytes = quant_row_bytes(s->bits, cols);
-    QuantDType d = quant_works_as_codes(s) ? QD_F32 : QD_BF16;
+// Codes of the n rows of a piece that begin at row `at` of it; the piece begins at row `row`. One band.
+static void pack_rows(Packer *k, int64_t row, int64_t at, int64_t n) {
+    const QParams *qp = k->qp + (row + at) / k->q.block[0] * k->across;
+    #pragma omp parallel for schedule(static)
+    for (int64_t r = at; r < at + n; r++)
+        quantize_row(k->packed + (size_t)r * k->row_bytes, &k->errors[r], &k->q, k->x + r * k->p->cols, qp);
+}
+
+// Many bands: each by one thread, while its rows are in the nearest cache.
+static void pack_small_bands(Packer *k, int64_t row, int64_t bands) {
+    const int64_t b0 = k->q.block[0], cols = k->p->cols;
     #pragma omp parallel
     {
-        int16_t *codes = xmalloc((size_t)cols * sizeof *codes);
-        #pragma omp for schedule(static)
-        for (int64_t r = 0; r < n; r++) {
-            const float *x = k->x + r * cols, *w = k->w16 + r * cols;
-            double signal = 0, noise = 0, worst = 0, amax = 0;
-            for (int64_t b = 0; b < k->across; b++) {
-                QParams qp = k->qp[(row + r) / k->block[0] * k->across + b];
-                for (int64_t c = b * k->block[1]; c < (b + 1) * k->block[1]; c++) {
-                    int code = quant_code(w[c], qp, s, QD_BF16);
-                    double v = x[c], e = fabs(v - quant_dequant((float)code, qp, s, d));
-                    codes[c] = (int16_t)code;
-                    signal += v * v;
-                    noise += e * e;
-                    if (e > worst) worst = e;
-                    if (fabs(v) > amax) amax = fabs(v);
-                }
-            }
-            quant_pack_row(k->packed + (size_t)r * row_bytes, codes, cols, s->bits);
-            k->signal[r] = signal;
-            k->noise[r] = noise;
-            k->worst[r] = worst;
-            k->amax[r] = amax;
+        float *mn = xmalloc((size_t)(2 * k->across) * sizeof *mn), *mx = mn + k->across;
+        #pragma omp for schedule(dynamic, 16384 / (b0 * cols) + 1)
+        for (int64_t i = 0; i < bands; i++) {
+            QParams *qp = k->qp + (row / b0 + i) * k->across;
+            no_ranges(mn, mx, k->across);
+            quantize_ranges(mn, mx, &k->q, k->x + i * b0 * cols, b0);
+            quantize_params(qp, &k->q, mn, mx, k->across);
+            for (int64_t r = i * b0; r < (i + 1) * b0; r++)
+                quantize_row(k->packed + (size_t)r * k->row_bytes, &k->errors[r], &k->q, k->x + r * cols, qp);
         }
-        free(codes);
+        free(mn);
+    }
+}
+
+// Scales and codes of a piece of n rows, whole bands, that begins at row `row`.
+static void pack_piece(Packer *k, int64_t row, int64_t n) {
+    const int64_t b0 = k->q.block[0];
+    if (n / b0 >= 16) {
+        pack_small_bands(k, row, n / b0);
+        return;
+    }
+    for (int64_t at = 0; at < n; at += b0) {
+        no_ranges(k->mn, k->mx, k->across);
+        fold_ranges(k, k->x + at * k->p->cols, b0);
+        quantize_params(k->qp + (row + at) / b0 * k->across, &k->q, k->mn, k->mx, k->across);
+        pack_rows(k, row, at, b0);
     }
 }
 
 static int check_qparams(const Packer *k, int64_t n, Err *err) {
     for (int64_t i = 0; i < n; i++)
         if (!isfinite(k->qp[i].scale) ||
-            (scale_dtype(k->s) == DT_BF16 && bf16_round(k->qp[i].scale) != k->qp[i].scale) ||
-            (k->s->zero == QZ_FLOAT && bf16_round(k->qp[i].zp) != k->qp[i].zp))
+            (scale_dtype(k->q.spec) == DT_BF16 && bf16_round(k->qp[i].scale) != k->qp[i].scale) ||
+            (k->q.spec->zero == QZ_FLOAT && bf16_round(k->qp[i].zp) != k->qp[i].zp))
             return err_set(err, E_FORMAT, "nothing written: tensor '%s': scale %lld is %g, which %s does not hold: "
                            "the weights are too large", k->p->name, (long long)i, (double)k->qp[i].scale,
-                           scale_dtype(k->s) == DT_F32 ? "f32" : "bf16");
+                           scale_dtype(k->q.spec) == DT_F32 ? "f32" : "bf16");
     return 0;
 }
 
 static void write_qparams(StWriter *w, const Packer *k, int64_t n) {
-    if (scale_dtype(k->s) == DT_F32) {
+    if (scale_dtype(k->q.spec) == DT_F32) {
         float *scale = xmalloc((size_t)n * sizeof *scale);
         for (int64_t i = 0; i < n; i++) scale[i] = k->qp[i].scale;
         st_writer_data(w, scale, (size_t)n * sizeof *scale);
@@ -894,88 +927,101 @@ static void write_qparams(StWriter *w, const Packer *k, int64_t n) {
     bf16 *h = xmalloc((size_t)n * sizeof *h);
     for (int64_t i = 0; i < n; i++) h[i] = bf16_from_f32(k->qp[i].scale);
     st_writer_data(w, h, (size_t)n * sizeof *h);
-    if (quant_has_zero(k->s)) {
+    if (quant_has_zero(k->q.spec)) {
         uint8_t *z = (uint8_t *)h;       // as U8 or as the bits of I8
-        if (k->s->zero == QZ_FLOAT)
+        if (k->q.spec->zero == QZ_FLOAT)
             for (int64_t i = 0; i < n; i++) h[i] = bf16_from_f32(k->qp[i].zp);
         else
             for (int64_t i = 0; i < n; i++) z[i] = (uint8_t)(int)k->qp[i].zp;
-        st_writer_data(w, h, (size_t)n * dtype_size(zero_dtype(k->s)));
+        st_writer_data(w, h, (size_t)n * dtype_size(zero_dtype(k->q.spec)));
     }
     free(h);
 }
 
-static int pack_spans(StWriter *w, Packer *k, RowSource source, void *ctx, PackReport *rep, Err *err) {
-    const Param *p = k->p;
-    int64_t bands = k->piece / k->block[0] > 1 ? k->piece / k->block[0] : 1, span = bands * k->block[0];
-    size_t row_bytes = quant_row_bytes(k->s->bits, p->cols);
-    double signal = 0, noise = 0;
-    int rc = 0;
-    for (int64_t row = 0; row < p->rows && rc == 0; row += span) {
-        int64_t end = row + span < p->rows ? row + span : p->rows, n_blocks = (end - row) / k->block[0] * k->across;
-        for (int64_t i = 0; i < n_blocks; i++) k->mn[i] = INFINITY, k->mx[i] = -INFINITY;
-        for (int64_t at = row; at < end && rc == 0; at += k->piece) {
-            int64_t n = end - at < k->piece ? end - at : k->piece;
-            rc = read_piece(k, at, n, source, ctx, err);
-            if (rc == 0) fold_ranges(k, n);
-        }
-        QParams *qp = k->qp + row / k->block[0] * k->across;
-        for (int64_t i = 0; i < n_blocks; i++) qp[i] = quant_choose(k->mn[i], k->mx[i], k->s, QD_BF16);
-        for (int64_t at = row; at < end && rc == 0; at += k->piece) {
-            int64_t n = end - at < k->piece ? end - at : k->piece;
-            if (span > k->piece) rc = read_piece(k, at, n, source, ctx, err);
-            if (rc) break;
-            encode_piece(k, at, n);
-            st_writer_data(w, k->packed, (size_t)n * row_bytes);
-            for (int64_t r = 0; r < n; r++) {
-                signal += k->signal[r];
-                noise += k->noise[r];
-                if (k->worst[r] > rep->max_abs_err) rep->max_abs_err = k->worst[r];
-                if (k->amax[r] > rep->amax) rep->amax = k->amax[r];
-            }
-        }
+static void write_piece(StWriter *w, const Packer *k, int64_t n, RowErrors *sum) {
+    st_writer_data(w, k->packed, (size_t)n * k->row_bytes);
+    for (int64_t r = 0; r < n; r++) {
+        const RowErrors *e = &k->errors[r];
+        sum->signal += e->signal;
+        sum->noise += e->noise;
+        if (e->worst > sum->worst) sum->worst = e->worst;
+        if (e->amax > sum->amax) sum->amax = e->amax;
     }
-    rep->sqnr_db = noise > 0 ? 10 * log10(signal / noise) : INFINITY;
+}
+
+// Rows [row, end), one band that is larger than a piece: once for its scales, once for its codes.
+static int pack_large_band(StWriter *w, Packer *k, int64_t row, int64_t end, RowSource source, void *ctx, RowErrors *sum,
+                           Err *err) {
+    no_ranges(k->mn, k->mx, k->across);
+    for (int codes = 0; codes < 2; codes++) {
+        for (int64_t at = row; at < end; at += k->piece) {
+            int64_t n = end - at < k->piece ? end - at : k->piece;
+            int rc = source_rows(source, ctx, k->from, at, n, k->x, err);
+            if (rc) return rc;
+            if (!codes) {
+                fold_ranges(k, k->x, n);
+                continue;
+            }
+            pack_rows(k, at, 0, n);
+            write_piece(w, k, n, sum);
+        }
+        if (!codes) quantize_params(k->qp + row / k->q.block[0] * k->across, &k->q, k->mn, k->mx, k->across);
+    }
+    return 0;
+}
+
+static int pack_tensor(StWriter *w, Packer *k, RowSource source, void *ctx, RowErrors *sum, Err *err) {
+    const int64_t rows = k->p->rows, b0 = k->q.block[0], span = k->piece < b0 ? b0 : k->piece;
+    int rc = 0;
+    for (int64_t row = 0; row < rows && rc == 0; row += span) {
+        int64_t n = rows - row < span ? rows - row : span;
+        if (n > k->piece) {
+            rc = pack_large_band(w, k, row, row + n, source, ctx, sum, err);
+            continue;
+        }
+        rc = source_rows(source, ctx, k->from, row, n, k->x, err);
+        if (rc) break;
+        pack_piece(k, row, n);
+        write_piece(w, k, n, sum);
+    }
     return rc;
 }
 
 static int write_packed(StWriter *w, const Param *p, const Param *from, const QuantSpec *s, DType dtype, bool trained,
                         RowSource source, void *ctx, PackReport *rep, Err *err) {
-    Packer k = {.p = p, .from = from, .s = s};
-    int rc = quant_block_shape(s, p->rows, p->cols, k.block, err);
+    Packer k = {.p = p, .from = from, .q = {.spec = s, .cols = p->cols}};
+    int rc = quant_block_shape(s, p->rows, p->cols, k.q.block, err);
     if (rc) return rc;
-    k.across = p->cols / k.block[1];
+    k.across = p->cols / k.q.block[1];
     // INT8 rows are made from the very values, as the trainer begins with; a tied head's, unless the trainer made it from
     // masters of more digits, from the table as the file has it.
-    k.rounds = !quant_is_int8_rows(s) || (from != p && dtype == DT_BF16 && !trained);
+    k.q.rounds = !quant_is_int8_rows(s) || (from != p && dtype == DT_BF16 && !trained);
     k.piece = tile_rows(p);
-    if (k.piece > k.block[0]) k.piece -= k.piece % k.block[0];
-    int64_t n_qp = p->rows / k.block[0] * k.across, bands = k.piece / k.block[0] > 1 ? k.piece / k.block[0] : 1;
-    size_t row_bytes = quant_row_bytes(s->bits, p->cols), piece = (size_t)k.piece, values = piece * (size_t)p->cols;
-    k.x = xmalloc(values * sizeof *k.x);
-    k.w16 = xmalloc(values * sizeof *k.w16);
-    k.packed = xmalloc(piece * row_bytes);
-    k.mn = xmalloc((size_t)(bands * k.across) * sizeof *k.mn);
-    k.mx = xmalloc((size_t)(bands * k.across) * sizeof *k.mx);
+    if (k.piece > k.q.block[0]) k.piece -= k.piece % k.q.block[0];
+    k.row_bytes = quant_row_bytes(s->bits, p->cols);
+    int64_t n_qp = p->rows / k.q.block[0] * k.across;
+    k.x = xmalloc((size_t)(k.piece * p->cols) * sizeof *k.x);
+    k.packed = xmalloc((size_t)k.piece * k.row_bytes);
+    k.mn = xmalloc((size_t)(2 * RANGE_PARTS * k.across) * sizeof *k.mn);
+    k.mx = k.mn + RANGE_PARTS * k.across;
     k.qp = xmalloc((size_t)n_qp * sizeof *k.qp);
-    k.signal = xmalloc(4 * piece * sizeof *k.signal);
-    k.noise = k.signal + piece;
-    k.worst = k.noise + piece;
-    k.amax = k.worst + piece;
+    k.errors = xmalloc((size_t)k.piece * sizeof *k.errors);
     *rep = (PackReport){.p = p, .spec = s};
-    rep->bytes = (size_t)p->rows * row_bytes + (size_t)n_qp * dtype_size(scale_dtype(s));
+    rep->bytes = (size_t)p->rows * k.row_bytes + (size_t)n_qp * dtype_size(scale_dtype(s));
     if (quant_has_zero(s)) rep->bytes += (size_t)n_qp * dtype_size(zero_dtype(s));
     rep->float_bytes = (size_t)p->rows * (size_t)p->cols * dtype_size(dtype);
-    rc = pack_spans(w, &k, source, ctx, rep, err);
+    RowErrors sum = {0};
+    rc = pack_tensor(w, &k, source, ctx, &sum, err);
+    rep->sqnr_db = sum.noise > 0 ? 10 * log10(sum.signal / sum.noise) : INFINITY;
+    rep->max_abs_err = sum.worst;
+    rep->amax = sum.amax;
     if (rc == 0) rc = check_qparams(&k, n_qp, err);
     if (rc == 0) write_qparams(w, &k, n_qp);
     free(k.x);
-    free(k.w16);
     free(k.packed);
     free(k.mn);
-    free(k.mx);
     free(k.qp);
-    free(k.signal);
+    free(k.errors);
     return rc;
 }
 

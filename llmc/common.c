@@ -145,16 +145,6 @@ bool file_changed(const FileMap *map, const char *path) {
     return (size_t)st.st_size != map->size || write_time(&st) != map->written;
 }
 
-void file_populate(const FileMap *map, size_t begin, size_t end) {
-#ifdef MADV_POPULATE_READ
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    begin -= begin % page;
-    if (begin < end) madvise((uint8_t *)map->base + begin, end - begin, MADV_POPULATE_READ);
-#else
-    (void)map, (void)begin, (void)end;
-#endif
-}
-
 void file_drop(const FileMap *map, size_t begin, size_t end) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
     begin -= begin % page;

@@ -78,8 +78,6 @@ int file_map(FileMap *map, const char *path, Err *err);
 void file_unmap(FileMap *map);
 // Was the mapped file, if it still stands at `path`, written to since? (One that was replaced is still mapped whole.)
 bool file_changed(const FileMap *map, const char *path);
-// Bytes [begin, end) of the map will be read now: their pages are entered at once instead of one fault after another.
-void file_populate(const FileMap *map, size_t begin, size_t end);
 // Bytes [begin, end) of the map were read and are not soon again: their pages leave this process, not the page cache.
 // Both ends are rounded down to pages, so that neighbours dropped one after the other leave nothing behind.
 void file_drop(const FileMap *map, size_t begin, size_t end);
