@@ -52,8 +52,8 @@ static int find_template(const char **text, const cJSON *config, const char *nam
     if (!name) {
         *text = template_of(config);
         if (*text) return 0;
-        return err_set(err, E_MISSING, "this model brings no chat template (\"chat_template\" of its tokenizer_config.json): "
-                       "choose one that it was trained with, --template " CHAT_BUILT_IN);
+        return err_set(err, E_MISSING, "this model brings no chat template (\"chat_template\" of its "
+                       "tokenizer_config.json): choose one that it was trained with, --template " CHAT_BUILT_IN);
     }
     for (size_t i = 0; i < sizeof built_in / sizeof *built_in; i++) {
         *text = built_in[i].text;

@@ -17,9 +17,9 @@ typedef struct ChatTemplate ChatTemplate;
 // may ask for (bos_token, eos_token, ...) are the tokenizer's.
 int chat_template_open(ChatTemplate **out, const Tokenizer *tok, const char *name, Err *err);
 void chat_template_close(ChatTemplate *t);
-// The conversation as text (malloc'ed, len bytes and a NUL), as transformers' apply_chat_template writes it. reply: with
-// the beginning of the assistant's next turn (add_generation_prompt). Special tokens are spelled out, bos among them:
-// encode it with `special` on and put nothing in front.
+// The conversation as text (malloc'ed, len bytes and a NUL), as transformers' apply_chat_template writes it. reply:
+// with the beginning of the assistant's next turn (add_generation_prompt). Special tokens are spelled out, bos among
+// them: encode it with `special` on and put nothing in front.
 int chat_render(const ChatTemplate *t, const ChatMessage *messages, int n, bool reply, char **text, size_t *len,
                 Err *err);
 // The special token that ends the assistant's turn in this template; -1 if it has none.

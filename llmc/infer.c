@@ -448,6 +448,10 @@ void infer_fork(Infer *s, int copies) {
     }
 }
 
+void infer_rewind(Infer *s, int position) {
+    if (position >= 0 && position < s->pos) s->pos = position;
+}
+
 int infer_position(const Infer *s) { return s->pos; }
 size_t infer_model_bytes(const Infer *s) { return s->model_bytes; }
 size_t infer_size_bytes(const Infer *s) { return s->model_bytes - s->embed_bytes; }

@@ -33,6 +33,9 @@ void infer_reset(Infer *s, int n);
 // Each sequence becomes `copies` of it with the same past, side by side (b goes on as b * copies and those after it),
 // as far as B holds them: for contexts that each have several continuations.
 void infer_fork(Infer *s, int copies);
+// Forgets what follows the first `position` tokens of each sequence (no more than there are): a conversation goes on
+// from there.
+void infer_rewind(Infer *s, int position);
 int infer_position(const Infer *s);                      // tokens in the cache
 
 size_t infer_model_bytes(const Infer *s);                // parameters as held in memory, all of them

@@ -73,7 +73,7 @@ static size_t utf8_sequence(const uint8_t *s, size_t len, bool *whole) {
     return need;
 }
 
-static size_t utf8_valid_prefix(const char *text, size_t len) {
+size_t utf8_valid_prefix(const char *text, size_t len) {
     const uint8_t *s = (const uint8_t *)text;
     size_t i = 0;
     while (i < len) {

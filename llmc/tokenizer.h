@@ -21,9 +21,9 @@ void tokenizer_free(Tokenizer *t);
 // Checked like any file.
 int tokenizer_from_blob(Tokenizer **out, const uint8_t *blob, size_t size, Err *err);
 int tokenizer_to_blob(const Tokenizer *t, uint8_t **blob, size_t *size, Err *err);     // malloc'ed
-// As tokenizer.ggml.* metadata of a model with `vocab` ids, those that the tokenizer lacks as unused tokens; eos is not
-// among them: the model's configuration has a say in it. E_USAGE for a tokenizer that GGUF has no words for; w is then
-// only good for gguf_writer_abort.
+// As tokenizer.ggml.* metadata of a model with `vocab` ids, those that the tokenizer lacks as unused tokens; bos and eos
+// are not among them: the model's configuration has a say in them. E_USAGE for a tokenizer that GGUF has no words for; w
+// is then only good for gguf_writer_abort.
 int tokenizer_to_gguf(const Tokenizer *t, GgufWriter *w, int vocab, Err *err);
 // tokenizer.json text that `tokenizers` loads to the same ids. The original text where it came from one.
 int tokenizer_to_json(const Tokenizer *t, char **text, size_t *len, Err *err);         // malloc'ed
@@ -57,6 +57,9 @@ int tokenizer_encode_more(const Tokenizer *t, const char *text, size_t len, bool
 // as bytes.
 const char *tokenizer_piece(const Tokenizer *t, int32_t id, bool first, size_t *len);
 bool tokenizer_is_special(const Tokenizer *t, int32_t id);
+
+// Bytes before the first that is no part of valid UTF-8; len if all are.
+size_t utf8_valid_prefix(const char *text, size_t len);
 
 #ifdef __cplusplus
 }
