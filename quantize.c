@@ -24,7 +24,7 @@ static struct {
     const char *scheme, *weight, *activation, *embedding, *head, *out, *hf_out, *json;
     StringList rules;
     int dtype, to;
-    bool quiet, allow_inexact;
+    bool quiet, allow_inexact, no_verify;
 } run;
 
 static const Option options[] = {
@@ -46,8 +46,9 @@ static const Option options[] = {
     {"--hf-out",     OPT_STRING, &run.hf_out,     NULL,    NULL, "also write a dequantized Hugging Face folder"},
     {"--dtype",      OPT_ENUM,   &run.dtype,      "auto",  "auto,bf16,f32",
      "of tensors that stay floats (auto: f32 in an fp32 build if the model has it, else bf16)"},
+    {"--no-verify",  OPT_FLAG,   &run.no_verify,  "0",     NULL, "do not compare a model.bin with its checksum"},
     {"--json",       OPT_STRING, &run.json,       NULL,    NULL, "also write the table to this file"},
-    {"--quiet",      OPT_FLAG,   &run.quiet,      "0",     NULL, "only the summary"},
+    {"--quiet",      OPT_FLAG,   &run.quiet,      "0",     NULL, "only the summary, and no progress"},
 };
 #define N_OPTIONS ((int)(sizeof options / sizeof *options))
 
@@ -127,12 +128,56 @@ static int check_outputs(const ModelFile *m, const char *out, Err *err) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// Progress: shown once the conversion has taken a second
+
+typedef struct {
+    ModelFile *m;
+    char tensor[96];
+    int64_t next;                                // rows of it before this one have been counted
+    double done, start;
+    bool shown;
+    Progress bar;
+} Reading;
+static Reading reading;
+
+static void reading_begin(ModelFile *m, const ParamTable *table, const QuantPlan *plan) {
+    double values = 0;
+    for (int i = 0; i < table->n; i++) values += (double)table->p[i].rows * (double)table->p[i].cols;
+    if (m->config.tied && plan->tied_head.bits) values += (double)m->config.V * m->config.C;   // the table once more
+    reading = (Reading){.m = m, .start = now_seconds()};
+    progress_begin(&reading.bar, "quantize", values);
+}
+
+// A RowSource. Tensors that are read twice count once.
+static int read_rows(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
+    Reading *r = ctx;
+    int rc = model_row_source(r->m, p, row0, n, out, err);
+    if (rc || run.quiet) return rc;
+    if (strcmp(r->tensor, p->name)) {
+        snprintf(r->tensor, sizeof r->tensor, "%s", p->name);
+        r->next = 0;
+    }
+    if (row0 + n > r->next) {
+        r->done += (double)(row0 + n - r->next) * (double)p->cols;
+        r->next = row0 + n;
+    }
+    r->shown |= now_seconds() - r->start > 1;
+    if (r->shown) progress_update(&r->bar, r->done, p->name);
+    return 0;
+}
+
+static void reading_end(int rc) {
+    if (reading.shown && rc == 0) progress_end(&reading.bar);
+    else progress_hide(&reading.bar);
+}
+
+// ---------------------------------------------------------------------------------------------
 // The table
 
 typedef struct { char name[96]; QuantSpec spec; int64_t rows, cols; PackReport r; } Row;
 typedef struct { Row *row; int n, room; } Report;
 
-// A row is printed as soon as its tensor is packed: on large models this is the progress, too.
+// A row is printed as soon as its tensor is packed.
 static void report_row(void *ctx, const PackReport *r) {
     Report *t = ctx;
     if (t->n == t->room) {
@@ -146,6 +191,7 @@ static void report_row(void *ctx, const PackReport *r) {
     snprintf(row->name, sizeof row->name, "%s", r->p->name);
     row->r.p = NULL, row->r.spec = NULL;         // theirs, not kept
     if (run.quiet) return;
+    progress_hide(&reading.bar);
     if (t->n == 1)
         printf("%-46s %15s  %-26s %8s %11s %7s\n", "tensor", "shape", "scheme", "SQNR dB", "worst error", "of max");
     char shape[48], spec[QUANT_SPEC_TEXT];
@@ -408,11 +454,13 @@ static int quantize(ModelFile *m, Err *err) {
 
     double start = now_seconds();
     DType dtype = float_dtype(m);
+    reading_begin(m, &table, &plan);
     if (quant_plan_is_none(&plan))
-        rc = model_write_bin(out, &m->config, &plan, &table, m->tokenizer, dtype, model_row_source, m, err);
+        rc = model_write_bin(out, &m->config, &plan, &table, m->tokenizer, dtype, read_rows, &reading, err);
     else
-        rc = model_write_packed(out, &m->config, &plan, &table, m->tokenizer, dtype, model_row_source, m, report_row,
+        rc = model_write_packed(out, &m->config, &plan, &table, m->tokenizer, dtype, read_rows, &reading, report_row,
                                 &report, err);
+    reading_end(rc);
     if (rc == 0) {
         Totals s = totals(&report, m, out, now_seconds() - start);
         print_totals(&s, &report, m, &plan, out);
@@ -435,7 +483,7 @@ int main(int argc, char **argv) {
         err_set(&err, E_USAGE, "which model? usage: quantize MODEL [--scheme NAME] (--help lists all options)");
         die(&err);
     }
-    if (model_open(&m, path, &err) < 0) die(&err);
+    if (model_open_with(&m, path, MODEL_STREAM | (run.no_verify ? MODEL_NO_VERIFY : 0), &err) < 0) die(&err);
     int rc = quantize(&m, &err);
     model_close(&m);
     if (rc) die(&err);

@@ -187,8 +187,10 @@ static int join(char *buf, size_t size, const char *dir, const char *name, Err *
 
 static int open_shard(ModelFile *m, const char *path, Err *err) {
     int rc = safetensors_open(&m->files[m->n_files], path, err);
-    if (rc == 0) m->n_files++;
-    return rc;
+    if (rc) return rc;
+    if (m->flags & MODEL_STREAM) file_sequential(&m->files[m->n_files].map);
+    m->n_files++;
+    return 0;
 }
 
 static int compare_strings(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
@@ -1087,6 +1089,7 @@ static int write_bin(const char *path, const LlamaConfig *c, const QuantPlan *pl
     int64_t blob_shape[1] = {(int64_t)blob_size};
     if (blob) st_writer_tensor(w, TOKENIZER_TENSOR, DT_U8, 1, blob_shape);
     if (rc == 0) rc = st_writer_begin(w, path, err);
+    if (rc == 0) st_writer_behind(w);
     for (int i = 0; i < n && rc == 0; i++) {
         const Param *p = i < table->n ? &table->p[i] : &head;
         QuantSpec spec = packed ? packed_spec(c, plan, p) : (QuantSpec){0};

@@ -145,6 +145,10 @@ bool file_changed(const FileMap *map, const char *path) {
     return (size_t)st.st_size != map->size || write_time(&st) != map->written;
 }
 
+void file_sequential(const FileMap *map) {
+    if (map->base) madvise(map->base, map->size, MADV_SEQUENTIAL);
+}
+
 void file_drop(const FileMap *map, size_t begin, size_t end) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
     begin -= begin % page;
@@ -183,6 +187,14 @@ int atomic_open(AtomicFile *a, const char *path, Err *err) {
 void atomic_write(AtomicFile *a, const void *data, size_t bytes) {
     if (a->failed || !bytes) return;
     if (fwrite(data, 1, bytes, a->f) != bytes) a->failed = errno ? errno : EIO;
+}
+
+void atomic_sync_soon(AtomicFile *a) {
+#ifdef SYNC_FILE_RANGE_WRITE
+    if (!a->failed) sync_file_range(fileno(a->f), 0, 0, SYNC_FILE_RANGE_WRITE);
+#else
+    (void)a;
+#endif
 }
 
 // The rename must survive a crash too, so the folder's entry is synced as well.

@@ -78,6 +78,8 @@ int file_map(FileMap *map, const char *path, Err *err);
 void file_unmap(FileMap *map);
 // Was the mapped file, if it still stands at `path`, written to since? (One that was replaced is still mapped whole.)
 bool file_changed(const FileMap *map, const char *path);
+// The map will be read from front to back: the system reads far ahead.
+void file_sequential(const FileMap *map);
 // Bytes [begin, end) of the map were read and are not soon again: their pages leave this process, not the page cache.
 // Both ends are rounded down to pages, so that neighbours dropped one after the other leave nothing behind.
 void file_drop(const FileMap *map, size_t begin, size_t end);
@@ -90,6 +92,7 @@ int file_read(char **text, size_t *len, const char *path, size_t max, Err *err);
 typedef struct { FILE *f; char path[1024], tmp[1100]; int failed; } AtomicFile;
 int atomic_open(AtomicFile *a, const char *path, Err *err);
 void atomic_write(AtomicFile *a, const void *data, size_t bytes);
+void atomic_sync_soon(AtomicFile *a);             // what was written begins its way to the disk; nobody waits for it
 int atomic_commit(AtomicFile *a, Err *err);
 void atomic_abort(AtomicFile *a);
 

@@ -219,4 +219,9 @@ void progress_update(Progress *p, double done, const char *suffix) {
     progress_draw(p, done, false, false);
 }
 
+void progress_hide(Progress *p) {
+    if (p->last_drawn > 0 && isatty(STDERR_FILENO)) fputs("\r\033[K", stderr);
+    p->last_drawn = 0;
+}
+
 void progress_end(Progress *p) { progress_draw(p, p->total, isatty(STDERR_FILENO), true); }

@@ -31,5 +31,6 @@ const char *fmt_time(char buf[32], double seconds);
 typedef struct { const char *what; double total, last_drawn; double start; int last_tenth; char suffix[64]; } Progress;
 void progress_begin(Progress *p, const char *what, double total);
 void progress_update(Progress *p, double done, const char *suffix);
+void progress_hide(Progress *p);                       // off the terminal's line, before something else is printed
 void progress_end(Progress *p);
 #endif

@@ -1,6 +1,7 @@
 // The safetensors container: see safetensors.h for what is checked.
 #include "safetensors.h"
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include "json.h"
@@ -266,6 +267,19 @@ int safetensors_verify(const Safetensors *st, bool drop, Err *err) {
 // ---------------------------------------------------------------------------------------------
 // Writing
 
+// Buffers between who makes the data and the thread that writes them.
+#define BEHIND_BUFFERS 3
+#define BEHIND_BYTES ((size_t)4 << 20)
+typedef struct {
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t turn;
+    uint8_t *buffer[BEHIND_BUFFERS];
+    size_t bytes[BEHIND_BUFFERS];
+    unsigned filled, written;            // buffers handed over, and written, so far
+    bool end;
+} Behind;
+
 struct StWriter {
     cJSON *root, *meta;                  // the header; meta is its first member
     size_t declared, given;              // bytes of data
@@ -275,6 +289,7 @@ struct StWriter {
     bool seal;                           // the file carries its own, too: at byte `digits`
     size_t digits;
     Checksum piece, pieces;              // of the piece that is being written, and of those before
+    Behind *behind;                      // NULL: data are written by who gives them
 };
 
 static void seal_add(StWriter *w, const uint8_t *data, size_t bytes) {
@@ -294,6 +309,63 @@ static void put(StWriter *w, const void *data, size_t bytes) {
     if (w->sum) checksum_add(w->sum, data, bytes);
     if (w->seal) seal_add(w, data, bytes);
     atomic_write(&w->file, data, bytes);
+}
+
+static void *write_behind(void *arg) {
+    StWriter *w = arg;
+    Behind *b = w->behind;
+    pthread_mutex_lock(&b->lock);
+    for (;;) {
+        while (b->written == b->filled && !b->end) pthread_cond_wait(&b->turn, &b->lock);
+        if (b->written == b->filled) break;
+        unsigned i = b->written % BEHIND_BUFFERS;
+        pthread_mutex_unlock(&b->lock);
+        put(w, b->buffer[i], b->bytes[i]);
+        atomic_sync_soon(&w->file);
+        pthread_mutex_lock(&b->lock);
+        b->bytes[i] = 0;
+        b->written++;
+        pthread_cond_signal(&b->turn);
+    }
+    pthread_mutex_unlock(&b->lock);
+    return NULL;
+}
+
+// The buffer that is being filled goes to the thread, and the next one is waited for.
+static void hand_over(Behind *b) {
+    pthread_mutex_lock(&b->lock);
+    b->filled++;
+    pthread_cond_signal(&b->turn);
+    while (b->filled - b->written == BEHIND_BUFFERS) pthread_cond_wait(&b->turn, &b->lock);
+    pthread_mutex_unlock(&b->lock);
+}
+
+static void put_behind(Behind *b, const uint8_t *data, size_t bytes) {
+    while (bytes) {
+        unsigned i = b->filled % BEHIND_BUFFERS;
+        size_t room = BEHIND_BYTES - b->bytes[i], n = bytes < room ? bytes : room;
+        memcpy(b->buffer[i] + b->bytes[i], data, n);
+        b->bytes[i] += n;
+        if (n == room) hand_over(b);
+        data += n;
+        bytes -= n;
+    }
+}
+
+static void end_behind(StWriter *w) {
+    Behind *b = w->behind;
+    if (!b) return;
+    if (b->bytes[b->filled % BEHIND_BUFFERS]) hand_over(b);
+    pthread_mutex_lock(&b->lock);
+    b->end = true;
+    pthread_cond_signal(&b->turn);
+    pthread_mutex_unlock(&b->lock);
+    pthread_join(b->thread, NULL);
+    pthread_mutex_destroy(&b->lock);
+    pthread_cond_destroy(&b->turn);
+    free(b->buffer[0]);
+    free(b);
+    w->behind = NULL;
 }
 
 static void put_seal(StWriter *w) {
@@ -376,13 +448,31 @@ int st_writer_begin(StWriter *w, const char *path, Err *err) {
     return rc;
 }
 
+void st_writer_behind(StWriter *w) {
+    Behind *b = xcalloc(1, sizeof *b);
+    b->buffer[0] = xmalloc(BEHIND_BUFFERS * BEHIND_BYTES);
+    for (int i = 1; i < BEHIND_BUFFERS; i++) b->buffer[i] = b->buffer[0] + (size_t)i * BEHIND_BYTES;
+    pthread_mutex_init(&b->lock, NULL);
+    pthread_cond_init(&b->turn, NULL);
+    w->behind = b;
+    if (pthread_create(&b->thread, NULL, write_behind, w) == 0) return;
+    w->behind = NULL;
+    pthread_mutex_destroy(&b->lock);
+    pthread_cond_destroy(&b->turn);
+    free(b->buffer[0]);
+    free(b);
+}
+
 void st_writer_data(StWriter *w, const void *data, size_t bytes) {
     w->given += bytes;
-    if (w->given <= w->declared) put(w, data, bytes);
+    if (w->given > w->declared) return;
+    if (w->behind) put_behind(w->behind, data, bytes);
+    else put(w, data, bytes);
 }
 
 int st_writer_finish(StWriter *w, Err *err) {
     int rc;
+    end_behind(w);
     if (w->given != w->declared) {
         rc = err_set(err, E_FAIL, "%s: %zu bytes of data were written, %zu declared", w->file.path, w->given,
                      w->declared);
@@ -396,6 +486,7 @@ int st_writer_finish(StWriter *w, Err *err) {
 }
 
 void st_writer_abort(StWriter *w) {
+    end_behind(w);
     if (w->open) atomic_abort(&w->file);
     writer_free(w);
 }

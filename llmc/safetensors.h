@@ -49,6 +49,9 @@ void st_writer_checksum(StWriter *w, Checksum *sum);
 // with st_writer_checksum.
 void st_writer_seal(StWriter *w);
 int st_writer_begin(StWriter *w, const char *path, Err *err);
+// From here on data are copied, and a thread of the writer's own checksums and writes them meanwhile. Where there is no
+// thread to be had the caller's does it.
+void st_writer_behind(StWriter *w);
 void st_writer_data(StWriter *w, const void *data, size_t bytes);
 int st_writer_finish(StWriter *w, Err *err);   // E_FAIL with the cause if a write failed or data do not add up; frees w
 void st_writer_abort(StWriter *w);             // removes what was written; frees w
