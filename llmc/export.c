@@ -256,10 +256,11 @@ static int put_config(const Export *x, GgufWriter *w, const uint32_t *type, Err 
                    "writes the nearest, --to dequantized keeps it", c->rope_theta, c->rope_factor);
 }
 
-// GGUF knows one end of text and one end of turn.
-static void put_eos(const Export *x, GgufWriter *w) {
+// GGUF knows one begin, one end of text and one end of turn.
+static void put_ends(const Export *x, GgufWriter *w) {
     const LlamaConfig *c = &x->config;
-    int eos = tokenizer_eos(x->m->tokenizer), turn = -1, left = 0;
+    const Tokenizer *tok = x->m->tokenizer;
+    int bos = tok ? tokenizer_bos(tok) : c->bos, eos = tok ? tokenizer_eos(tok) : -1, turn = -1, left = 0;
     bool listed = c->n_eos == 0;
     for (int i = 0; i < c->n_eos; i++) listed |= c->eos[i] == eos;
     if (!listed || eos < 0) eos = c->n_eos ? c->eos[0] : eos;
@@ -268,24 +269,26 @@ static void put_eos(const Export *x, GgufWriter *w) {
         if (turn < 0) turn = c->eos[i];
         else left++;
     }
+    if (bos >= 0) gguf_put_u32(w, "tokenizer.ggml.bos_token_id", (uint32_t)bos);
     if (eos >= 0) gguf_put_u32(w, "tokenizer.ggml.eos_token_id", (uint32_t)eos);
     if (turn >= 0) gguf_put_u32(w, "tokenizer.ggml.eot_token_id", (uint32_t)turn);
     if (left)
         note(x, "more than two tokens end generation; GGUF names two, and readers guess others by their spelling");
 }
 
+// The tokenizer, where there is one and GGUF has words for it.
 static int put_tokenizer(const Export *x, GgufWriter **w, const uint32_t *type, Err *err) {
+    int rc = x->m->tokenizer ? tokenizer_to_gguf(x->m->tokenizer, *w, x->config.V, err) : 0;
     if (!x->m->tokenizer) {
-        note(x, "the model carries no tokenizer, and so does the file: llama.cpp reads it for token ids only");
-        return 0;
+        note(x, "the model carries no tokenizer, and so does the file: other programs read it for token ids only");
+    } else if (rc == E_USAGE && x->o->allow_inexact) {
+        note(x, "GGUF has no words for this tokenizer: the file is written without one");
+        gguf_writer_abort(*w);
+        *w = gguf_writer_new();
+        rc = put_config(x, *w, type, err);
     }
-    int rc = tokenizer_to_gguf(x->m->tokenizer, *w, x->config.V, err);
-    if (rc == 0) put_eos(x, *w);
-    if (rc != E_USAGE || !x->o->allow_inexact) return rc;
-    note(x, "GGUF has no words for this tokenizer: the file is written without one");
-    gguf_writer_abort(*w);
-    *w = gguf_writer_new();
-    return put_config(x, *w, type, err);
+    if (rc == 0) put_ends(x, *w);
+    return rc;
 }
 
 // The divisors of the frequencies by which GGUF says llama3 scaling: HS/2 of them.

@@ -1,5 +1,5 @@
-// GGUF files out (version 3): what gguf.h reads. Metadata and tensors are declared first, then the data come in the order
-// of the declarations, in pieces of any size. The file appears whole or not at all.
+// GGUF files out (version 3): what gguf.h reads. Metadata and tensors are declared first, then the data come in the
+// order of the declarations, in pieces of any size. The file appears whole or not at all.
 #ifndef QLLM_GGUF_WRITE_H
 #define QLLM_GGUF_WRITE_H
 #include "gguf.h"
@@ -21,8 +21,8 @@ void gguf_elem_string(GgufWriter *w, const char *s, size_t len);
 void gguf_elem_i32(GgufWriter *w, int32_t v);
 void gguf_elem_f32(GgufWriter *w, float v);
 
-// A tensor of `rows` rows of `cols` values (ne = {cols, rows}; a vector if rows is 1 and `vector`). cols must be a whole
-// number of the type's blocks.
+// A tensor of `rows` rows of `cols` values (ne = {cols, rows}; a vector if rows is 1 and `vector`). cols must be a
+// whole number of the type's blocks.
 void gguf_writer_tensor(GgufWriter *w, const char *name, uint32_t type, int64_t rows, int64_t cols, bool vector);
 int gguf_writer_begin(GgufWriter *w, const char *path, Err *err);
 void gguf_writer_data(GgufWriter *w, const void *data, size_t bytes);   // padding between tensors is the writer's care

@@ -154,7 +154,6 @@ int tokenizer_to_gguf(const Tokenizer *t, GgufWriter *w, int vocab, Err *err) {
     put_tokens(w, t, vocab, spm);
     int rc = spm ? put_scores(w, t, vocab, err) : put_merges(w, t, err);
     if (rc) return rc;
-    if (t->bos >= 0) gguf_put_u32(w, "tokenizer.ggml.bos_token_id", (uint32_t)t->bos);
     if (t->unk >= 0) gguf_put_u32(w, "tokenizer.ggml.unknown_token_id", (uint32_t)t->unk);
     gguf_put_bool(w, "tokenizer.ggml.add_bos_token", t->options & OPT_ADD_BOS);
     gguf_put_bool(w, "tokenizer.ggml.add_eos_token", t->options & OPT_ADD_EOS);
