@@ -1,9 +1,10 @@
-// The order in which PyTorch's tensor-core kernels for 4-bit weights (tinygemm: aten int4mm, torchao's tensor-core-tiled
-// layout) keep codes and their scales. Files of this project keep rows (quant.h); this is for those who read the other.
+// The order in which PyTorch's tensor-core kernels for 4-bit weights (tinygemm: aten int4mm, torchao's
+// tensor-core-tiled layout) keep codes and their scales. Files of this project keep rows (quant.h); this is for those
+// who read the other.
 //
 // Codes (N, K), 0..15, as int32 words [N/8][K/(16 I)][32][I/2] with I = inner_k_tiles, 2, 4 or 8: for each tile of 8
-// rows and I tiles of 16 columns, the words that each of a warp's 32 lanes multiplies. With kt and kk the tile of column
-// k among the I and its place there:
+// rows and I tiles of 16 columns, the words that each of a warp's 32 lanes multiplies. With kt and kk the tile of
+// column k among the I and its place there:
 //   lane     n % 8 * 4 + kk % 8 / 2
 //   word     kt / 2
 //   nibble   (0, 4, 1, 5, 2, 6, 3, 7)[kt % 2 * 4 + kk / 8 * 2 + kk % 2], nibble 0 being bits 0 to 3

@@ -1,5 +1,5 @@
-// tinygemm's layout: single codes at the places that PyTorch's kernel source gives for them, there and back, scales, and
-// shapes that have none.
+// tinygemm's layout: single codes at the places that PyTorch's kernel source gives for them, there and back, scales,
+// and shapes that have none.
 #include "quant.h"
 #include "test_common.h"
 #include "tinygemm.h"
