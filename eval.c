@@ -11,6 +11,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include "llmc/checkpoint.h"
 #include "llmc/cli.h"
 #include "llmc/comm.h"
@@ -58,7 +59,8 @@ static const Option options[] = {
 
 // What a task asked of the model, counted as trainers count it (forward: 2 FLOPs a parameter in matmuls and token, and
 // causal attention), once, whatever is padded or run again; the head for rows that are scored.
-typedef struct { double began, tokenizing, tokens, flops; } Work;
+// Loading and tokenizing stand apart from running; processor: seconds that all threads of this rank ran.
+typedef struct { double began, tokenizing, loading, running, processor, tokens, flops; } Work;
 
 typedef struct {
     const char *path, *scheme, *cache_path;
@@ -80,6 +82,7 @@ typedef struct {
 // The model, and its reference where there is to be one, with room for B sequences of T tokens, N tokens a call.
 static int load(Eval *e, int B, int T, int N, bool compare, Err *err) {
     bool loaded = e->s != NULL;
+    double began = now_seconds();
     if (loaded && e->made_B == B && e->made_T == T && e->made_N == N && (!compare || e->ref)) return 0;
     infer_free(e->s);
     infer_free(e->ref);
@@ -94,6 +97,7 @@ static int load(Eval *e, int B, int T, int N, bool compare, Err *err) {
     e->made_B = B;
     e->made_T = T;
     e->made_N = N;
+    e->work.loading = now_seconds() - began;
     char size[32], mem[32];
     if (!loaded)
         printf("%s: %s, %s arithmetic, %s%s%s; model size %s, %s in use\n", e->path, e->scheme,
@@ -105,6 +109,22 @@ static int load(Eval *e, int B, int T, int N, bool compare, Err *err) {
 }
 
 static void work_begin(Eval *e) { e->work = (Work){.began = now_seconds()}; }
+
+static double processor_seconds(void) {
+    struct timespec t;
+    return clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t) == 0 ? (double)t.tv_sec + 1e-9 * (double)t.tv_nsec : 0.0;
+}
+
+// Around what a task runs: begin counts from now, end up to now.
+static void running_begin(Eval *e) {
+    e->work.running = -now_seconds();
+    e->work.processor = -processor_seconds();
+}
+
+static void running_end(Eval *e) {
+    e->work.running += now_seconds();
+    e->work.processor += processor_seconds();
+}
 
 // Positions [from, to) of one sequence, `scored` of whose rows have a target.
 static void work_add(Eval *e, int from, int to, int scored) {
@@ -131,18 +151,22 @@ static void log_begin(const Eval *e, const char *task, const char *data) {
 
 // The last line of a task, and the end of its JSON line.
 static void report_end(Eval *e) {
-    double seconds = now_seconds() - e->work.began, rate = e->work.flops / seconds;
+    const Work *w = &e->work;
+    double seconds = now_seconds() - w->began, rate = w->flops / w->running;
     char took[32], speed[32];
-    printf("  time              %s (tokenizing %.2f s), %s tok/s", fmt_time(took, seconds), e->work.tokenizing,
-           fmt_count(speed, e->work.tokens / seconds));
+    printf("  time              %s, of it loading %.2f s, tokenizing %.2f s; %s tok/s", fmt_time(took, seconds),
+           w->loading, w->tokenizing, fmt_count(speed, w->tokens / w->running));
     if (e->peak > 0)
         printf(", %.3f of the peak of %.0f GFLOP/s (%s)", rate / e->peak, e->peak / 1e9, e->peak_source);
     printf("\n");
     e->seconds += seconds;
     jsonlog_num(e->log, "seconds", seconds);
-    jsonlog_num(e->log, "tokenizing_seconds", e->work.tokenizing);
-    jsonlog_num(e->log, "tokens_run", e->work.tokens);
-    jsonlog_num(e->log, "tokens_per_second", e->work.tokens / seconds);
+    jsonlog_num(e->log, "loading_seconds", w->loading);
+    jsonlog_num(e->log, "tokenizing_seconds", w->tokenizing);
+    jsonlog_num(e->log, "running_seconds", w->running);
+    jsonlog_num(e->log, "processor_seconds", w->processor);
+    jsonlog_num(e->log, "tokens_run", w->tokens);
+    jsonlog_num(e->log, "tokens_per_second", w->tokens / w->running);
     jsonlog_num(e->log, "flops_per_second", rate);
     if (e->peak > 0) jsonlog_num(e->log, "peak_flops", e->peak);
     if (e->peak > 0) jsonlog_num(e->log, "peak_share", rate / e->peak);
@@ -296,6 +320,7 @@ static int run_windows(Eval *e, Windows *w, const char *what, Err *err) {
     for (size_t i = 0; rc == 0 && i < w->n; i++)
         work_add(e, 0, order[i]->len, order[i]->len - order[i]->unscored);
     double done = 0, start = now_seconds();
+    running_begin(e);
     Progress bar;
     progress_begin(&bar, what, e->work.tokens);
     for (size_t k = 0; rc == 0 && k < batches; k++) {
@@ -309,6 +334,7 @@ static int run_windows(Eval *e, Windows *w, const char *what, Err *err) {
     }
     if (comm_rank() == 0) progress_end(&bar);
     if (rc == 0) rc = join_results(w->loss, arrays * w->scored * sizeof *w->loss, err);
+    running_end(e);
     if (rc == 0) rc = model_unchanged(e->m, err);
     call_free(&call);
     free(order);
@@ -617,6 +643,7 @@ static int run_tasks(Eval *e, Task *task, int n, double (*scores)[4], Err *err) 
     }
     Progress bar;
     progress_begin(&bar, "hellaswag", n);
+    running_begin(e);
     for (int k = 0, done = 0; rc == 0 && k < batches; k++) {
         if (my_turn((size_t)k)) rc = score_batch(e, &batch[k], &call, scores, err);
         done += batch[k].n;
@@ -624,6 +651,7 @@ static int run_tasks(Eval *e, Task *task, int n, double (*scores)[4], Err *err) 
     }
     if (comm_rank() == 0) progress_end(&bar);
     if (rc == 0) rc = join_results(scores, (size_t)n * sizeof *scores, err);
+    running_end(e);
     if (rc == 0) rc = model_unchanged(e->m, err);
     call_free(&call);
     free(batch);
