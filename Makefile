@@ -120,7 +120,8 @@ BENCH    := $(patsubst dev/bench/%.c,$(OUT)/bench/%,$(wildcard dev/bench/*.c))
 FUZZ     := $(patsubst dev/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard dev/fuzz/fuzz_*.c))
 FUZZ_SECONDS ?= 60
 
-.PHONY: all programs test test-programs test-cudasim test-sanitize test-mpi test-kill bench fuzz quickstart install clean \
+.PHONY: all programs test test-programs test-cudasim test-sanitize test-mpi test-kill bench bench-generate bench-eval fuzz \
+        quickstart install clean \
         help FORCE
 all: $(PROGRAMS)
 
@@ -251,6 +252,10 @@ bench: $(PROGRAMS) $(BENCH)
 	    echo "# $$b"; bash $$b $(OUT)/bin $(OUT)/bench/random_shard || exit 1; \
 	done
 
+# One of the scripts alone: decoding against the ceiling of memory, scoring against that of matmuls.
+bench-generate bench-eval: bench-%: $(PROGRAMS) $(BENCH)
+	@bash dev/bench/bench_$*.sh $(OUT)/bin $(OUT)/bench/random_shard
+
 quickstart: $(PROGRAMS)
 	@scripts/quickstart.sh
 
@@ -271,6 +276,7 @@ help:
 	@echo "make ptx-report      registers, shared memory and spills of each CUDA kernel; needs nvcc"
 	@echo "make quickstart      trains, quantizes and scores a small Llama on text that the machine has"
 	@echo "make bench           measures; lines: result NAME VALUE UNIT"
+	@echo "make bench-generate  decoding against what memory can be read with (SHAPES, SCHEMES, RUNS); also bench-eval"
 	@echo "make fuzz            FUZZ_SECONDS=60 for each parser"
 	@echo "make install         to PREFIX=/usr/local"
 	@echo "make clean           removes BUILD=build and the programs"
