@@ -2,6 +2,7 @@
 #include "checkpoint.h"
 #include <dirent.h>
 #include <errno.h>
+#include <float.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -621,6 +622,33 @@ int model_unchanged(const ModelFile *m, Err *err) {
     return err_set(err, E_FORMAT, "%s: written to while it was read; start again when the other program is done", path);
 }
 
+enum { SCALES_TASK = 1 << 13 };         // scales that a thread takes at a time
+
+// Zero points [at, at + n) of a packed tensor; stored NULL: symmetric unsigned codes, whose zero point is the middle.
+static void widen_zeros(float *zero, const StTensor *stored, int64_t at, int64_t n, const QuantSpec *s) {
+    if (!stored) {
+        for (int64_t i = 0; i < n; i++) zero[i] = quant_mid(s);
+    } else if (s->zero == QZ_FLOAT) {
+        convert_to_f32(zero, stored->data + 2 * (size_t)at, DT_BF16, (size_t)n);
+    } else if (s->is_unsigned) {
+        for (int64_t i = 0; i < n; i++) zero[i] = stored->data[at + i];
+    } else {
+        for (int64_t i = 0; i < n; i++) zero[i] = (int8_t)stored->data[at + i];
+    }
+}
+
+// The first of n scales that is not positive (rows: nor 0) and finite, or whose zero point is not finite; else n.
+static int64_t first_bad_scale(const float *scale, const float *zero, int64_t n, bool rows) {
+    float least = rows ? 0.0f : 0x1p-149f, most = rows ? FLT_MAX / 128 : FLT_MAX;
+    int bad = 0;
+    for (int64_t i = 0; i < n; i++) bad |= !(scale[i] >= least && scale[i] <= most);
+    for (int64_t i = 0; zero && i < n; i++) bad |= !(fabsf(zero[i]) <= FLT_MAX);
+    if (!bad) return n;
+    int64_t i = 0;
+    while (scale[i] >= least && scale[i] <= most && (!zero || fabsf(zero[i]) <= FLT_MAX)) i++;
+    return i;
+}
+
 int model_packed(const ModelFile *m, const Param *p, PackedTensor *t, Err *err) {
     *t = (PackedTensor){0};
     if (!m->packed) return 0;
@@ -632,23 +660,27 @@ int model_packed(const ModelFile *m, const Param *p, PackedTensor *t, Err *err) 
     t->codes = parts.codes->data;
     t->n_scales = (p->rows / parts.block[0]) * (p->cols / parts.block[1]);
     t->scale = xmalloc((size_t)t->n_scales * sizeof *t->scale);
-    convert_to_f32(t->scale, parts.scale->data, parts.scale->dtype, (size_t)t->n_scales);
     if (parts.zero || spec.is_unsigned) t->zero = xmalloc((size_t)t->n_scales * sizeof *t->zero);
-    for (int64_t i = 0; i < t->n_scales && t->zero; i++)
-        t->zero[i] = !parts.zero ? quant_mid(&spec) : spec.is_unsigned ? parts.zero->data[i] :
-            (int8_t)parts.zero->data[i];
-    if (parts.zero && spec.zero == QZ_FLOAT) convert_to_f32(t->zero, parts.zero->data, DT_BF16, (size_t)t->n_scales);
     bool rows = quant_is_int8_rows(&spec);               // a row of zeros has scale 0
-    for (int64_t i = 0; i < t->n_scales; i++)
-        if (!isfinite(t->scale[i] * (rows ? 128.0f : 1.0f)) || !(t->scale[i] > 0 || (rows && t->scale[i] == 0)) ||
-            (t->zero && !isfinite(t->zero[i]))) {
-            rc = err_set(err, E_FORMAT, "%s: tensor '%s': scale %lld is %g%s; scales are finite%s and %s, zero points "
-                         "finite", m->path, p->name, (long long)i, (double)t->scale[i],
-                         t->zero ? " (or its zero point is wrong)" : "", rows ? ", 128 times over too," : "",
-                         rows ? "not negative" : "positive");
-            packed_tensor_free(t);
-            return rc;
-        }
+    int64_t bad = t->n_scales;
+#pragma omp parallel for schedule(static) reduction(min : bad) if (t->n_scales > 4 * SCALES_TASK)
+    for (int64_t at = 0; at < t->n_scales; at += SCALES_TASK) {
+        int64_t n = t->n_scales - at < SCALES_TASK ? t->n_scales - at : SCALES_TASK;
+        float *scale = t->scale + at, *zero = t->zero ? t->zero + at : NULL;
+        convert_to_f32(scale, parts.scale->data + (size_t)at * dtype_size(parts.scale->dtype), parts.scale->dtype,
+                       (size_t)n);
+        if (zero) widen_zeros(zero, parts.zero, at, n, &spec);
+        int64_t first = first_bad_scale(scale, zero, n, rows);
+        if (first < n && at + first < bad) bad = at + first;
+    }
+    if (bad < t->n_scales) {
+        rc = err_set(err, E_FORMAT, "%s: tensor '%s': scale %lld is %g%s; scales are finite%s and %s, zero points "
+                     "finite", m->path, p->name, (long long)bad, (double)t->scale[bad],
+                     t->zero ? " (or its zero point is wrong)" : "", rows ? ", 128 times over too," : "",
+                     rows ? "not negative" : "positive");
+        packed_tensor_free(t);
+        return rc;
+    }
     return 1;
 }
 
@@ -697,6 +729,11 @@ static void drop_rows(const FileMap *map, const uint8_t *data, size_t bytes, con
     file_drop(map, begin + (size_t)row0 * row, begin + (size_t)(row0 + n) * row);
 }
 
+static void tied_head_as_table(Param *p) {
+    p->role = ROLE_EMBED;
+    strcpy(p->name, "model.embed_tokens.weight");
+}
+
 int model_read_rows(const ModelFile *m, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
     if (row0 < 0 || n < 0 || row0 > p->rows - n)
         return err_set(err, E_SHAPE, "%s: '%s' has %lld rows; rows %lld to %lld are asked for", m->path, p->name,
@@ -704,8 +741,7 @@ int model_read_rows(const ModelFile *m, const Param *p, int64_t row0, int64_t n,
     Param own = *p;
     QuantSpec spec = m->packed ? packed_spec(&m->config, &m->plan, p) : (QuantSpec){0};
     if (p->role == ROLE_HEAD && m->config.tied && !spec.bits) {       // a tied head reads the embedding table
-        own.role = ROLE_EMBED;
-        strcpy(own.name, "model.embed_tokens.weight");
+        tied_head_as_table(&own);
         if (m->packed) spec = packed_spec(&m->config, &m->plan, &own);
     }
     const StTensor *st = NULL;
@@ -747,6 +783,43 @@ int model_read_rows(const ModelFile *m, const Param *p, int64_t row0, int64_t n,
     else if (spec.bits) drop_rows(&m->files[0].map, parts.codes->data, parts.codes->bytes, p, row0, n);
     else drop_rows(&st_file(m, st)->map, st->data, st->bytes, p, row0, n);
     return 0;
+}
+
+// Whether one of n values has an exponent of ones.
+static bool any_not_finite(const void *data, DType dtype, size_t n) {
+    const uint32_t *wide = data;
+    const uint16_t *half = data;
+    const size_t piece = 1 << 16;
+    uint32_t bad = 0;
+#pragma omp parallel for schedule(static) reduction(| : bad) if (n > 4 * piece)
+    for (size_t at = 0; at < n; at += piece) {
+        size_t end = n - at < piece ? n : at + piece;
+        uint16_t bad_half = 0;
+        if (dtype == DT_F32)
+            for (size_t i = at; i < end; i++) bad |= (wide[i] & 0x7f800000u) == 0x7f800000u;
+        else
+            for (size_t i = at; i < end; i++) bad_half |= (half[i] & 0x7f80) == 0x7f80;
+        bad |= bad_half;
+    }
+    return bad;
+}
+
+int model_values(const ModelFile *m, const Param *p, DType dtype, const void **data, Err *err) {
+    if (m->kind == MODEL_GGUF || (m->packed && packed_spec(&m->config, &m->plan, p).bits)) return 0;
+    Param own = *p;
+    if (p->role == ROLE_HEAD && m->config.tied) tied_head_as_table(&own);
+    const StTensor *t = find_tensor(m, own.name);
+    if (!t || t->dtype != dtype || (uintptr_t)t->data % dtype_size(dtype)) return 0;
+    int rc = check_float(m, &own, err);
+    if (rc < 0) return rc;
+    if (any_not_finite(t->data, dtype, (size_t)p->rows * (size_t)p->cols)) {
+        float *row = xmalloc((size_t)p->cols * sizeof *row);             // says which
+        for (int64_t r = 0; rc == 0 && r < p->rows; r++) rc = model_read_rows(m, p, r, 1, row, err);
+        free(row);
+        return rc;
+    }
+    *data = t->data;
+    return 1;
 }
 
 int model_row_source(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {

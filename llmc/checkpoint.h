@@ -46,6 +46,10 @@ int llama_config_from_gguf(LlamaConfig *c, const Gguf *g, Err *err);
 // undone. NaN and infinite values are E_FORMAT, naming the tensor and the row.
 int model_read_rows(const ModelFile *m, const Param *p, int64_t row0, int64_t n, float *out, Err *err);
 
+// All values of p where they lie in the map row after row as dtype (DT_F32 or DT_BF16), aligned to it: returns 1 and
+// *data. 0: they are stored otherwise. NaN and infinite values are E_FORMAT as above.
+int model_values(const ModelFile *m, const Param *p, DType dtype, const void **data, Err *err);
+
 // A packed tensor of a model.bin: pointers into the map; scales and zeros widened to f32 (malloc'ed, owned by the
 // caller).
 typedef struct { const uint8_t *codes; float *scale, *zero; int64_t n_scales; } PackedTensor;

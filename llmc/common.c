@@ -98,7 +98,10 @@ int big_alloc(void **out, size_t bytes, const char *what, Err *err) {
                        (double)bytes / (1 << 30));
     // Large pages make the arenas' first touch and every later walk cheaper; refusal does no harm.
     if (align > 64) madvise(p, padded, MADV_HUGEPAGE);
-    memset(p, 0, bytes);
+    // Whoever touches a page first waits for the system to find and clear it: all threads do.
+    const size_t page = 2u << 20;
+#pragma omp parallel for schedule(static) if (bytes >= 4 * page)
+    for (size_t at = 0; at < bytes; at += page) memset((char *)p + at, 0, bytes - at < page ? bytes - at : page);
     *out = p;
     return 0;
 }

@@ -3,11 +3,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include "device.h"
+#include "served_cache.h"
 
 enum {
     MATVEC_MAX_N = 8,             // most tokens that matvec_forward takes
     LOGIT_ROWS = 512,             // rows of logits that exist at one time
-    STAGE_ELEMENTS = 1 << 22      // values that pass through the loader at one time
+    STAGE_ELEMENTS = 1 << 22,     // values that pass through the loader at one time
+    ARENA_FIRST = 1 << 18, ARENA_MOST = 1 << 24      // bytes
 };
 
 // One matmul: one tensor, or two or three that read the same input, their rows one after the other. Its weight is held
@@ -60,15 +62,22 @@ struct Infer {
     float *losses;                // (max_N) f32
 
     void **owned; int n_owned;    // everything from device_alloc
+    char *arena; size_t arena_left, arena_next;      // what smaller buffers are cut from
+    const char *cache_path; Safetensors kept;        // served forms of an earlier run, where kept.tensors is not NULL
+    ServedForm *made; int n_made; bool made_new;     // those of this run, while loading, and whether one was not kept
+    float *stage, *stage_dev; size_t stage_bytes;    // while loading
     size_t memory, model_bytes, token_bytes, embed_bytes;
 };
 
-static int grab(Infer *s, void *out, size_t a, size_t b, size_t c, const char *what, Err *err) {
-    size_t bytes;
-    if (!mul_size(a, b, &bytes) || !mul_size(bytes, c, &bytes))
-        return err_set(err, E_NOMEM, "%s: the size overflows; use a smaller context or batch", what);
+#ifdef __SANITIZE_ADDRESS__
+enum { ONE_BUFFER_EACH = 1 };     // so that a step beyond one is seen
+#else
+enum { ONE_BUFFER_EACH = 0 };
+#endif
+
+static int own_new(Infer *s, void **out, size_t bytes, const char *what, Err *err) {
     void *p;
-    int rc = device_alloc(&p, bytes ? bytes : 1, what, err);
+    int rc = device_alloc(&p, bytes, what, err);
     if (rc < 0) return rc;
     void **more = realloc(s->owned, (size_t)(s->n_owned + 1) * sizeof *more);
     if (!more) {
@@ -77,6 +86,36 @@ static int grab(Infer *s, void *out, size_t a, size_t b, size_t c, const char *w
     }
     s->owned = more;
     s->owned[s->n_owned++] = p;
+    *out = p;
+    return 0;
+}
+
+// Zeroed device memory of a * b * c bytes. Smaller buffers share allocations that grow with their number: a model of
+// hundreds of them then lies in large pages, which are sooner there and sooner walked.
+static int grab(Infer *s, void *out, size_t a, size_t b, size_t c, const char *what, Err *err) {
+    size_t bytes, padded;
+    if (!mul_size(a, b, &bytes) || !mul_size(bytes, c, &bytes) || !add_size(bytes, 255, &padded))
+        return err_set(err, E_NOMEM, "%s: the size overflows; use a smaller context or batch", what);
+    void *p = NULL;
+    int rc = 0;
+    padded = padded / 256 * 256 + (bytes == 0 ? 256 : 0);
+    if (padded > ARENA_MOST / 4 || ONE_BUFFER_EACH) {
+        rc = own_new(s, &p, bytes ? bytes : 1, what, err);
+    } else {
+        if (padded > s->arena_left) {
+            size_t size = s->arena_next < ARENA_FIRST ? ARENA_FIRST : s->arena_next;
+            while (size < padded) size *= 2;
+            rc = own_new(s, &p, size, what, err);
+            if (rc < 0) return rc;
+            s->arena = p;
+            s->arena_left = size;
+            s->arena_next = size < ARENA_MOST ? 2 * size : size;
+        }
+        p = s->arena;
+        s->arena += padded;
+        s->arena_left -= padded;
+    }
+    if (rc < 0) return rc;
     s->memory += bytes;
     memcpy(out, &p, sizeof p);
     return 0;
@@ -85,8 +124,29 @@ static int grab(Infer *s, void *out, size_t a, size_t b, size_t c, const char *w
 // ---------------------------------------------------------------------------------------------
 // Loading.
 
+static void free_stage(Infer *s) {
+    if (s->stage && !device_is_host()) device_free(s->stage_dev);
+    free(s->stage);
+    s->stage = s->stage_dev = NULL;
+    s->stage_bytes = 0;
+}
+
+// Where floats pass on their way to working values: on the host, one place is both ends.
+static int make_stage(Infer *s, size_t bytes, Err *err) {
+    if (bytes <= s->stage_bytes) return 0;
+    free_stage(s);
+    void *host, *dev = NULL;
+    int rc = big_alloc(&host, bytes, "a piece of a tensor", err);
+    if (rc < 0) return rc;
+    if (!device_is_host()) rc = device_alloc(&dev, bytes, "a piece of a tensor", err);
+    s->stage = host;
+    s->stage_dev = dev ? dev : host;
+    s->stage_bytes = bytes;
+    return rc;
+}
+
 // Working values from floats: what the trainer makes of its masters.
-static int load_floats(const ModelFile *m, const Param *p, const QuantSpec *spec, floatX *work, float *wscale,
+static int load_floats(Infer *s, const ModelFile *m, const Param *p, const QuantSpec *spec, floatX *work, float *wscale,
                        Err *err) {
     int64_t block[2] = {1, p->cols};
     if (spec->bits) {
@@ -96,20 +156,33 @@ static int load_floats(const ModelFile *m, const Param *p, const QuantSpec *spec
     int64_t step = STAGE_ELEMENTS / p->cols / block[0] * block[0];       // whole blocks
     if (step < block[0]) step = block[0];
     if (step > p->rows) step = p->rows;
-    size_t bytes = (size_t)step * (size_t)p->cols * sizeof(float);
-    void *host = NULL, *dev = NULL;
-    int rc = big_alloc(&host, bytes, "a piece of a tensor", err);
-    if (rc == 0) rc = device_alloc(&dev, bytes, "a piece of a tensor", err);
+    int rc = make_stage(s, (size_t)step * (size_t)p->cols * sizeof(float), err);
     for (int64_t r = 0; rc == 0 && r < p->rows; r += step) {
         int64_t n = p->rows - r < step ? p->rows - r : step;
-        rc = model_read_rows(m, p, r, n, host, err);
+        rc = model_read_rows(m, p, r, n, s->stage, err);
         if (rc < 0) break;
-        device_copy_in(dev, host, (size_t)n * (size_t)p->cols * sizeof(float));
-        ops->weight_fq(work + r * p->cols, wscale ? wscale + r : NULL, dev, spec, n, p->cols);
+        if (s->stage_dev != s->stage)
+            device_copy_in(s->stage_dev, s->stage, (size_t)n * (size_t)p->cols * sizeof(float));
+        ops->weight_fq(work + r * p->cols, wscale ? wscale + r : NULL, s->stage_dev, spec, n, p->cols);
     }
-    if (dev) device_free(dev);
-    free(host);
     return rc;
+}
+
+// The n tensors p as working values where the file is mapped: of the host's own type, not quantized, one after the
+// other. 1 and *w; 0: they are not.
+static int values_in_place(floatX **w, const ModelFile *m, const Param *const *p, int n, Err *err) {
+    const char *first = NULL, *end = NULL;
+    for (int i = 0; i < n; i++) {
+        const void *data;
+        if (!device_is_host() || (p[i]->scheme.weight.bits && !param_is_norm(p[i]))) return 0;
+        int rc = model_values(m, p[i], sizeof(floatX) == 2 ? DT_BF16 : DT_F32, &data, err);
+        if (rc <= 0) return rc;
+        if (i == 0) first = data;
+        else if ((const char *)data != end) return 0;
+        end = (const char *)data + (size_t)p[i]->rows * (size_t)p[i]->cols * sizeof(floatX);
+    }
+    *w = (floatX *)(uintptr_t)first;
+    return 1;
 }
 
 // Codes and scales of a part that are read where the file is mapped; a device that is not the host gets its own copy.
@@ -182,13 +255,42 @@ static bool any_works_as_codes(const Linear *l) {
     return false;
 }
 
+// Remembers a served form for the file that keeps them.
+static void note_served(Infer *s, const Linear *l, const char *name, size_t bytes) {
+    if (!s->cache_path) return;
+    ServedForm *more = realloc(s->made, (size_t)(s->n_made + 1) * sizeof *more);
+    char *own_name = xstrdup(name);              // a tied head's name is its loader's
+    if (!more) {
+        free(own_name);
+        s->made_new = false;                     // there is room for the model only: nothing will be kept
+        return;
+    }
+    s->made = more;
+    s->made[s->n_made++] = (ServedForm){own_name, l->served, bytes};
+}
+
+static void forget_served(Infer *s) {
+    for (int i = 0; i < s->n_made; i++) free((char *)(uintptr_t)s->made[i].name);
+    free(s->made);
+    s->made = NULL;
+    s->n_made = 0;
+}
+
 // The served form, made of the parts one after the other. 0 and l->served NULL: there is none, because parts differ in
 // their scheme or the wing has no such form.
-static int make_served(Infer *s, Linear *l, Err *err) {
+static int make_served(Infer *s, Linear *l, const char *name, Err *err) {
     for (int i = 1; i < l->n_parts; i++)
         if (!quant_spec_equal(&l->part[i].spec, &l->spec)) return 0;
     size_t bytes = ops->served_bytes(&l->spec, l->act, l->OC, l->C);
     if (bytes == 0) return 0;
+    const void *kept = s->kept.tensors ? served_cache_find(&s->kept, name, bytes) : NULL;
+    if (kept) {
+        l->served = (void *)(uintptr_t)kept;
+        for (int i = 0; i < l->n_parts; i++) part_free(&l->part[i]);
+        note_served(s, l, name, bytes);
+        return 0;
+    }
+    s->made_new = true;
     int rc = grab(s, &l->served, bytes, 1, 1, "packed weights", err);
     int64_t row = 0;
     for (int i = 0; rc == 0 && i < l->n_parts; row += l->part[i++].rows) {
@@ -198,11 +300,14 @@ static int make_served(Infer *s, Linear *l, Err *err) {
                                       l->OC, l->C);
         part_free(p);                            // on a device: in order, after what reads it
     }
+    if (rc == 0) note_served(s, l, name, bytes);
     return rc;
 }
 
 static int load_working_values(Infer *s, Linear *l, const ModelFile *m, const Param *const *p, Err *err) {
-    int rc = grab(s, &l->w, (size_t)l->OC, (size_t)l->C, sizeof(floatX), p[0]->name, err);
+    int rc = values_in_place(&l->w, m, p, l->n_parts, err);
+    if (rc != 0) return rc < 0 ? rc : 0;
+    rc = grab(s, &l->w, (size_t)l->OC, (size_t)l->C, sizeof(floatX), p[0]->name, err);
     if (rc == 0 && any_works_as_codes(l)) rc = grab(s, &l->wscale, (size_t)l->OC, sizeof(float), 1, "row scales", err);
     size_t row = 0;
     for (int i = 0; rc == 0 && i < l->n_parts; row += (size_t)l->part[i++].rows) {
@@ -210,7 +315,8 @@ static int load_working_values(Infer *s, Linear *l, const ModelFile *m, const Pa
         if (part->t.codes && !device_is_host()) rc = part_to_device(part, l->C, err);
         if (rc < 0) break;
         if (part->t.codes) unpack_part(l, i, l->w, l->wscale);
-        else rc = load_floats(m, p[i], &part->spec, l->w + row * (size_t)l->C, l->wscale ? l->wscale + row : NULL, err);
+        else rc = load_floats(s, m, p[i], &part->spec, l->w + row * (size_t)l->C,
+                              l->wscale ? l->wscale + row : NULL, err);
         part_free(part);
     }
     return rc;
@@ -241,7 +347,7 @@ static int load_linear(Infer *s, Linear *l, const ModelFile *m, const Param *con
             if (n > 1) rc = join_parts(s, l, err);
             else if (!device_is_host()) rc = part_to_device(&l->part[0], l->C, err);
         } else {
-            rc = make_served(s, l, err);
+            rc = make_served(s, l, p[0]->name, err);
         }
     }
     if (rc == 0 && !(all_packed && keep_packed && (embedding || l->integer || l->served))) {
@@ -262,11 +368,15 @@ static int load_linear(Infer *s, Linear *l, const ModelFile *m, const Param *con
 
 static int load_norm(Infer *s, floatX **w, const ModelFile *m, const Param *p, Err *err) {
     const QuantSpec none = {0};
-    int rc = grab(s, w, (size_t)p->cols, sizeof(floatX), 1, p->name, err);
-    if (rc == 0) rc = load_floats(m, p, &none, *w, NULL, err);
+    int rc = values_in_place(w, m, &p, 1, err);
+    if (rc == 0) {
+        rc = grab(s, w, (size_t)p->cols, sizeof(floatX), 1, p->name, err);
+        if (rc == 0) rc = load_floats(s, m, p, &none, *w, NULL, err);
+    }
+    if (rc < 0) return rc;
     s->model_bytes += (size_t)p->cols * sizeof(floatX);
     s->token_bytes += (size_t)p->cols * sizeof(floatX);
-    return rc;
+    return 0;
 }
 
 static int load_head(Infer *s, const ModelFile *m, Err *err) {
@@ -389,7 +499,15 @@ int infer_new(Infer **out, const ModelFile *m, const InferOptions *o, Err *err) 
     else s->plan = m->plan;
     s->block = xcalloc((size_t)s->c.L, sizeof *s->block);
     int rc = param_table_build(&s->table, &s->c, &s->plan, err);
+    if (o->cache_path && o->arith == ARITH_SERVED && device_is_host() && m->packed) {
+        s->cache_path = o->cache_path;
+        if (!served_cache_open(&s->kept, o->cache_path, m)) s->kept = (Safetensors){0};
+    }
     if (rc == 0) rc = load_weights(s, m, err);
+    free_stage(s);
+    Err unwritten;                               // where it cannot be kept, it is made each time
+    if (rc == 0 && s->made_new && s->n_made) served_cache_write(s->cache_path, m, s->made, s->n_made, &unwritten);
+    forget_served(s);
     if (rc == 0) rc = make_buffers(s, err);
     if (rc == 0) rc = device_sync(err);
     if (rc < 0) {
@@ -414,6 +532,7 @@ void infer_free(Infer *s) {
     }
     linear_free(&s->embed);
     linear_free(&s->head);
+    if (s->kept.tensors) safetensors_close(&s->kept);
     for (int i = 0; i < s->n_owned; i++) device_free(s->owned[i]);
     free(s->owned);
     free(s->block);
