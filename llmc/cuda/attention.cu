@@ -1,4 +1,4 @@
-// attention_forward (ops.h): causal grouped-query attention with the online softmax of FlashAttention (Dao et al. 2022,
+// attention_forward and attention_cached (ops.h): causal grouped-query attention with the online softmax of FlashAttention (Dao et al. 2022,
 // 2023). Scores stay in registers or shared memory; the rows of a key head are read where they lie, by every query head
 // of its group. Three kernels, chosen by shapes and alignment alone:
 //
@@ -18,6 +18,9 @@
 //
 // 3. attention_forward_plain, f32 without tensor cores: the fp32 build, and whatever the others do not take.
 //
+// attention_cached is the same with a cache's strides and the number of keys from device memory. In an INT8 cache kernel 2
+// makes bf16 of codes as it loads them; for the others the part of the cache that is in use is written out as X first.
+//
 // In each, key tiles start at multiples of a fixed size, a key that a row may not see has weight exactly 0, and a tile
 // that it sees nothing of multiplies its sums by exactly 1: so the bits of a row depend neither on T (as long as the
 // same kernel runs) nor on B. Kernels differ from each other by rounding: their sums have other orders.
@@ -34,7 +37,12 @@ typedef struct {
     int T, Tk, NH, G;               // G query heads share a key head
     size_t ldo, ldq, ldkv, skv;
     float scale;                    // attention_scale_log2
+    const int32_t *pos;             // NULL, or of the first query: *pos + T keys instead of Tk
+    const float *kv_scale;          // NULL, or of an INT8 cache, whose codes k and v are
+    int max_T;                      // of that cache
 } Args;
+
+static __device__ __forceinline__ int keys_there(const Args &a) { return a.pos ? *a.pos + a.T : a.Tk; }
 
 // Log-sum-exp of a row whose largest score is `max` in powers of two, and whose weights against it sum to `sum`.
 static __device__ __forceinline__ float row_lse(float max, float sum) { return max * LN2 + log_f32(sum); }
@@ -89,14 +97,15 @@ static __global__ void __launch_bounds__(WARPS * 32, 2) attention_forward_mma(Ar
     bf16 *kvs = qs + QT * LD;
     int b = blockIdx.x / a.NH, h = blockIdx.x % a.NH, warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4,
         t = threadIdx.x % 4;
-    int t0 = (int)(gridDim.y - 1 - blockIdx.y) * QT, pos0 = a.Tk - a.T + t0;
+    const int Tk = keys_there(a);
+    int t0 = (int)(gridDim.y - 1 - blockIdx.y) * QT, pos0 = Tk - a.T + t0;
     const bf16 *k = a.k + b * a.skv + (size_t)(h / a.G) * HS, *v = a.v + b * a.skv + (size_t)(h / a.G) * HS;
-    int keys = min(pos0 + QT, a.Tk), tiles = (keys + KT - 1) / KT;
+    int keys = min(pos0 + QT, Tk), tiles = (keys + KT - 1) / KT;
     if (threadIdx.x == 0) place[0] = b, place[1] = h, place[2] = t0;
 
     copy_tile<QT, HS, WARPS * 32>(qs, a.q + (size_t)b * a.T * a.ldq + (size_t)h * HS, a.ldq, t0, a.T);
-    copy_tile<KT, HS, WARPS * 32>(kvs, k, a.ldkv, 0, a.Tk);
-    copy_tile<KT, HS, WARPS * 32>(kvs + KT * LD, v, a.ldkv, 0, a.Tk);
+    copy_tile<KT, HS, WARPS * 32>(kvs, k, a.ldkv, 0, Tk);
+    copy_tile<KT, HS, WARPS * 32>(kvs + KT * LD, v, a.ldkv, 0, Tk);
     cp_async_commit();
 
     int row0 = warp * 16 * MT, pos = pos0 + row0;               // of the warp's first row
@@ -110,8 +119,8 @@ static __global__ void __launch_bounds__(WARPS * 32, 2) attention_forward_mma(Ar
         __syncthreads();                                        // tile j is there, and all are done with j - 1
         if (j + 1 < tiles) {
             bf16 *next = kvs + (j + 1) % 2 * stage;
-            copy_tile<KT, HS, WARPS * 32>(next, k, a.ldkv, (j + 1) * KT, a.Tk);
-            copy_tile<KT, HS, WARPS * 32>(next + KT * LD, v, a.ldkv, (j + 1) * KT, a.Tk);
+            copy_tile<KT, HS, WARPS * 32>(next, k, a.ldkv, (j + 1) * KT, Tk);
+            copy_tile<KT, HS, WARPS * 32>(next + KT * LD, v, a.ldkv, (j + 1) * KT, Tk);
             cp_async_commit();
         }
         if (j * KT > pos + 16 * MT - 1) continue;               // the warp's rows see nothing of it
@@ -233,6 +242,8 @@ template <int HS> static void launch_mma(const Args &a, int B) {
 // Each piece leaves its largest score, sum and unscaled output per row in the workspace (f32, R * HS * 4 bytes for each
 // 512 HS bytes of K and V read); attention_fold adds them in ascending order.
 // At HS = 128 a block has 32 KiB on their way at a time and four share a multiprocessor; 16 KiB suffice for 3 TB/s.
+// How many pieces there are is only known on the device where the position is: blocks enough to fill it take every
+// splits-th piece each. That the grid is the same for every position lets a recorded step be replayed.
 
 #define PIECE 128
 #define DECODE_ROWS 16
@@ -244,24 +255,35 @@ static __device__ __forceinline__ size_t query_at(const Args &a, int b, int kh, 
     return ((size_t)b * a.T + r / a.G) * ld + (size_t)(kh * a.G + r % a.G) * HS;
 }
 
-// Partial results: out (heads * pieces, R, HS), stat (heads * pieces, R, 2): largest score in powers of two, sum.
-template <int HS>
-static __global__ void __launch_bounds__(PIECE, 4) attention_decode(Args a, int pieces, float *out, float *stat) {
+// Eight values of a row of keys or values: bf16 as they are, or INT8 codes times the row's scale, rounded.
+template <bool INT8> static __device__ __forceinline__ Piece16 load_eight(const bf16 *base, size_t at, const float *scale, size_t row) {
+    Piece16 p;
+    if constexpr (INT8) {
+        Vec<int8_t, 8> q = vec_load<int8_t, 8>((const int8_t *)base + at);
+        const float s = scale[row];
+#pragma unroll
+        for (int i = 0; i < 4; i++) p.v[i] = pack_bf16((float)q.v[2 * i] * s, (float)q.v[2 * i + 1] * s);
+    } else {
+        p = vec_load<uint32_t, 4>((const uint32_t *)(base + at));
+    }
+    return p;
+}
+
+// Partial results: out (heads * pieces, R, HS), stat (heads * pieces, R, 2): largest score in powers of two, sum; pieces:
+// those that there may be.
+template <int HS, bool INT8>
+static __global__ void __launch_bounds__(PIECE, 4)
+attention_decode(Args a, int pieces, int splits, float *out, float *stat) {
     const int ROUNDS = (HS + 31) / 32, SLICES = (HS + 63) / 64;
     DYN_SHARED(float, part);                                    // (4, R, HS): each warp's output
     __shared__ float warp_max[4][DECODE_ROWS], warp_sum[4][DECODE_ROWS];
-    int R = a.T * a.G, NKV = a.NH / a.G, head = blockIdx.x / pieces, piece = blockIdx.x % pieces;
+    const int Tk = keys_there(a);
+    int R = a.T * a.G, NKV = a.NH / a.G, head = blockIdx.x / splits;
     int b = head / NKV, kh = head % NKV, warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    int key0 = piece * PIECE + warp * 32;
-    const bf16 *k = a.k + b * a.skv + (size_t)kh * HS, *v = a.v + b * a.skv + (size_t)kh * HS;
+    const size_t first = b * a.skv + (size_t)kh * HS;
+    const float *scale = INT8 ? a.kv_scale + (size_t)b * a.max_T * 2 * NKV + kh : nullptr;
 
-    Piece16 kp[4][ROUNDS] = {}, qp[2][ROUNDS] = {};
-#pragma unroll
-    for (int n = 0; n < 4; n++)
-#pragma unroll
-        for (int i = 0; i < ROUNDS; i++)
-            if (key0 + n * 8 + g < a.Tk && (HS % 32 == 0 || (t + 4 * i) * 8 < HS))
-                kp[n][i] = vec_load<uint32_t, 4>((const uint32_t *)(k + (key0 + n * 8 + g) * a.ldkv + (t + 4 * i) * 8));
+    Piece16 qp[2][ROUNDS] = {};
 #pragma unroll
     for (int z = 0; z < 2; z++)
 #pragma unroll
@@ -269,118 +291,132 @@ static __global__ void __launch_bounds__(PIECE, 4) attention_decode(Args a, int 
             if (g + 8 * z < R && (HS % 32 == 0 || (t + 4 * i) * 8 < HS))
                 qp[z][i] = vec_load<uint32_t, 4>(
                     (const uint32_t *)(a.q + query_at(a, b, kh, g + 8 * z, HS, a.ldq) + (t + 4 * i) * 8));
-    float s[4][4] = {};
-#pragma unroll
-    for (int n = 0; n < 4; n++)
-#pragma unroll
-        for (int i = 0; i < ROUNDS; i++)
-#pragma unroll
-            for (int w = 0; w < 4; w += 2) {
-                uint32_t af[4] = {qp[0][i].v[w], qp[1][i].v[w], qp[0][i].v[w + 1], qp[1][i].v[w + 1]};
-                uint32_t bf[2] = {kp[n][i].v[w], kp[n][i].v[w + 1]};
-                mma_bf16(s[n], af, bf);
-            }
-
-    // The values of the first 16 keys are on their way while the largest score is found.
-    Piece16 vp[2][SLICES][4] = {};
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int j = 0; j < SLICES; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int key = key0 + half * 16 + i / 2 * 8 + 2 * t + i % 2, c = (g + 8 * j) * 8;
-                if (key < a.Tk && (HS % 64 == 0 || c < HS))
-                    vp[half][j][i] = vec_load<uint32_t, 4>((const uint32_t *)(v + key * a.ldkv + c));
-            }
-
-    float max[2], sum[2] = {};
-#pragma unroll
-    for (int z = 0; z < 2; z++) {
-        int pos = a.Tk - a.T + (g + 8 * z) / a.G;
-        max[z] = -INFINITY;
+    for (int piece = blockIdx.x % splits; piece * PIECE < Tk; piece += splits) {
+        int key0 = piece * PIECE + warp * 32;
+        Piece16 kp[4][ROUNDS] = {};
 #pragma unroll
         for (int n = 0; n < 4; n++)
 #pragma unroll
-            for (int y = 0; y < 2; y++) {
-                if (key0 + n * 8 + 2 * t + y > pos) s[n][2 * z + y] = -INFINITY;
-                max[z] = fmaxf(max[z], s[n][2 * z + y]);
+            for (int i = 0; i < ROUNDS; i++) {
+                int key = key0 + n * 8 + g;
+                if (key < Tk && (HS % 32 == 0 || (t + 4 * i) * 8 < HS))
+                    kp[n][i] = load_eight<INT8>(a.k, first + key * a.ldkv + (t + 4 * i) * 8, scale, (size_t)key * 2 * NKV);
             }
-        max[z] = fmaxf(max[z], __shfl_xor_sync(FULL_WARP, max[z], 1));
-        max[z] = fmaxf(max[z], __shfl_xor_sync(FULL_WARP, max[z], 2));
-        if (t == 0) warp_max[warp][g + 8 * z] = max[z];
-    }
-    __syncthreads();                                            // each warp's largest scores are there
-#pragma unroll
-    for (int z = 0; z < 2; z++) {
-        for (int w = 0; w < 4; w++) max[z] = fmaxf(max[z], warp_max[w][g + 8 * z]);
-        max[z] *= a.scale;                                      // in powers of two
-        float m = max[z] == -INFINITY ? 0.0f : max[z];          // a piece that the row sees nothing of: weights 0
+        float s[4][4] = {};
 #pragma unroll
         for (int n = 0; n < 4; n++)
 #pragma unroll
-            for (int y = 0; y < 2; y++) {
-                s[n][2 * z + y] = exp2_fast(fmaf(s[n][2 * z + y], a.scale, -m));
-                sum[z] += s[n][2 * z + y];
-            }
-        sum[z] += __shfl_xor_sync(FULL_WARP, sum[z], 1);
-        sum[z] += __shfl_xor_sync(FULL_WARP, sum[z], 2);
-        if (t == 0) warp_sum[warp][g + 8 * z] = sum[z];
-    }
+            for (int i = 0; i < ROUNDS; i++)
+#pragma unroll
+                for (int w = 0; w < 4; w += 2) {
+                    uint32_t af[4] = {qp[0][i].v[w], qp[1][i].v[w], qp[0][i].v[w + 1], qp[1][i].v[w + 1]};
+                    uint32_t bf[2] = {kp[n][i].v[w], kp[n][i].v[w + 1]};
+                    mma_bf16(s[n], af, bf);
+                }
 
-    float o[SLICES][8][4] = {};                                 // [j][e]: columns 2t, 2t + 1 of rows g, g + 8 are the
-#pragma unroll                                                  // values e of the pieces 2t + 8 j, 2t + 1 + 8 j
-    for (int half = 0; half < 2; half++) {
-        uint32_t af[4];
-        frag_from_sums(af, s[2 * half], s[2 * half + 1]);
+        // The values of the first 16 keys are on their way while the largest score is found.
+        Piece16 vp[2][SLICES][4] = {};
 #pragma unroll
-        for (int j = 0; j < SLICES; j++)
+        for (int half = 0; half < 2; half++)
 #pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const Piece16 *p = vp[half][j];
-                unsigned zip = e % 2 ? 0x7632 : 0x5410;         // upper or lower halves of two words
-                uint32_t bf[2] = {__byte_perm(p[0].v[e / 2], p[1].v[e / 2], zip),
-                                  __byte_perm(p[2].v[e / 2], p[3].v[e / 2], zip)};
-                mma_bf16(o[j][e], af, bf);
-            }
-    }
+            for (int j = 0; j < SLICES; j++)
 #pragma unroll
-    for (int j = 0; j < SLICES; j++)
-#pragma unroll
-        for (int z = 0; z < 4; z++) {
-            int r = g + z / 2 * 8, c = (2 * t + z % 2 + 8 * j) * 8;
-            if (r < R && (HS % 64 == 0 || c < HS))
-#pragma unroll
-                for (int e = 0; e < 8; e += 4)
-                    vec_store(part + (warp * R + r) * HS + c + e,
-                              Vec<float, 4>{{o[j][e][z], o[j][e + 1][z], o[j][e + 2][z], o[j][e + 3][z]}});
-        }
-    __syncthreads();                                            // each warp's sums and output are there
-    for (int i = threadIdx.x; i < R * HS; i += PIECE)
-        out[(size_t)blockIdx.x * R * HS + i] =
-            part[i] + part[R * HS + i] + part[2 * R * HS + i] + part[3 * R * HS + i];
-    if (warp == 0 && t == 0)
+                for (int i = 0; i < 4; i++) {
+                    int key = key0 + half * 16 + i / 2 * 8 + 2 * t + i % 2, c = (g + 8 * j) * 8;
+                    if (key < Tk && (HS % 64 == 0 || c < HS))
+                        vp[half][j][i] = load_eight<INT8>(a.v, first + key * a.ldkv + c, scale, (size_t)(2 * key + 1) * NKV);
+                }
+
+        float max[2], sum[2] = {};
 #pragma unroll
         for (int z = 0; z < 2; z++) {
-            int r = g + 8 * z;
-            if (r >= R) continue;
-            float *p = stat + ((size_t)blockIdx.x * R + r) * 2;
-            p[0] = max[z];
-            p[1] = warp_sum[0][r] + warp_sum[1][r] + warp_sum[2][r] + warp_sum[3][r];
+            int pos = Tk - a.T + (g + 8 * z) / a.G;
+            max[z] = -INFINITY;
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+#pragma unroll
+                for (int y = 0; y < 2; y++) {
+                    if (key0 + n * 8 + 2 * t + y > pos) s[n][2 * z + y] = -INFINITY;
+                    max[z] = fmaxf(max[z], s[n][2 * z + y]);
+                }
+            max[z] = fmaxf(max[z], __shfl_xor_sync(FULL_WARP, max[z], 1));
+            max[z] = fmaxf(max[z], __shfl_xor_sync(FULL_WARP, max[z], 2));
+            if (t == 0) warp_max[warp][g + 8 * z] = max[z];
         }
+        __syncthreads();                                            // each warp's largest scores are there
+#pragma unroll
+        for (int z = 0; z < 2; z++) {
+            for (int w = 0; w < 4; w++) max[z] = fmaxf(max[z], warp_max[w][g + 8 * z]);
+            max[z] *= a.scale;                                      // in powers of two
+            float m = max[z] == -INFINITY ? 0.0f : max[z];          // a piece that the row sees nothing of: weights 0
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+#pragma unroll
+                for (int y = 0; y < 2; y++) {
+                    s[n][2 * z + y] = exp2_fast(fmaf(s[n][2 * z + y], a.scale, -m));
+                    sum[z] += s[n][2 * z + y];
+                }
+            sum[z] += __shfl_xor_sync(FULL_WARP, sum[z], 1);
+            sum[z] += __shfl_xor_sync(FULL_WARP, sum[z], 2);
+            if (t == 0) warp_sum[warp][g + 8 * z] = sum[z];
+        }
+
+        float o[SLICES][8][4] = {};                                 // [j][e]: columns 2t, 2t + 1 of rows g, g + 8 are the
+#pragma unroll                                                  // values e of the pieces 2t + 8 j, 2t + 1 + 8 j
+        for (int half = 0; half < 2; half++) {
+            uint32_t af[4];
+            frag_from_sums(af, s[2 * half], s[2 * half + 1]);
+#pragma unroll
+            for (int j = 0; j < SLICES; j++)
+#pragma unroll
+                for (int e = 0; e < 8; e++) {
+                    const Piece16 *p = vp[half][j];
+                    unsigned zip = e % 2 ? 0x7632 : 0x5410;         // upper or lower halves of two words
+                    uint32_t bf[2] = {__byte_perm(p[0].v[e / 2], p[1].v[e / 2], zip),
+                                      __byte_perm(p[2].v[e / 2], p[3].v[e / 2], zip)};
+                    mma_bf16(o[j][e], af, bf);
+                }
+        }
+#pragma unroll
+        for (int j = 0; j < SLICES; j++)
+#pragma unroll
+            for (int z = 0; z < 4; z++) {
+                int r = g + z / 2 * 8, c = (2 * t + z % 2 + 8 * j) * 8;
+                if (r < R && (HS % 64 == 0 || c < HS))
+#pragma unroll
+                    for (int e = 0; e < 8; e += 4)
+                        vec_store(part + (warp * R + r) * HS + c + e,
+                                  Vec<float, 4>{{o[j][e][z], o[j][e + 1][z], o[j][e + 2][z], o[j][e + 3][z]}});
+            }
+        __syncthreads();                                            // each warp's sums and output are there
+        for (int i = threadIdx.x; i < R * HS; i += PIECE)
+            out[((size_t)head * pieces + piece) * R * HS + i] =
+                part[i] + part[R * HS + i] + part[2 * R * HS + i] + part[3 * R * HS + i];
+        if (warp == 0 && t == 0)
+#pragma unroll
+            for (int z = 0; z < 2; z++) {
+                int r = g + 8 * z;
+                if (r >= R) continue;
+                float *p = stat + (((size_t)head * pieces + piece) * R + r) * 2;
+                p[0] = max[z];
+                p[1] = warp_sum[0][r] + warp_sum[1][r] + warp_sum[2][r] + warp_sum[3][r];
+            }
+        __syncthreads();                                            // and have been read
+    }
 }
 
 // A block a row, a thread a value: the pieces' partial results, each brought to the row's largest score. A piece that
 // the row sees nothing of has largest score -infinity and adds 0.
 static __global__ void attention_fold(Args a, int HS, int pieces, const float *out, const float *stat) {
     int R = a.T * a.G, NKV = a.NH / a.G, head = blockIdx.x / R, r = blockIdx.x % R, d = threadIdx.x;
+    const int there = (keys_there(a) + PIECE - 1) / PIECE;
     out += (size_t)head * pieces * R * HS + (size_t)r * HS + min(d, HS - 1);
     stat += ((size_t)head * pieces * R + r) * 2;
     float max = -INFINITY, sum = 0.0f, o = 0.0f;
-    for (int i = d % 32; i < pieces; i += 32) max = fmaxf(max, stat[(size_t)i * R * 2]);
+    for (int i = d % 32; i < there; i += 32) max = fmaxf(max, stat[(size_t)i * R * 2]);
     for (int bits = 16; bits; bits >>= 1) max = fmaxf(max, __shfl_xor_sync(FULL_WARP, max, bits));
 #pragma unroll 8
-    for (int i = 0; i < pieces; i++) {
+    for (int i = 0; i < there; i++) {
         float w = exp2_fast(stat[(size_t)i * R * 2] - max);
         sum = fmaf(stat[(size_t)i * R * 2 + 1], w, sum);
         o = fmaf(out[(size_t)i * R * HS], w, o);
@@ -391,12 +427,20 @@ static __global__ void attention_fold(Args a, int HS, int pieces, const float *o
 }
 
 template <int HS> static void launch_decode(const Args &a, int B) {
-    int pieces = (a.Tk + PIECE - 1) / PIECE, R = a.T * a.G;
+    int pieces = ((a.pos ? a.max_T : a.Tk) + PIECE - 1) / PIECE, R = a.T * a.G, splits = pieces;
     size_t heads = (size_t)B * (a.NH / a.G), results = heads * pieces * R;
+    if (a.pos) {                                                // four blocks a multiprocessor
+        int device = 0, count = 1;
+        CUDA_CHECK(cudaGetDevice(&device));
+        CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+        size_t enough = (4 * (size_t)count + heads - 1) / heads;
+        if (enough < (size_t)splits) splits = (int)enough;
+    }
     float *out = (float *)cuda_workspace(results * (HS + 2) * sizeof(float));
     if (!out) return;
-    LAUNCH(attention_decode<HS>, (unsigned)(heads * pieces), PIECE, (size_t)4 * R * HS * sizeof(float), cuda_stream)
-        (a, pieces, out, out + results * HS);
+    auto kernel = a.kv_scale ? attention_decode<HS, true> : attention_decode<HS, false>;
+    LAUNCH(kernel, (unsigned)(heads * splits), PIECE, (size_t)4 * R * HS * sizeof(float), cuda_stream)
+        (a, pieces, splits, out, out + results * HS);
     LAUNCH(attention_fold, (unsigned)(heads * R), (HS + 31) / 32 * 32, 0, cuda_stream)
         (a, HS, pieces, out, out + results * HS);
 }
@@ -429,6 +473,7 @@ attention_forward_plain(Args a, int HS, unsigned heads) {
     DYN_SHARED(float, qs);                                      // (ROWS, HS); then (KEYS, HS | 1), (ROWS, KEYS + 1)
     float *kvs = qs + ROWS * HS, *ps = kvs + KEYS * (HS | 1);
     int NKV = a.NH / a.G, b = (int)(blockIdx.x % heads) / NKV, kh = (int)(blockIdx.x % heads) % NKV, ld = HS | 1;
+    const int Tk = keys_there(a);
     int first = (int)(gridDim.x / heads - 1 - blockIdx.x / heads) * ROWS, rows = min(ROWS, a.T * a.G - first);
     const floatX *q = a.q + (size_t)b * a.T * a.ldq + (size_t)kh * a.G * HS;
     const floatX *k = a.k + b * a.skv + (size_t)kh * HS, *v = a.v + b * a.skv + (size_t)kh * HS;
@@ -438,13 +483,13 @@ attention_forward_plain(Args a, int HS, unsigned heads) {
         qs[i] = r < rows ? x2f(q[(size_t)((first + r) / a.G) * a.ldq + (first + r) % a.G * HS + c]) : 0.0f;
     }
     int r = threadIdx.x / SIDE, c = threadIdx.x % SIDE;
-    int pos = a.Tk - a.T + (first + r) / a.G, last = a.Tk - a.T + (first + rows - 1) / a.G;
+    int pos = Tk - a.T + (first + r) / a.G, last = Tk - a.T + (first + rows - 1) / a.G;
     float o[ACC] = {}, max = -INFINITY, sum = 0.0f;
     for (int j0 = 0; j0 <= last; j0 += KEYS) {
         __syncthreads();                                        // all have read the values before
         for (int i = threadIdx.x; i < KEYS * HS; i += PLAIN_THREADS) {
             int j = i / HS;
-            kvs[j * ld + i % HS] = j0 + j < a.Tk ? x2f(k[(j0 + j) * a.ldkv + i % HS]) : 0.0f;
+            kvs[j * ld + i % HS] = j0 + j < Tk ? x2f(k[(j0 + j) * a.ldkv + i % HS]) : 0.0f;
         }
         __syncthreads();                                        // keys, and at first queries, are there
         float s[EACH] = {}, top = max;
@@ -471,7 +516,7 @@ attention_forward_plain(Args a, int HS, unsigned heads) {
         __syncthreads();                                        // weights are there; all have read the keys
         for (int i = threadIdx.x; i < KEYS * HS; i += PLAIN_THREADS) {
             int j = i / HS;
-            kvs[j * ld + i % HS] = j0 + j < a.Tk ? x2f(v[(j0 + j) * a.ldkv + i % HS]) : 0.0f;
+            kvs[j * ld + i % HS] = j0 + j < Tk ? x2f(v[(j0 + j) * a.ldkv + i % HS]) : 0.0f;
         }
         __syncthreads();                                        // values are there
 #pragma unroll
@@ -500,11 +545,7 @@ template <int ROWS, int KEYS, int ACC> static void launch_plain(const Args &a, i
     LAUNCH((attention_forward_plain<ROWS, KEYS, ACC>), heads * tiles, PLAIN_THREADS, smem, cuda_stream)(a, HS, heads);
 }
 
-void cuda_attention_forward(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, int B, int T,
-                            int Tk, int NH, int NKV, int HS, int ldo, int ldq, int ldkv, size_t skv) {
-    if (B == 0 || T == 0) return;
-    Args a = {o, lse, q, k, v, T, Tk, NH, NH / NKV, (size_t)ldo, (size_t)ldq, (size_t)ldkv, skv,
-              attention_scale_log2(HS)};
+static void attention(const Args &a, int B, int HS) {
     bool done = false;
 #ifndef PRECISION_FP32
     if (takes_tensor(a, HS)) {
@@ -528,4 +569,52 @@ void cuda_attention_forward(floatX *o, float *lse, const floatX *q, const floatX
         else launch_plain<16, 16, 64>(a, B, HS);                // up to 1024, the largest that a model may have
     }
     CUDA_CHECK(cudaGetLastError());
+}
+
+void cuda_attention_forward(floatX *o, float *lse, const floatX *q, const floatX *k, const floatX *v, int B, int T,
+                            int Tk, int NH, int NKV, int HS, int ldo, int ldq, int ldkv, size_t skv) {
+    if (B == 0 || T == 0) return;
+    Args a = {o, lse, q, k, v, T, Tk, NH, NH / NKV, (size_t)ldo, (size_t)ldq, (size_t)ldkv, skv,
+              attention_scale_log2(HS), nullptr, nullptr, 0};
+    attention(a, B, HS);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The positions in use of an INT8 cache, as X: a block a position, a thread a value at a time.
+static __global__ void __launch_bounds__(256) widen_cache_kernel(floatX *wide, KvCache cache, const int32_t *pos, int T) {
+    const size_t width = (size_t)2 * cache.NKV * cache.HS, first = (size_t)blockIdx.y * cache.max_T;
+    for (int t = (int)blockIdx.x; t < *pos + T; t += (int)gridDim.x) {
+        const size_t row = first + t;
+        for (int i = (int)threadIdx.x; i < (int)width; i += 256)
+            wide[row * width + i] = f2x((float)((const int8_t *)cache.values)[row * width + i] *
+                                        cache.scale[row * 2 * cache.NKV + i / cache.HS]);
+    }
+}
+
+void cuda_attention_cached(floatX *o, const floatX *qkv, const KvCache *cache, const int32_t *pos, int B, int T, int NH) {
+    if (B == 0 || T == 0) return;
+    const int HS = cache->HS, NKV = cache->NKV;
+    const size_t ldkv = (size_t)2 * NKV * HS, ldq = (size_t)(NH + 2 * NKV) * HS;
+    const floatX *k = (const floatX *)cache->values;
+    const bool codes = cache->format == KV_INT8;
+    Args a = {o, nullptr, qkv, k, k + (size_t)NKV * HS, T, 0, NH, NH / NKV, (size_t)NH * HS, ldq, ldkv,
+              (size_t)cache->max_T * ldkv, attention_scale_log2(HS), pos, nullptr, cache->max_T};
+#ifndef PRECISION_FP32
+    if (codes && T * a.G <= DECODE_ROWS && takes_tensor(a, HS)) {
+        a.v = (const floatX *)((const int8_t *)cache->values + (size_t)NKV * HS);
+        a.kv_scale = cache->scale;
+        attention(a, B, HS);
+        return;
+    }
+#endif
+    if (codes) {
+        floatX *wide = (floatX *)cuda_workspace((size_t)B * a.skv * sizeof *wide, OUTER);
+        if (!wide) return;
+        LAUNCH(widen_cache_kernel, dim3(grid_for((size_t)cache->max_T), (unsigned)B), 256, 0, cuda_stream)
+            (wide, *cache, pos, T);
+        CUDA_CHECK(cudaGetLastError());
+        a.k = wide;
+        a.v = wide + (size_t)NKV * HS;
+    }
+    attention(a, B, HS);
 }

@@ -63,7 +63,8 @@ $(OUT)/cuda/%.o: llmc/cuda/%.cu $(CUDA_FLAGS_FILE)
 	@grep -v -e '^ptxas info' -e 'bytes stack frame' $(@:.o=.ptxas) || true
 
 # What dev/gpu/check.sh runs: the wing's tests and its benchmark, compiled for the GPU. They need no JSON library.
-KERNEL_OBJ := $(patsubst %.c,$(OUT)/%.o,llmc/common.c llmc/quant.c llmc/device.c $(wildcard llmc/cpu/*.c))
+KERNEL_OBJ := $(patsubst %.c,$(OUT)/%.o,llmc/common.c llmc/quant.c llmc/device.c llmc/sampler.c \
+              $(wildcard llmc/cpu/*.c))
 GPU_TEST_OBJ := $(patsubst %.cpp,$(OUT)/gpu/%.o,test/test_cudasim.cpp $(wildcard test/cuda/*.cpp))
 $(OUT)/gpu/%.o: %.cpp $(CUDA_FLAGS_FILE)
 	@mkdir -p $(@D)

@@ -430,6 +430,35 @@ template <class Out> static void product(Out *c, const IntProduct *p, void *work
         }
 }
 
+// For the served form of weights with a scale a row (served_i.cu).
+static IntProduct int_product(int64_t M, int64_t N, int64_t K) {
+    IntProduct p = {};
+    p.M = M;
+    p.N = N;
+    p.K = K;
+    return p;
+}
+size_t cuda_int8_bytes(int64_t M, int64_t N, int64_t K) {
+    IntProduct p = int_product(M, N, K);
+    return sums_bytes(&p);
+}
+template <class Out>
+void cuda_int8_product(Out *c, const int8_t *a, const int8_t *b, const float *sa, const float *sb, int64_t M, int64_t N,
+                       int64_t K, void *work) {
+    IntProduct p = int_product(M, N, K);
+    p.a = a;
+    p.b = b;
+    p.sa = sa;
+    p.sb = sb;
+    product(c, &p, work);
+}
+template void cuda_int8_product(float *, const int8_t *, const int8_t *, const float *, const float *, int64_t, int64_t,
+                                int64_t, void *);
+#ifndef PRECISION_FP32
+template void cuda_int8_product(floatX *, const int8_t *, const int8_t *, const float *, const float *, int64_t, int64_t,
+                                int64_t, void *);
+#endif
+
 // ---------------------------------------------------------------------------------------------
 // The operations. Working memory is one piece: offsets of its parts first, then what lies there.
 static size_t place(size_t *total, size_t bytes) {

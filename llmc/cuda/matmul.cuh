@@ -11,6 +11,17 @@
 template <class Out>
 void cuda_matvec(Out *y, const floatX *x, const floatX *w, const float *wscale, size_t N, int C, int OC);
 
+// qmatvec_forward (ops.h) with X or f32 results, the other one NULL.
+void cuda_qmatvec(floatX *yx, float *yf, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
+                  const QuantSpec *wq, size_t N, int C, int OC);
+
+// c (M, N) = (f32(acc) * sa) * sb, acc = a (M, K) . b (N, K)^T of int8 codes as in linear_i8_forward; K a multiple of 16,
+// rows on 16 bytes. work: cuda_int8_bytes.
+size_t cuda_int8_bytes(int64_t M, int64_t N, int64_t K);
+template <class Out>
+void cuda_int8_product(Out *c, const int8_t *a, const int8_t *b, const float *sa, const float *sb, int64_t M, int64_t N,
+                       int64_t K, void *work);
+
 // "cuBLASLt 13.0", or "own matmul" and why.
 const char *cuda_matmul_description(void);
 // The best rate of linear_forward over two large shapes, in FLOP/s: what a step is measured against. A second or so on

@@ -43,7 +43,10 @@
 #include "ptx.cuh"
 
 enum WeightKind { CODES_4, CODES_8, PLAIN };
-enum Scaling { SCALE_ROW, SCALE_GROUP, SCALE_ZERO };    // one scale a row; one a group; and a zero point of real units
+// Parameters of weights: one f32 scale a row; one a group; and a zero point of real units. In the served form (served_w.cu)
+// those of a group are bf16: the scale alone (BF16), or in a word with it, in the upper half, a zero point of real units
+// (PAIR) or the field whose value is 0 (PAIR_INT).
+enum Scaling { SCALE_ROW, SCALE_GROUP, SCALE_ZERO, SCALE_BF16, SCALE_PAIR, SCALE_PAIR_INT };
 
 #define MATVEC_TOKENS (sizeof(floatX) == 2 ? 8 : 4)     // at a time: what fits into registers
 #define MATVEC_WARPS 8                                  // at most: the tokens' x takes up to 16 KiB a warp
@@ -70,13 +73,14 @@ static __device__ __forceinline__ void widen_x(float *v, uint4 u) {
     }
 }
 
-// Step s of a slot as f32, codes counted from the middle of their type. `flip` has the sign bit of each code set when
-// codes are signed: two's complement with that bit flipped counts from the lowest code.
+// Step s of a slot as f32, codes counted from field `origin`: 8 or 128, the middle of their type, or a zero point. `flip`
+// has the sign bit of each code set when codes are signed: two's complement with that bit flipped counts from the lowest
+// code.
 //   An f32 between 2^23 and 2^24 is an integer, its last 23 bits say how far above 2^23. A code's field put there,
-//   without moving it, gives 2^23 + field * 16^i for nibble i; times 16^-i, less (2^23 * 16^-i + 8) in one fmaf, is
-//   field - 8, exactly. Five nibbles of a word lie in those 23 bits, the last three after a shift.
+//   without moving it, gives 2^23 + field * 16^i for nibble i; times 16^-i, less (2^23 * 16^-i + origin) in one fmaf, is
+//   field - origin, exactly. Five nibbles of a word lie in those 23 bits, the last three after a shift.
 template <int KIND>
-static __device__ __forceinline__ void unpack_step(float *v, const uint32_t *slot, int s, uint32_t flip) {
+static __device__ __forceinline__ void unpack_step(float *v, const uint32_t *slot, int s, uint32_t flip, float origin) {
     if (KIND == CODES_4) {
         uint32_t word = slot[s], high = word >> 12;
 #pragma unroll
@@ -85,13 +89,13 @@ static __device__ __forceinline__ void unpack_step(float *v, const uint32_t *slo
             const uint32_t mask = 0xfu << 4 * at;
             const float unit = 1.0f / (float)(1 << 4 * at);
             float f = __uint_as_float(and_xor(i < 5 ? word : high, mask, 0x4b000000u ^ (flip & mask)));
-            v[i] = fmaf(f, unit, -(8388608.0f * unit + 8.0f));
+            v[i] = fmaf(f, unit, -(8388608.0f * unit + origin));
         }
     } else if (KIND == CODES_8) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             uint32_t word = slot[2 * s + i / 4] ^ flip;
-            v[i] = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u + i % 4)) - (8388608.0f + 128.0f);
+            v[i] = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u + i % 4)) - (8388608.0f + origin);
         }
     } else {
         widen_x(v, make_uint4(slot[0], slot[1], slot[2], slot[3]));
@@ -122,19 +126,31 @@ struct Slot { uint32_t w[4]; float scale, zero; };
 // The slot at `row`, of whose bytes `left` are still in the row, with the parameters of group `group`; zeros behind the
 // row's end. Weights are read once, so they ask for no place in a cache.
 template <int SCALING, bool VEC>
-static __device__ __forceinline__ void load_slot(Slot *s, const uint8_t *row, int left, const float *scale,
+static __device__ __forceinline__ void load_slot(Slot *s, const uint8_t *row, int left, const void *scale,
                                                  const float *zero, size_t group) {
     uint4 u = VEC ? load16_once_if(row, left > 0)
                   : load_x16<false>((const floatX *)row, 0, left / (int)sizeof(floatX));
     s->w[0] = u.x, s->w[1] = u.y, s->w[2] = u.z, s->w[3] = u.w;
-    if (SCALING != SCALE_ROW) s->scale = load4_if(scale + group, left > 0);
+    if (SCALING == SCALE_GROUP || SCALING == SCALE_ZERO) s->scale = load4_if((const float *)scale + group, left > 0);
     if (SCALING == SCALE_ZERO) s->zero = load4_if(zero + group, left > 0);
+    if (SCALING == SCALE_BF16) s->scale = bf16_to_f32(load2_if((const bf16 *)scale + group, left > 0));
+    if (SCALING == SCALE_PAIR || SCALING == SCALE_PAIR_INT) {
+        uint32_t both = f32_bits(load4_if((const float *)scale + group, left > 0));
+        s->scale = low_half(both), s->zero = high_half(both);
+    }
+}
+// Whether a zero point multiplies the sum of x, and the field that codes are counted from.
+template <int SCALING> static constexpr bool zero_of_sum = SCALING == SCALE_ZERO || SCALING == SCALE_PAIR;
+template <int KIND, int SCALING> static __device__ __forceinline__ float slot_origin(const Slot &s) {
+    return SCALING == SCALE_PAIR_INT ? s.zero : KIND == CODES_4 ? 8.0f : 128.0f;
 }
 
-static __device__ __forceinline__ void store_y(floatX *p, float v) { *p = f2x(v); }
-#ifndef PRECISION_FP32
-static __device__ __forceinline__ void store_y(float *p, float v) { *p = v; }
-#endif
+// Where results go: X or f32, the other one NULL.
+struct MatvecOut { floatX *x; float *f; };
+static __device__ __forceinline__ void store_y(MatvecOut y, size_t at, float v) {
+    if (y.x) y.x[at] = f2x(v);
+    else y.f[at] = v;
+}
 
 // Sums over the lanes: as long as a lane has several it gives half of them away and adds to the other half, the bits of
 // the lane's number saying which; M - 1 shuffles instead of 5 M. A template and no loop, whose bounds would change from
@@ -151,11 +167,11 @@ template <int HALF, int BIT, int M> static __device__ __forceinline__ void fold_
     }
 }
 
-// R rows against NT tokens, of which N are there. group: weights that share a scale (SCALE_GROUP, SCALE_ZERO), C being
-// a multiple of it. scale (OC) may be NULL with SCALE_ROW.
-template <int KIND, int SCALING, int NT, int R, bool VEC, class Out>
+// R rows against NT tokens, of which N are there. group: weights that share a scale, C being a multiple of it (not with
+// SCALE_ROW). scale (OC) may be NULL with SCALE_ROW.
+template <int KIND, int SCALING, int NT, int R, bool VEC>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS, NT <= 4 && sizeof(floatX) == 2 ? 2 : 1)
-matvec_kernel(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const float *scale,
+matvec_kernel(MatvecOut y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const void *scale,
               const float *zero, unsigned group, int N, int C, int OC) {
     const int V = slot_weights<KIND>, STEP = step_weights<KIND>, P = V / VEC_X, M = R * NT;
     DYN_SHARED(uint4, shared_x);                                // (warps, NT, 32, P) where P > 1
@@ -215,7 +231,7 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t
                 for (int j = 0; j < P; j++)
                     widen_x(xs + j * VEC_X, P > 1 ? stage[lane * P + (j ^ swizzle)]
                                                   : load_x16<VEC>(x, col0 + lane * V, C - col0 - lane * V));
-                if (SCALING == SCALE_ZERO) {
+                if (zero_of_sum<SCALING>) {
 #pragma unroll
                     for (int j = 0; j < V; j++) sum[0] += xs[j];
                 }
@@ -224,11 +240,11 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t
 #pragma unroll
                     for (int p = 0; p < V / STEP; p++) {
                         float v[STEP];
-                        unpack_step<KIND>(v, slot[r].w, p, flip);
+                        unpack_step<KIND>(v, slot[r].w, p, flip, slot_origin<KIND, SCALING>(slot[r]));
 #pragma unroll
                         for (int j = 0; j < STEP; j++) s[r] = fmaf(v[j], xs[p * STEP + j], s[r]);
                     }
-                    if (SCALING == SCALE_ZERO) acc[r] = fmaf(slot[r].zero, sum[0], acc[r]);
+                    if (zero_of_sum<SCALING>) acc[r] = fmaf(slot[r].zero, sum[0], acc[r]);
                     acc[r] = SCALING == SCALE_ROW ? s[r] : fmaf(s[r], slot[r].scale, acc[r]);
                     load_slot<SCALING, VEC>(&slot[r], from + (size_t)r * row_bytes, r < OC - next ? row_bytes - at : 0,
                                             scale, zero, g + (size_t)r * groups);
@@ -243,7 +259,7 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t
                     float v[R][STEP];
 #pragma unroll
                     for (int r = 0; r < R; r++) {
-                        unpack_step<KIND>(v[r], slot[r].w, 0, flip);
+                        unpack_step<KIND>(v[r], slot[r].w, 0, flip, slot_origin<KIND, SCALING>(slot[r]));
 #pragma unroll
                         for (int i = 0; i + WORDS < 4; i++) slot[r].w[i] = slot[r].w[i + WORDS];
                     }
@@ -259,7 +275,7 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t
                         }
 #pragma unroll
                         for (int j = 0; j < STEP; j++) {
-                            if (SCALING == SCALE_ZERO) sum[n] += xs[j];
+                            if (zero_of_sum<SCALING>) sum[n] += xs[j];
 #pragma unroll
                             for (int r = 0; r < R; r++) s[r * NT + n] = fmaf(v[r][j], xs[j], s[r * NT + n]);
                         }
@@ -270,7 +286,7 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t
 #pragma unroll
                     for (int n = 0; n < NT; n++) {
                         float *a = &acc[r * NT + n];
-                        if (SCALING == SCALE_ZERO) *a = fmaf(slot[r].zero, sum[n], *a);
+                        if (zero_of_sum<SCALING>) *a = fmaf(slot[r].zero, sum[n], *a);
                         *a = SCALING == SCALE_ROW ? s[r * NT + n] : fmaf(s[r * NT + n], slot[r].scale, *a);
                     }
                     load_slot<SCALING, VEC>(&slot[r], from + (size_t)r * row_bytes, r < OC - next ? row_bytes - at : 0,
@@ -289,8 +305,8 @@ matvec_kernel(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t
         if (r < R && r < OC - row0 && n < N) {
             float total = part[half][0][threadIdx.x];
             for (int i = 1; i < warps; i++) total += part[half][i][threadIdx.x];
-            if (SCALING == SCALE_ROW && scale) total *= scale[row0 + r];
-            store_y(&y[(size_t)n * OC + row0 + r], total);
+            if (SCALING == SCALE_ROW && scale) total *= ((const float *)scale)[row0 + r];
+            store_y(y, (size_t)n * OC + row0 + r, total);
         }
     }
 }
@@ -316,10 +332,10 @@ template <int KIND> static inline size_t matvec_shared(int warps, int tokens) {
     return slot_x > 16 ? (size_t)(warps * tokens * 32 * slot_x) : 0;
 }
 
-template <int KIND, int SCALING, int NT, int R, bool VEC, class Out>
-static void matvec_launch(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const float *scale,
+template <int KIND, int SCALING, int NT, int R, bool VEC>
+static void matvec_launch(MatvecOut y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const void *scale,
                           const float *zero, unsigned group, int N, int C, int OC) {
-    auto kernel = matvec_kernel<KIND, SCALING, NT, R, VEC, Out>;
+    auto kernel = matvec_kernel<KIND, SCALING, NT, R, VEC>;
     int warps = matvec_warps(row_bytes), blocks = matvec_device().multiprocessors * 16 / warps;    // as many as run
     size_t bytes = matvec_shared<KIND>(warps, NT);
     if (!allow_shared(kernel, bytes)) return;
@@ -329,22 +345,23 @@ static void matvec_launch(Out *y, const floatX *x, const uint8_t *w, int row_byt
 }
 
 // VEC: rows of w and of x begin at multiples of 16 bytes, and those of w end there; only PLAIN weights go without.
-template <int KIND, int SCALING, bool VEC, class Out>
-static void matvec_any_n(Out *y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const float *scale,
+template <int KIND, int SCALING, bool VEC>
+static void matvec_any_n(MatvecOut y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const void *scale,
                          const float *zero, unsigned group, size_t N, int C, int OC) {
     // The x of eight tokens, as int4 needs it, takes 128 KiB, and consumer cards have 99: half as many at a time then.
     const size_t most = matvec_shared<KIND>(matvec_warps(row_bytes), MATVEC_TOKENS) + 2048 <=
                         (size_t)matvec_device().shared ? MATVEC_TOKENS : MATVEC_TOKENS / 2;
     for (size_t t = 0; t < N; t += most) {
         const int n = (int)(N - t < most ? N - t : most);
-        auto launch = matvec_launch<KIND, SCALING, MATVEC_TOKENS, 4, VEC, Out>;
+        auto launch = matvec_launch<KIND, SCALING, MATVEC_TOKENS, 4, VEC>;
         if constexpr (VEC) {                                    // not aligned: one kernel for all, with the same bits
             constexpr int ROWS_1 = KIND == PLAIN || sizeof(floatX) == 2 ? 8 : 4;    // what fits into registers
-            if (n == 1) launch = matvec_launch<KIND, SCALING, 1, ROWS_1, VEC, Out>;
-            else if (n == 2) launch = matvec_launch<KIND, SCALING, 2, 4, VEC, Out>;
-            else if (n <= 4) launch = matvec_launch<KIND, SCALING, 4, 4, VEC, Out>;
+            if (n == 1) launch = matvec_launch<KIND, SCALING, 1, ROWS_1, VEC>;
+            else if (n == 2) launch = matvec_launch<KIND, SCALING, 2, 4, VEC>;
+            else if (n <= 4) launch = matvec_launch<KIND, SCALING, 4, 4, VEC>;
         }
-        launch(y + t * OC, x + t * C, w, row_bytes, flip, scale, zero, group, n, C, OC);
+        MatvecOut to = {y.x ? y.x + t * OC : nullptr, y.f ? y.f + t * OC : nullptr};
+        launch(to, x + t * C, w, row_bytes, flip, scale, zero, group, n, C, OC);
     }
 }
 #endif

@@ -13,7 +13,7 @@ struct Packed {
     int b0, b1, across;         // rows and columns of a block, blocks across a row
 };
 
-static bool packed_init(Packed *p, const QuantSpec *s, int64_t rows, int64_t cols) {
+static inline bool packed_init(Packed *p, const QuantSpec *s, int64_t rows, int64_t cols) {
     int64_t block[2];
     Err err;
     if (quant_block_shape(s, rows, cols, block, &err) < 0) {

@@ -62,7 +62,7 @@ static __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
-// Sixteen or four bytes, or zeros where not `there` (nothing is read then), without a branch around the load; of what
+// Sixteen, four or two bytes, or zeros where not `there` (nothing is read then), without a branch around the load; of what
 // no kernel writes meanwhile. The sixteen bytes take no place in the first cache.
 static __device__ __forceinline__ uint4 load16_once_if(const void *p, bool there) {
     uint4 v;
@@ -75,6 +75,12 @@ static __device__ __forceinline__ float load4_if(const float *p, bool there) {
     float v;
     asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.f32 %0, [%1];}"
                  : "=&f"(v) : "l"(p), "r"((int)there));
+    return v;
+}
+static __device__ __forceinline__ uint16_t load2_if(const uint16_t *p, bool there) {
+    uint16_t v;
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; mov.b16 %0, 0; @p ld.global.nc.u16 %0, [%1];}"
+                 : "=&h"(v) : "l"(p), "r"((int)there));
     return v;
 }
 // (a & mask) ^ c in one instruction, which the compiler does not find where mask and c are constants.
@@ -117,6 +123,7 @@ static inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void *row, CUDASIM_
 }
 static inline uint4 load16_once_if(const void *p, bool there) { return there ? *(const uint4 *)p : uint4{}; }
 static inline float load4_if(const float *p, bool there) { return there ? *p : 0.0f; }
+static inline uint16_t load2_if(const uint16_t *p, bool there) { return there ? *p : (uint16_t)0; }
 static inline uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t c) { return (a & mask) ^ c; }
 static inline uint32_t pack_bf16(float lo, float hi) {
     return (uint32_t)bf16_from_f32(lo) | (uint32_t)bf16_from_f32(hi) << 16;

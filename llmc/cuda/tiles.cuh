@@ -97,14 +97,13 @@ static __device__ __forceinline__ void tile_place(size_t *m0, size_t *n0, size_t
     *n0 = (size_t)(within / high) * SQUARE;
 }
 
-// This thread's sums of its block's square. a is stored (M, K), or (K, M) with TA; b (K, N), or (N, K) with TB; rows
-// in memory lie lda and ldb values apart. ring: TILES_SHARED bytes.
-template <bool TA, bool TB, bool VEC, class T, class Sum>
-static __device__ __forceinline__ void tile_sums(Sum (&acc)[4][4][4], T *ring, const T *a, const T *b, size_t m0,
-                                                 size_t n0, size_t M, size_t N, size_t K, size_t lda, size_t ldb) {
+// slice(step, sa, sb) for each slice of k in turn, with its operands in shared memory. a is stored (M, K), or (K, M) with
+// TA; b (K, N), or (N, K) with TB; rows in memory lie lda and ldb values apart. ring: TILES_SHARED bytes.
+template <bool TA, bool TB, bool VEC, class T, class Slice>
+static __device__ __forceinline__ void tile_slices(T *ring, const T *a, const T *b, size_t m0, size_t n0, size_t M,
+                                                   size_t N, size_t K, size_t lda, size_t ldb, Slice slice_of) {
     static_assert(sizeof(T) == 2 || (!TA && TB), "bytes are multiplied as they lie: along k");
     const int slice = SLICE_BYTES / (int)sizeof(T), operand = OPERAND_BYTES / (int)sizeof(T);
-    int warp = threadIdx.x / 32, wm = warp / 4 * 64, wn = warp % 4 * 32;
     int steps = (int)((K + slice - 1) / slice);
 
     auto fetch = [&](int step) {
@@ -121,20 +120,37 @@ static __device__ __forceinline__ void tile_sums(Sum (&acc)[4][4][4], T *ring, c
         cp_async_wait<STAGES - 2>();
         __syncthreads();            // this slice is there for all, and all are done with the one before it
         fetch(step + STAGES - 1);   // which the new one replaces
-        const T *sa = ring + step % STAGES * 2 * operand, *sb = sa + operand;
+        const T *sa = ring + step % STAGES * 2 * operand;
+        slice_of(step, sa, sa + operand);
+    }
+}
+
+// The fragments of 32 bytes of k that a warp needs: of its 64 rows of a, and of its 32 columns of b.
+template <bool TA, bool TB, class T>
+static __device__ __forceinline__ void tile_fragments(uint32_t (&fa)[4][4], uint32_t (&fb)[4][2], const T *sa,
+                                                      const T *sb, int kk) {
+    int warp = threadIdx.x / 32, wm = warp / 4 * 64, wn = warp % 4 * 32;
+#pragma unroll
+    for (int i = 0; i < 4; i++) fragment_a<!TA>(fa[i], sa, wm + i * 16, kk);
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) fragment_b<TB>(fb[j], fb[j + 1], sb, wn + j * 8, kk);
+}
+
+// This thread's sums of its block's square.
+template <bool TA, bool TB, bool VEC, class T, class Sum>
+static __device__ __forceinline__ void tile_sums(Sum (&acc)[4][4][4], T *ring, const T *a, const T *b, size_t m0,
+                                                 size_t n0, size_t M, size_t N, size_t K, size_t lda, size_t ldb) {
+    tile_slices<TA, TB, VEC>(ring, a, b, m0, n0, M, N, K, lda, ldb, [&](int, const T *sa, const T *sb) {
 #pragma unroll
         for (int kk = 0; kk < SLICE_BYTES / 32; kk++) {
             uint32_t fa[4][4], fb[4][2];
-#pragma unroll
-            for (int i = 0; i < 4; i++) fragment_a<!TA>(fa[i], sa, wm + i * 16, kk);
-#pragma unroll
-            for (int j = 0; j < 4; j += 2) fragment_b<TB>(fb[j], fb[j + 1], sb, wn + j * 8, kk);
+            tile_fragments<TA, TB>(fa, fb, sa, sb, kk);
 #pragma unroll
             for (int i = 0; i < 4; i++)
 #pragma unroll
                 for (int j = 0; j < 4; j++) mma(acc[i][j], fa[i], fb[j]);
         }
-    }
+    });
 }
 
 // store(m, n, s0, s1) for this thread's pairs of sums, of c[m][n] and c[m][n + 1]; n is even. Columns may be beyond N.

@@ -1,4 +1,4 @@
-// attention_forward of the CUDA wing: against sums in double with a derived bound, against the CPU wing, and the
+// attention_forward and attention_cached of the CUDA wing: against sums in double with a derived bound, against the CPU wing, and the
 // equalities that it promises.
 #include "cuda_test.h"
 
@@ -228,4 +228,63 @@ CUDA_TEST(attention_forward_nan) {
                     CHECK((x != x) == (s.Tk - s.T + t >= bad), "%s: row %d head %d: %g", a.where, t, h, (double)x);
                 }
     }
+}
+
+// The cache's form: queries in rows with their own keys and values, which are not read again; positions in device memory;
+// max_T longer than what is there. INT8 caches hold what kv has then.
+static void test_cached(ForwardShape s, bool int8, int pos_more) {
+    ForwardCase a = make_attention(s, 1.5f);
+    const int max_T = s.Tk + pos_more, heads = 2 * s.NKV;
+    a.ldq = (s.NH + heads) * s.HS;
+    a.ldkv = heads * s.HS;
+    a.skv = (size_t)max_T * (size_t)a.ldkv;
+    a.q = random_x((size_t)(s.B * s.T) * (size_t)a.ldq, 11, 1.5f);
+    a.kv = random_x((size_t)s.B * a.skv, 12, 1.5f);
+    std::vector<int8_t> codes(a.kv.size());
+    std::vector<float> scale(a.kv.size() / (size_t)s.HS);
+    for (size_t v = 0; int8 && v < scale.size(); v++) {
+        floatX *row = &a.kv[v * (size_t)s.HS];
+        float most = 0.0f;
+        for (int i = 0; i < s.HS; i++) most = fmaxf(most, fabsf(x2f(row[i])));
+        scale[v] = int8_row_scale(most);
+        for (int i = 0; i < s.HS; i++) {
+            codes[v * (size_t)s.HS + (size_t)i] = int8_nearest(x2f(row[i]), int8_row_inv(scale[v]));
+            row[i] = f2x((float)codes[v * (size_t)s.HS + (size_t)i] * scale[v]);
+        }
+    }
+    ForwardCase cpu = a;
+    ops_cpu.attention_forward(cpu.o.data(), cpu.lse.data(), cpu.q.data(), cpu.kv.data(), cpu.kv.data() + s.NKV * s.HS, s.B,
+                              s.T, s.Tk, s.NH, s.NKV, s.HS, s.NH * s.HS, a.ldq, a.ldkv, a.skv);
+    a.lse = cpu.lse;
+    std::vector<floatX> first;
+    snprintf(a.where, sizeof a.where, "B=%d T=%d Tk=%d NH=%d NKV=%d HS=%d max_T=%d %s", s.B, s.T, s.Tk, s.NH, s.NKV, s.HS,
+             max_T, int8 ? "int8" : "X");
+    for (int order = 0; order < (s.HS <= 64 ? ORDERS : 2); order++) {
+        set_order(order);
+        Device<floatX> o(a.o.size()), q(a.q), kv(a.kv);
+        Device<int8_t> q8(codes);
+        Device<float> dscale(scale);
+        Device<int32_t> pos(std::vector<int32_t>{s.Tk - s.T});
+        KvCache cache = {int8 ? (void *)q8.p : (void *)kv.p, int8 ? dscale.p : nullptr, int8 ? KV_INT8 : KV_X, max_T, s.NKV,
+                         s.HS};
+        OP(attention_cached)(o.p, q.p, &cache, pos.p, s.B, s.T, s.NH);
+        a.o = o.host();
+        if (order == 0) {
+            check_attention(a, cpu);
+            first = a.o;
+        }
+        check_same("o", a.where, a.o, first);
+    }
+}
+
+CUDA_TEST(attention_cached) {
+    static const ForwardShape shapes[] = {
+        {1, 1, 1, 2, 1, 16, 0, 0},  {1, 1, 5, 2, 1, 6, 0, 0},   {2, 1, 64, 9, 3, 64, 0, 0}, {1, 1, 129, 4, 4, 128, 0, 0},
+        {2, 7, 100, 3, 1, 64, 0, 0}, {1, 70, 150, 4, 2, 80, 0, 0}, {1, 1, 300, 3, 1, 96, 0, 0}, {1, 3, 260, 8, 2, 48, 0, 0},
+        {1, 20, 20, 2, 2, 32, 0, 0}};
+    for (const ForwardShape &s : shapes)
+        for (int int8 = 0; int8 < 2; int8++) test_cached(s, int8 == 1, s.T % 2 ? 200 : 0);
+    // More pieces than blocks take at a time.
+    test_cached({9, 1, 400, 16, 16, 16, 0, 0}, false, 400);
+    test_cached({5, 1, 400, 16, 16, 16, 0, 0}, true, 1200);
 }

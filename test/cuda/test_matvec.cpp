@@ -56,3 +56,22 @@ template <class Out> static void check_matvec(const char *name) {
 }
 CUDA_TEST(matvec) { check_matvec<floatX>("floatX"); }
 CUDA_TEST(matvec_f32) { check_matvec<float>("float"); }
+
+// The operation, with and without rounding: cuda_matvec's bits.
+CUDA_TEST(matvec_forward) {
+    for (auto &shape : matvec_shapes)
+        for (size_t N = 1; N <= 8; N *= 2) {
+            int C = shape[0], OC = shape[1];
+            Device<floatX> x(random_x(N * (size_t)C, 50, 1.0f)), w(random_x((size_t)OC * C, 51, 0.5f));
+            Device<floatX> y(N * (size_t)OC), want(N * (size_t)OC);
+            Device<float> y32(N * (size_t)OC), want32(N * (size_t)OC);
+            char where[64];
+            snprintf(where, sizeof where, "C=%d OC=%d N=%zu", C, OC, N);
+            OP(matvec_forward)(y.p, x.p, w.p, N, C, OC);
+            OP(matvec_forward_f32)(y32.p, x.p, w.p, N, C, OC);
+            cuda_matvec<floatX>(want.p, x.p, w.p, nullptr, N, C, OC);
+            cuda_matvec<float>(want32.p, x.p, w.p, nullptr, N, C, OC);
+            check_same("X", where, y.host(), want.host());
+            check_same("f32", where, y32.host(), want32.host());
+        }
+}
