@@ -62,6 +62,7 @@ struct Infer {
     float *losses;                // (max_N) f32
 
     void **owned; int n_owned;    // everything from device_alloc
+    uint64_t id;                  // no other model of this process has it
     char *arena; size_t arena_left, arena_next;      // what smaller buffers are cut from
     const char *cache_path; Safetensors kept;        // served forms of an earlier run, where kept.tensors is not NULL
     ServedForm *made; int n_made; bool made_new;     // those of this run, while loading, and whether one was not kept
@@ -488,7 +489,9 @@ int infer_new(Infer **out, const ModelFile *m, const InferOptions *o, Err *err) 
                                      "that model", m->path);
     if (o->kv == KV_INT8 && o->arith == ARITH_TRAINED)
         return err_set(err, E_USAGE, "an INT8 cache is not what training computes with: use served arithmetic with it");
+    static uint64_t models;
     Infer *s = xcalloc(1, sizeof *s);
+    s->id = ++models;
     s->c = m->config;
     s->arith = o->arith;
     s->kv = o->kv;
@@ -794,6 +797,19 @@ int infer_compare(Infer *s, Infer *ref, const int32_t *tokens, const int32_t *ta
 
 typedef struct { Infer *s; const Sampler *sampler; } Step;
 
+// What a recorded step holds besides what it reads from the device: the model, its sampler's numbers, and the buffer
+// that may have been made anew since.
+static uint64_t step_key(const Infer *s, const Sampler *sampler) {
+    const uint64_t parts[] = {s->id, (uint64_t)(uintptr_t)s->logits, f32_bits(sampler->temperature),
+                              (uint64_t)sampler->top_k, f32_bits(sampler->top_p), sampler->seed};
+    uint64_t key = 0;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        key = (key ^ parts[i]) * 0x9E3779B97F4A7C15u;
+        key ^= key >> 32;
+    }
+    return key;
+}
+
 static void decode_step(void *ctx) {
     const Step *step = ctx;
     Infer *s = step->s;
@@ -812,7 +828,7 @@ int infer_next(Infer *s, const Sampler *sampler, uint64_t draw, int32_t *token, 
     DecodeState state = {.pos = s->pos, .token = *token, .draw = draw};
     device_copy_in(s->state, &state, sizeof state);
     Step step = {s, sampler};
-    if (s->arith == ARITH_SERVED) device_step(f32_bits(sampler->temperature), decode_step, &step);
+    if (s->arith == ARITH_SERVED) device_step(step_key(s, sampler), decode_step, &step);
     else decode_step(&step);                     // attention reads the position from the host
     device_copy_out(token, &s->state->token, sizeof *token);
     rc = device_sync(err);
