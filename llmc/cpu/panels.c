@@ -6,6 +6,7 @@
 // multiply-add for 32 weights) and 25 without.
 #include "panels.h"
 #include "isa.h"
+#include "tile.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -46,9 +47,9 @@ static const float nibble_f32[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4,
 
 #ifndef PRECISION_FP32
 // ---------------------------------------------------------------------------------------------
-// Codes of 4 bits with AVX512-BF16. One look-up makes the codes of a pair of columns in 16 rows: its index is the lowest
-// five bits of a 16-bit half, of which the fifth is the next nibble's, so entries repeat after 16. Under integer zero
-// points the index is the difference, -15 to 15 modulo 32. Two chains of multiply-adds a group; vdpbf16ps takes
+// Codes of 4 bits with AVX512-BF16. One look-up makes the codes of a pair of columns in 16 rows: its index is the
+// lowest five bits of a 16-bit half, of which the fifth is the next nibble's, so entries repeat after 16. Under integer
+// zero points the index is the difference, -15 to 15 modulo 32. Two chains of multiply-adds a group; vdpbf16ps takes
 // subnormals for zero.
 #define TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define INLINE static inline __attribute__((always_inline)) TARGET_BF16
@@ -151,3 +152,94 @@ PanelKernel panel_kernel(const Panels *p) {
     for (int n = 0; n < PANEL_TOKENS; n++) k.dot[n] = dots->run[p->bits == 8][p->zero == PANEL_ZERO_INT][n];
     return k;
 }
+
+// ---------------------------------------------------------------------------------------------
+// Panels back to rows of working values, 32 columns at a time: the 16 rows' pairs of columns are 16 registers, which
+// are transposed.
+#if defined(QLLM_AVX512) && UNIT == 2
+
+typedef struct { __m512 scale, zero; } GroupQuant;      // of 16 rows
+
+VEC __m512 unit_column(__m512i w, int bits, int j) {
+    if (bits == 8)
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(w, 24 - 8 * (unsigned)j), 24));
+    unsigned nibble = (unsigned)(j % 2 * 4 + j / 2);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(w, 4 * nibble), _mm512_loadu_ps(nibble_f32));
+}
+
+// Columns j and j + 1 of a unit as pairs of bf16.
+VEC __m512i unit_pair(__m512i w, int bits, int j, const GroupQuant *q, PanelZero kind, bool as_codes) {
+    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512 v[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        v[i] = unit_column(w, bits, j + i);
+        if (kind == PANEL_ZERO_INT) v[i] = _mm512_sub_ps(v[i], q->zero);
+        if (!as_codes)
+            v[i] = _mm512_fmadd_ps(v[i], q->scale, kind == PANEL_ZERO_FLOAT ? q->zero : _mm512_setzero_ps());
+    }
+    return _mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
+}
+
+// 32 columns from the units at `codes`.
+VEC void unpack_32(floatX *work, const char *codes, int bits, const GroupQuant *q, PanelZero kind, bool as_codes,
+                   int rows, size_t C) {
+    const int cols = 32 / bits;
+    __m512i r[PANEL_ROWS];
+#pragma GCC unroll 8
+    for (int u = 0; u < bits; u++) {
+        __m512i w = _mm512_loadu_si512(codes + u * UNIT_BYTES);
+#pragma GCC unroll 4
+        for (int j = 0; j < cols; j += 2) r[(u * cols + j) / 2] = unit_pair(w, bits, j, q, kind, as_codes);
+    }
+    transpose_registers(r);
+    if (rows == PANEL_ROWS) {
+#pragma GCC unroll 16
+        for (int i = 0; i < PANEL_ROWS; i++) _mm512_storeu_si512(work + (size_t)i * C, r[i]);
+        return;
+    }
+    for (int i = 0; i < rows; i++) memcpy(work + (size_t)i * C, &r[i], sizeof r[i]);
+}
+
+VEC void unpack_group(floatX *work, const char *codes, const Panels *p, int bits, const GroupQuant *q, PanelZero kind,
+                      bool as_codes, int rows, size_t C) {
+    for (int64_t u = 0; u < p->units; u += bits) {
+        unpack_32(work, codes + u * UNIT_BYTES, bits, q, kind, as_codes, rows, C);
+        work += 32;
+    }
+}
+
+bool panel_unpack(floatX *work, float *wscale, const char *panel, const Panels *p, int rows, int C, bool as_codes) {
+    if (cpu_isa() < ISA_AVX512_BF16 || p->units % p->bits || p->groups * p->units * panel_unit_cols(p) != C)
+        return false;
+    const bool four = p->bits == 4;
+    for (int64_t g = 0; g < p->groups; g++) {
+        const char *head = panel + panel_head(p, g) + g % 2 * 32, *codes = panel + panel_codes(p, g);
+        GroupQuant q = {.scale = p->scale_f32 ? _mm512_loadu_ps(head) : widen16(head)};
+        if (p->zero == PANEL_ZERO_FLOAT) {
+            q.zero = widen16(head + 64);
+        } else if (p->zero == PANEL_ZERO_INT) {
+            __m256i z = _mm256_loadu_si256((const __m256i *)(const void *)(head + 64));
+            q.zero = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(z));
+        }
+        if (as_codes) {
+            float scale[PANEL_ROWS];
+            _mm512_storeu_ps(scale, q.scale);
+            memcpy(wscale, scale, (size_t)rows * sizeof *scale);
+            if (four) unpack_group(work, codes, p, 4, &q, PANEL_SYMMETRIC, true, rows, (size_t)C);
+            else unpack_group(work, codes, p, 8, &q, PANEL_SYMMETRIC, true, rows, (size_t)C);
+        } else {
+            if (four) unpack_group(work, codes, p, 4, &q, p->zero, false, rows, (size_t)C);
+            else unpack_group(work, codes, p, 8, &q, p->zero, false, rows, (size_t)C);
+        }
+        work += C / p->groups;
+    }
+    return true;
+}
+#else
+bool panel_unpack(floatX *work, float *wscale, const char *panel, const Panels *p, int rows, int C, bool as_codes) {
+    (void)work, (void)wscale, (void)panel, (void)p, (void)rows, (void)C, (void)as_codes;
+    return false;
+}
+#endif

@@ -55,4 +55,8 @@ typedef struct {
 
 // The kernel for this processor (cpu_isa).
 PanelKernel panel_kernel(const Panels *p);
+
+// dequant_rows of `rows` rows of a panel, subnormal values as the zeros for which vdpbf16ps takes them: work (rows, C)
+// X and, where the weight works as its codes, wscale (rows). False: this processor has no fast way for these codes.
+bool panel_unpack(floatX *work, float *wscale, const char *panel, const Panels *p, int rows, int C, bool as_codes);
 #endif

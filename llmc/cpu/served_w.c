@@ -80,7 +80,7 @@ static uint32_t nibbles_together(uint32_t v) {
 // The bits that codes and what panels hold of them differ in: the top one of unsigned codes.
 static uint32_t top_bits(const Panels *p) { return !p->mid ? 0 : p->bits == 4 ? 0x88888888u : 0x80808080u; }
 
-// One row's codes of n whole units, and those of the last columns, to lane r of the units at dst.
+// Codes of `cols` columns of a row, which begin with a unit, to one lane: to dst, and on by units.
 static void pack_group(char *dst, const uint8_t *src, const Panels *p, int64_t cols) {
     const uint32_t top = top_bits(p);
     const int per_unit = panel_unit_cols(p);
@@ -173,7 +173,10 @@ void served_w_pack(void *served, const uint8_t *codes, const float *scale, const
     for (int64_t k = first; k <= last; k++) {
         int64_t r0 = k * PANEL_ROWS, r1 = r0 + PANEL_ROWS;
         char *panel = base + (size_t)k * l.p.panel_bytes;
-        if (r0 >= row0 && (r1 > OC || !l.p.scale_f32)) memset(panel, 0, l.p.panel_bytes);
+        // The first to come makes zeros of what nobody writes: rows beyond OC, half a head.
+        if (r0 >= row0 && r1 > OC) memset(panel, 0, l.p.panel_bytes);
+        else if (r0 >= row0)
+            for (int64_t g = 0; g < l.p.groups; g += 2) memset(panel + panel_head(&l.p, g), 0, l.p.head);
         for (int64_t r = r0 > row0 ? r0 : row0; r < r1 && r < row0 + rows; r++) {
             size_t i = (size_t)(r - row0);
             pack_lane(panel, (int)(r - r0), codes + i * row_bytes, scale + i * across, zero ? zero + i * across : NULL,
@@ -281,9 +284,23 @@ static bool piece_new(Piece *piece, const Layout *l, const QuantSpec *wq, size_t
     return true;
 }
 
+// Working values of rows [row, row + rows) from panels, where that is fast. row is a multiple of PANEL_ROWS.
+static bool unpack_panels(const Piece *piece, const char *base, const Layout *l, bool as_codes, int row, int rows,
+                          int C) {
+    int panels = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
+    bool done = true;
+#pragma omp parallel for schedule(static) reduction(&& : done) if ((size_t)rows * (size_t)C >= CPU_MIN_PARALLEL)
+    for (int k = 0; k < panels; k++) {
+        int r = k * PANEL_ROWS, n = rows - r < PANEL_ROWS ? rows - r : PANEL_ROWS;
+        done = done && panel_unpack(piece->work + (size_t)r * (size_t)C, piece->wscale + r,
+                                    base + (size_t)((row + r) / PANEL_ROWS) * l->p.panel_bytes, &l->p, n, C, as_codes);
+    }
+    return done;
+}
+
 // Working values of rows [row, row + rows).
-static void piece_unpack(const Piece *piece, const char *base, const Layout *l, const QuantSpec *wq, int64_t row,
-                         int64_t rows, int C) {
+static void piece_unpack(const Piece *piece, const char *base, const Layout *l, const QuantSpec *wq, int row, int rows,
+                         int C) {
     size_t row_bytes = quant_row_bytes(wq->bits, C), across = (size_t)l->across;
     if (!l->panels) {
         const float *scale = (const float *)(const void *)(base + l->scale) + (size_t)row * across;
@@ -292,11 +309,12 @@ static void piece_unpack(const Piece *piece, const char *base, const Layout *l, 
                          quant_has_zero(wq) ? zero : NULL, wq, rows, C);
         return;
     }
-#pragma omp parallel for schedule(static) if (rows * C >= CPU_MIN_PARALLEL)
-    for (int64_t i = 0; i < rows; i++) {
+    if (unpack_panels(piece, base, l, quant_works_as_codes(wq), row, rows, C)) return;
+#pragma omp parallel for schedule(static) if ((size_t)rows * (size_t)C >= CPU_MIN_PARALLEL)
+    for (int i = 0; i < rows; i++) {
         const char *panel = base + (size_t)((row + i) / PANEL_ROWS) * l->p.panel_bytes;
         unpack_lane(piece->codes + (size_t)i * row_bytes, piece->scale + (size_t)i * across,
-                    piece->zero + (size_t)i * across, panel, (int)((row + i) % PANEL_ROWS), &l->p, C / l->across);
+                    piece->zero + (size_t)i * across, panel, (row + i) % PANEL_ROWS, &l->p, C / l->across);
     }
     cpu_dequant_rows(piece->work, piece->wscale, piece->codes, piece->scale, quant_has_zero(wq) ? piece->zero : NULL,
                      wq, rows, C);
