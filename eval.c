@@ -876,7 +876,8 @@ static int eval_models(const char *path, Err *err) {
     if ((rc = jsonlog_open(&log, comm_rank() == 0 ? run.json : NULL, true, err)) < 0) return rc;
     if ((rc = model_open_with(&m, path, flags, err)) < 0) return rc;
     if (run.reference && (rc = model_open_with(&ref, run.reference, flags, err)) < 0) return rc;
-    snprintf(cache, sizeof cache, "%s.served", path);
+    size_t n = strlen(path);
+    snprintf(cache, sizeof cache, "%.*s.served", (int)(n - (n > 1 && path[n - 1] == '/')), path);
     Eval e = {.path = path, .scheme = scheme_name(&m, run.as_float), .m = &m, .log = &log,
               .cache_path = run.served_cache ? cache : NULL};
     if (run.reference) {
