@@ -51,17 +51,22 @@ int sample_token(const Sampler *s, float *logits, int V, uint64_t step) {
     if (best < 0 || !(s->temperature > 0.0f) || isinf(logits[best])) return best;
     float top = logits[best];
     for (int i = 0; i < V; i++) logits[i] = sampler_weight(logits[i], top, s->temperature);
-    if (s->top_k > 0 && s->top_k < V) keep_largest(logits, V, (uint64_t)s->top_k, true);
-    uint64_t total = sum_amounts(logits, V);
+    int drawn = sample_weights(s, logits, V, step);
+    return drawn < 0 ? best : drawn;
+}
+
+int sample_weights(const Sampler *s, float *w, int n, uint64_t step) {
+    if (s->top_k > 0 && s->top_k < n) keep_largest(w, n, (uint64_t)s->top_k, true);
+    uint64_t total = sum_amounts(w, n);
     if (s->top_p < 1.0f) {
-        keep_largest(logits, V, sampler_enough(s->top_p, total), false);
-        total = sum_amounts(logits, V);
+        keep_largest(w, n, sampler_enough(s->top_p, total), false);
+        total = sum_amounts(w, n);
     }
-    if (total == 0) return best;
+    if (total == 0) return -1;
     uint64_t below = 0, draw = sampler_draw(s->seed, step, total);
-    for (int i = 0; i < V; i++) {
-        below += sampler_amount(logits[i]);
+    for (int i = 0; i < n; i++) {
+        below += sampler_amount(w[i]);
         if (draw < below) return i;
     }
-    return best;
+    return -1;
 }

@@ -42,6 +42,9 @@ int argmax_token(const float *logits, int V);
 // token: the draw is Philox(seed, step), so that a run repeats. NaN logits are never picked, an infinite one always is;
 // -1 when no logit is above -infinity.
 int sample_token(const Sampler *s, float *logits, int V, uint64_t step);
+// Its second half: which of n weights is drawn, -1 when none has an amount. Weights are overwritten. Those that top_k
+// leaves out need not be among them.
+int sample_weights(const Sampler *s, float *w, int n, uint64_t step);
 
 #ifdef __cplusplus
 }

@@ -179,9 +179,10 @@ static void the_next_token_is_the_samplers(void **state) {
             if (trial == 4) for (int i = 0; i < V; i++) a[i] = NAN;
             if (trial == 5) a[V / 2] = INFINITY;
             assert_int_equal(cpu_argmax(a, V), argmax_token(a, V));
-            for (int k = 0; k < 4; k++) {
-                Sampler s = {.temperature = k ? 0.7f : 0.0f, .top_k = k == 2 ? 5 : 0, .top_p = k == 3 ? 0.8f : 1.0f,
-                             .seed = 3};
+            for (int k = 0; k < 40; k++) {
+                static const int top[] = {0, 1, 5, 50, 300, 3000};
+                Sampler s = {.temperature = k ? 0.05f + 0.2f * (float)(k % 7) : 0.0f, .top_k = top[k % 6],
+                             .top_p = k % 4 == 3 ? 0.8f : 1.0f, .seed = 3 + (uint64_t)k};
                 DecodeState st = {.pos = 11, .token = 1, .draw = 5};
                 float *c = copy_of(a, (size_t)V * sizeof *a);
                 b = copy_of(a, (size_t)V * sizeof *a);

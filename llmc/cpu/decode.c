@@ -34,9 +34,84 @@ void cpu_rope_append(floatX *qkv, const KvCache *cache, const float *cos_t, cons
     }
 }
 
+enum { RUN = 1024, MOST_GROUPS = 4096, MOST_CANDIDATES = 1024 };
+
+// Logits to weights (sampler_weight). A group is a lane of a run of RUN weights: largest, of all groups.
+static int weights_of(float *x, int V, float top, float temperature, float *largest) {
+    int groups = 0;
+    v16 t = v16_set1(top), by = v16_set1(temperature), zero = {0};
+    for (int at = 0; at < V; at += RUN) {
+        v16 m = {0};
+        for (int i = at; i < V && i < at + RUN; i += 16) {
+            int n = V - i < 16 ? V - i : 16;
+            v16 w = v16_nan_to(v16_exp((v16_load(x + i, n) - t) / by), zero);
+            v16_store(x + i, w, n);
+            for (int k = n; k < 16; k++) w[k] = 0.0f;
+            m = v16_max(m, w);
+        }
+        if (groups < MOST_GROUPS) v16_store(largest + groups, m, 16);
+        groups += 16;
+    }
+    return groups;
+}
+
+// The k-th largest of n values, which are reordered: what is larger goes to the front.
+static float kth_largest(float *x, int n, int k) {
+    for (int first = 0, last = n - 1; first < last;) {
+        float pivot = x[(first + last) / 2];
+        int i = first, j = last;
+        while (i <= j) {
+            while (x[i] > pivot) i++;
+            while (x[j] < pivot) j--;
+            if (i > j) break;
+            float swap = x[i];
+            x[i++] = x[j];
+            x[j--] = swap;
+        }
+        if (k - 1 <= j) last = j;
+        else if (k - 1 >= i) first = i;
+        else break;
+    }
+    return x[k - 1];
+}
+
+// Indices of the weights from `least` on, in order: their number, or -1 where there are more than fit.
+static int candidates(int *index, const float *w, int V, float least) {
+    int n = 0;
+    for (int at = 0; at < V; at += 64) {
+        int end = V - at < 64 ? V : at + 64;
+        v16 m = {0};
+        for (int i = at; i < end; i += 16) m = v16_max(v16_load(w + i, end - i < 16 ? end - i : 16), m);
+        if (v16_hmax(m) < least) continue;
+        for (int i = at; i < end; i++) {
+            if (w[i] < least) continue;
+            if (n == MOST_CANDIDATES) return -1;
+            index[n++] = i;
+        }
+    }
+    return n;
+}
+
+// sample_token. The k-th largest of the groups' largest weights is no more than the k-th largest of all, so top_k cuts
+// among the few weights from there on.
+static int next_token(const Sampler *s, float *x, int V, uint64_t draw) {
+    float largest[MOST_GROUPS];
+    int best = cpu_argmax(x, V), index[MOST_CANDIDATES];
+    if (best < 0 || !(s->temperature > 0.0f) || isinf(x[best])) return best;
+    int groups = weights_of(x, V, x[best], s->temperature, largest), k = s->top_k, n = -1;
+    if (k > 0 && k < V && k <= groups && groups <= MOST_GROUPS)
+        n = candidates(index, x, V, kth_largest(largest, groups, k));
+    if (n >= k) {
+        for (int i = 0; i < n; i++) x[i] = x[index[i]];
+        int drawn = sample_weights(s, x, n, draw);
+        return drawn < 0 ? best : index[drawn];
+    }
+    int drawn = sample_weights(s, x, V, draw);
+    return drawn < 0 ? best : drawn;
+}
+
 void cpu_sample_next(DecodeState *state, float *logits, const Sampler *s, int V) {
-    // The same token as sample_token's, in one pass.
-    state->token = s->temperature > 0.0f ? sample_token(s, logits, V, state->draw) : cpu_argmax(logits, V);
+    state->token = next_token(s, logits, V, state->draw);
     state->pos++;
     state->draw++;
 }
