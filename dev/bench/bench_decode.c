@@ -6,7 +6,7 @@
 // time, so the best of each linear, and of each piece of the stream, counts, and these are added up: what a token takes
 // where nobody disturbs it.
 //
-//   bench_decode [THREADS [SECONDS a model]]
+//   bench_decode [THREADS [SECONDS a model [MODEL]]]
 #include "device.h"
 #include "quant.h"
 #include <stdlib.h>
@@ -158,6 +158,9 @@ static void run_model(const Model *m, const char *stream, double seconds) {
             }
             decode(&decoders[i], y, logits, x);
         }
+    Err err;
+    int rc = device_sync(&err);
+    must(NULL, rc, &err);
     double ceiling = sum(pieces, PIECES), most_bandwidth = (double)READ_BYTES / ceiling * 1e-9;
     printf("%-5s ceiling %.1f GB/s\n", m->name, most_bandwidth);
     printf("%-5s %-10s %9s %9s %7s %s\n", "model", "scheme", "MB", "ms", "GB/s", "of the ceiling");
@@ -181,7 +184,8 @@ int main(int argc, char **argv) {
     double seconds = argc > 2 ? atof(argv[2]) : 3.0;
     char *stream = grab(READ_BYTES);
     memset(stream, 1, READ_BYTES);
-    for (size_t i = 0; i < sizeof models / sizeof *models; i++) run_model(&models[i], stream, seconds);
+    for (size_t i = 0; i < sizeof models / sizeof *models; i++)
+        if (argc < 4 || !strcmp(argv[3], models[i].name)) run_model(&models[i], stream, seconds);
     device_free(stream);
     return 0;
 }
