@@ -8,6 +8,7 @@
 // each of its blocks, its codes are packed, and its error against the float weights is reported: the
 // signal-to-quantization-noise ratio, 10 log10(sum w^2 / sum (w - q)^2), and the largest single error.
 #include <math.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -130,43 +131,42 @@ static int check_outputs(const ModelFile *m, const char *out, Err *err) {
 // ---------------------------------------------------------------------------------------------
 // Progress: shown once the conversion has taken a second
 
-typedef struct {
-    ModelFile *m;
+static struct {
+    pthread_mutex_t lock;
     char tensor[96];
-    int64_t next;                                // rows of it before this one have been counted
+    int64_t left;                                // rows of it not counted yet
     double done, start;
     bool shown;
     Progress bar;
-} Reading;
-static Reading reading;
+} reading = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+// Any thread reads. Tensors come one after the other; rows of one that is read twice count once.
+static void count_rows(void *ctx, const Param *p, int64_t n) {
+    (void)ctx;
+    pthread_mutex_lock(&reading.lock);
+    if (strcmp(reading.tensor, p->name)) {
+        snprintf(reading.tensor, sizeof reading.tensor, "%s", p->name);
+        reading.left = p->rows;
+    }
+    if (n > reading.left) n = reading.left;
+    reading.left -= n;
+    reading.done += (double)n * (double)p->cols;
+    reading.shown |= now_seconds() - reading.start > 1;
+    if (reading.shown) progress_update(&reading.bar, reading.done, p->name);
+    pthread_mutex_unlock(&reading.lock);
+}
 
 static void reading_begin(ModelFile *m, const ParamTable *table, const QuantPlan *plan) {
     double values = 0;
     for (int i = 0; i < table->n; i++) values += (double)table->p[i].rows * (double)table->p[i].cols;
     if (m->config.tied && plan->tied_head.bits) values += (double)m->config.V * m->config.C;   // the table once more
-    reading = (Reading){.m = m, .start = now_seconds()};
+    reading.start = now_seconds();
     progress_begin(&reading.bar, "quantize", values);
+    if (!run.quiet) m->rows_read = count_rows;
 }
 
-// A RowSource. Tensors that are read twice count once.
-static int read_rows(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
-    Reading *r = ctx;
-    int rc = model_row_source(r->m, p, row0, n, out, err);
-    if (rc || run.quiet) return rc;
-    if (strcmp(r->tensor, p->name)) {
-        snprintf(r->tensor, sizeof r->tensor, "%s", p->name);
-        r->next = 0;
-    }
-    if (row0 + n > r->next) {
-        r->done += (double)(row0 + n - r->next) * (double)p->cols;
-        r->next = row0 + n;
-    }
-    r->shown |= now_seconds() - r->start > 1;
-    if (r->shown) progress_update(&r->bar, r->done, p->name);
-    return 0;
-}
-
-static void reading_end(int rc) {
+static void reading_end(ModelFile *m, int rc) {
+    m->rows_read = NULL;
     if (reading.shown && rc == 0) progress_end(&reading.bar);
     else progress_hide(&reading.bar);
 }
@@ -456,11 +456,11 @@ static int quantize(ModelFile *m, Err *err) {
     DType dtype = float_dtype(m);
     reading_begin(m, &table, &plan);
     if (quant_plan_is_none(&plan))
-        rc = model_write_bin(out, &m->config, &plan, &table, m->tokenizer, dtype, read_rows, &reading, err);
+        rc = model_write_bin(out, &m->config, &plan, &table, m->tokenizer, dtype, model_row_source, m, err);
     else
-        rc = model_write_packed(out, &m->config, &plan, &table, m->tokenizer, dtype, read_rows, &reading, report_row,
+        rc = model_write_packed(out, &m->config, &plan, &table, m->tokenizer, dtype, model_row_source, m, report_row,
                                 &report, err);
-    reading_end(rc);
+    reading_end(m, rc);
     if (rc == 0) {
         Totals s = totals(&report, m, out, now_seconds() - start);
         print_totals(&s, &report, m, &plan, out);

@@ -12,7 +12,8 @@
 
 #define TOKENIZER_TENSOR "qllm.tokenizer"
 #define WRITER "qllm.c"
-#define TILE_VALUES ((int64_t)1 << 18)         // values converted at a time: 1 MiB of f32 stays in cache
+#define TILE_VALUES ((int64_t)1 << 20)         // values converted at a time by all threads together: 4 MiB of f32
+#define TILE_OF_ONE ((int64_t)1 << 17)         // and by one thread on its own: they stay in its cache
 #define MAX_SHARDS 1024
 
 // The spec a tensor is packed with; bits == 0 where it stays float.
@@ -275,6 +276,27 @@ static int read_json(const ModelFile *m, const char *name, size_t max, char *pat
     return *root ? 0 : E_FORMAT;
 }
 
+// Newer folders keep the chat template in a file of its own; here it is a field of the tokenizer's configuration, where
+// older ones have it, so that it travels with the tokenizer.
+static int add_chat_template(char **config, size_t *len, const ModelFile *m, Err *err) {
+    char path[1024], *text;
+    size_t n;
+    int rc = join(path, sizeof path, m->path, "chat_template.jinja", err);
+    if (rc || !path_exists(path)) return rc;
+    cJSON *root = json_parse(*config, *len, "tokenizer_config.json", NULL);
+    rc = cJSON_IsObject(root) ? file_read(&text, &n, path, (size_t)1 << 20, err) : 0;
+    if (rc == 0 && cJSON_IsObject(root)) {
+        cJSON_DeleteItemFromObjectCaseSensitive(root, "chat_template");
+        cJSON_AddStringToObject(root, "chat_template", text);
+        free(text);
+        free(*config);
+        *config = cJSON_Print(root);
+        *len = strlen(*config);
+    }
+    cJSON_Delete(root);
+    return rc;
+}
+
 static int open_tokenizer(ModelFile *m, Err *err) {
     char path[1024], *text;
     size_t len;
@@ -293,9 +315,10 @@ static int open_tokenizer(ModelFile *m, Err *err) {
     if (rc || !path_exists(path)) return rc;
     rc = file_read(&text, &len, path, (size_t)64 << 20, err);
     if (rc) return rc;
-    tokenizer_set_config(m->tokenizer, text, len);
+    rc = add_chat_template(&text, &len, m, err);
+    if (rc == 0) tokenizer_set_config(m->tokenizer, text, len);
     free(text);
-    return 0;
+    return rc;
 }
 
 // Folders of other quantizers (GPTQ, AWQ, bitsandbytes) hold tensors in forms of their own.
@@ -823,16 +846,21 @@ int model_values(const ModelFile *m, const Param *p, DType dtype, const void **d
 }
 
 int model_row_source(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
-    int rc = model_read_rows(ctx, p, row0, n, out, err);
-    if (rc == 0 && row0 + n == p->rows) rc = model_unchanged(ctx, err);      // once a tensor
+    const ModelFile *m = ctx;
+    int rc = model_read_rows(m, p, row0, n, out, err);
+    if (rc == 0 && row0 + n == p->rows) rc = model_unchanged(m, err);        // once a tensor
+    if (rc == 0 && m->rows_read) m->rows_read(m->rows_ctx, p, n);
     return rc;
 }
 
 // ---------------------------------------------------------------------------------------------
 // Writing floats
 
-static int64_t tile_rows(const Param *p) {
-    int64_t n = TILE_VALUES / p->cols;
+// Rows of p in a tile. A source that is an open model is asked by all threads, each for tiles of its own.
+static bool by_threads(RowSource source) { return source == model_row_source; }
+
+static int64_t tile_rows(const Param *p, RowSource source) {
+    int64_t n = (by_threads(source) ? TILE_OF_ONE : TILE_VALUES) / p->cols;
     return n < 1 ? 1 : n > p->rows ? p->rows : n;
 }
 
@@ -853,29 +881,53 @@ static int source_rows(RowSource source, void *ctx, const Param *p, int64_t row0
     return refuse_not_finite("nothing written", p, row0 + bad, out + bad * p->cols, p->cols, err);
 }
 
-static int write_float(StWriter *w, const Param *p, DType dtype, RowSource source, void *ctx, Err *err) {
-    int64_t tile = tile_rows(p), values = tile * p->cols;
-    float *x = xmalloc((size_t)values * sizeof *x);
-    bf16 *h = xmalloc((size_t)values * sizeof *h);
-    int rc = 0;
-    for (int64_t row = 0; row < p->rows && rc == 0; row += tile) {
-        int64_t n = p->rows - row < tile ? p->rows - row : tile;
-        rc = source_rows(source, ctx, p, row, n, x, err);
-        if (rc) break;
-        if (dtype == DT_F32) {
-            st_writer_data(w, x, (size_t)(n * p->cols) * sizeof *x);
-            continue;
-        }
-        for (int64_t i = 0; i < n * p->cols; i++) {
-            h[i] = bf16_from_f32(x[i]);
-            if ((h[i] & 0x7fff) == 0x7f80 && rc == 0)
-                rc = err_set(err, E_FORMAT, "nothing written: tensor '%s' holds %g at row %lld, too large for BF16; "
-                             "write F32", p->name, (double)x[i], (long long)(row + i / p->cols));
-        }
-        st_writer_data(w, h, (size_t)(n * p->cols) * sizeof *h);
+// n rows from `row` on as dtype: h (DT_BF16) or x itself.
+static int float_rows(const Param *p, DType dtype, RowSource source, void *ctx, int64_t row, int64_t n, float *x,
+                      bf16 *h, Err *err) {
+    int rc = source_rows(source, ctx, p, row, n, x, err);
+    if (rc || dtype == DT_F32) return rc;
+    uint32_t infinite = 0;
+    for (int64_t i = 0; i < n * p->cols; i++) {
+        h[i] = bf16_from_f32(x[i]);
+        infinite |= (h[i] & 0x7fff) == 0x7f80;
     }
-    free(x);
-    free(h);
+    if (!infinite) return 0;
+    int64_t i = 0;
+    while ((h[i] & 0x7fff) != 0x7f80) i++;
+    return err_set(err, E_FORMAT, "nothing written: tensor '%s' holds %g at row %lld, too large for BF16; write F32",
+                   p->name, (double)x[i], (long long)(row + i / p->cols));
+}
+
+static int write_float(StWriter *w, const Param *p, DType dtype, RowSource source, void *ctx, Err *err) {
+    const int64_t tile = tile_rows(p, source), tiles = (p->rows + tile - 1) / tile;
+    int rc = 0;
+    #pragma omp parallel if (by_threads(source))
+    {
+        float *x = xmalloc((size_t)(tile * p->cols) * sizeof *x);
+        bf16 *h = xmalloc((size_t)(tile * p->cols) * sizeof *h);
+        #pragma omp for ordered schedule(dynamic, 1)
+        for (int64_t i = 0; i < tiles; i++) {
+            Err local;
+            int64_t row = i * tile, n = p->rows - row < tile ? p->rows - row : tile;
+            int failed, before;
+            #pragma omp atomic read
+            before = rc;
+            if (before) continue;
+            failed = float_rows(p, dtype, source, ctx, row, n, x, h, &local);
+            #pragma omp ordered
+            {
+                if (rc == 0 && failed) {
+                    #pragma omp atomic write
+                    rc = failed;
+                    if (err) *err = local;
+                }
+                if (rc == 0) st_writer_data(w, dtype == DT_F32 ? (void *)x : h, (size_t)(n * p->cols) *
+                                            dtype_size(dtype));
+            }
+        }
+        free(x);
+        free(h);
+    }
     return rc;
 }
 
@@ -901,8 +953,8 @@ static void declare_packed(StWriter *w, const Param *p, const QuantSpec *s, cons
     if (quant_has_zero(s)) st_writer_tensor(w, name, zero_dtype(s), 2, scales);
 }
 
-// Work on one tensor. A span is a number of whole bands of block[0] rows whose scales are made together; it is read in
-// pieces of `piece` rows: once if it is one piece, else twice (a scale for a whole tensor that is too large to hold).
+// Work on one tensor, in pieces of `piece` rows: whole bands of block[0] rows whose scales are made together. A band that
+// is larger than a piece is read twice (a scale for a whole tensor that is too large to hold).
 typedef struct {
     const Param *p, *from;               // what is written; what the source is asked for (they differ for a tied head)
     RowQuant q;
@@ -1045,20 +1097,64 @@ static int pack_large_band(StWriter *w, Packer *k, int64_t row, int64_t end, Row
     return 0;
 }
 
-static int pack_tensor(StWriter *w, Packer *k, RowSource source, void *ctx, RowErrors *sum, Err *err) {
-    const int64_t rows = k->p->rows, b0 = k->q.block[0], span = k->piece < b0 ? b0 : k->piece;
+// What a thread needs to work on a piece.
+static void packer_alloc(Packer *k) {
+    k->x = xmalloc((size_t)(k->piece * k->p->cols) * sizeof *k->x);
+    k->packed = xmalloc((size_t)k->piece * k->row_bytes);
+    k->mn = xmalloc((size_t)(2 * RANGE_PARTS * k->across) * sizeof *k->mn);
+    k->mx = k->mn + RANGE_PARTS * k->across;
+    k->errors = xmalloc((size_t)k->piece * sizeof *k->errors);
+}
+
+static void packer_free(Packer *k) {
+    free(k->x);
+    free(k->packed);
+    free(k->mn);
+    free(k->errors);
+}
+
+// Pieces of whole bands, written in order. Threads take pieces of their own where the source lets them, so that none
+// waits for another; else they share the work on one.
+static int pack_pieces(StWriter *w, const Packer *tensor, RowSource source, void *ctx, RowErrors *sum, Err *err) {
+    const int64_t rows = tensor->p->rows, piece = tensor->piece, n_pieces = (rows + piece - 1) / piece;
     int rc = 0;
-    for (int64_t row = 0; row < rows && rc == 0; row += span) {
-        int64_t n = rows - row < span ? rows - row : span;
-        if (n > k->piece) {
-            rc = pack_large_band(w, k, row, row + n, source, ctx, sum, err);
-            continue;
+    #pragma omp parallel if (by_threads(source))
+    {
+        Packer k = *tensor;
+        packer_alloc(&k);
+        #pragma omp for ordered schedule(dynamic, 1)
+        for (int64_t i = 0; i < n_pieces; i++) {
+            Err local;
+            int64_t row = i * piece, n = rows - row < piece ? rows - row : piece;
+            int failed, before;
+            #pragma omp atomic read
+            before = rc;
+            if (before) continue;
+            failed = source_rows(source, ctx, k.from, row, n, k.x, &local);
+            if (!failed) pack_piece(&k, row, n);
+            #pragma omp ordered
+            {
+                if (rc == 0 && failed) {
+                    #pragma omp atomic write
+                    rc = failed;
+                    if (err) *err = local;
+                }
+                if (rc == 0) write_piece(w, &k, n, sum);
+            }
         }
-        rc = source_rows(source, ctx, k->from, row, n, k->x, err);
-        if (rc) break;
-        pack_piece(k, row, n);
-        write_piece(w, k, n, sum);
+        packer_free(&k);
     }
+    return rc;
+}
+
+static int pack_tensor(StWriter *w, Packer *k, RowSource source, void *ctx, RowErrors *sum, Err *err) {
+    const int64_t b0 = k->q.block[0];
+    int rc = 0;
+    if (k->piece >= b0) return pack_pieces(w, k, source, ctx, sum, err);
+    packer_alloc(k);
+    for (int64_t row = 0; row < k->p->rows && rc == 0; row += b0)
+        rc = pack_large_band(w, k, row, row + b0, source, ctx, sum, err);
+    packer_free(k);
     return rc;
 }
 
@@ -1071,16 +1167,11 @@ static int write_packed(StWriter *w, const Param *p, const Param *from, const Qu
     // INT8 rows are made from the very values, as the trainer begins with; a tied head's, unless the trainer made it from
     // masters of more digits, from the table as the file has it.
     k.q.rounds = !quant_is_int8_rows(s) || (from != p && dtype == DT_BF16 && !trained);
-    k.piece = tile_rows(p);
+    k.piece = tile_rows(p, source);
     if (k.piece > k.q.block[0]) k.piece -= k.piece % k.q.block[0];
     k.row_bytes = quant_row_bytes(s->bits, p->cols);
     int64_t n_qp = p->rows / k.q.block[0] * k.across;
-    k.x = xmalloc((size_t)(k.piece * p->cols) * sizeof *k.x);
-    k.packed = xmalloc((size_t)k.piece * k.row_bytes);
-    k.mn = xmalloc((size_t)(2 * RANGE_PARTS * k.across) * sizeof *k.mn);
-    k.mx = k.mn + RANGE_PARTS * k.across;
     k.qp = xmalloc((size_t)n_qp * sizeof *k.qp);
-    k.errors = xmalloc((size_t)k.piece * sizeof *k.errors);
     *rep = (PackReport){.p = p, .spec = s};
     rep->bytes = (size_t)p->rows * k.row_bytes + (size_t)n_qp * dtype_size(scale_dtype(s));
     if (quant_has_zero(s)) rep->bytes += (size_t)n_qp * dtype_size(zero_dtype(s));
@@ -1092,17 +1183,13 @@ static int write_packed(StWriter *w, const Param *p, const Param *from, const Qu
     rep->amax = sum.amax;
     if (rc == 0) rc = check_qparams(&k, n_qp, err);
     if (rc == 0) write_qparams(w, &k, n_qp);
-    free(k.x);
-    free(k.packed);
-    free(k.mn);
     free(k.qp);
-    free(k.errors);
     return rc;
 }
 
 // INT8 rows that were trained: the codes as they are, and the scales after them.
 static int write_trained(StWriter *w, const Param *p, CodeSource source, void *ctx, Err *err) {
-    int64_t tile = tile_rows(p);
+    int64_t tile = tile_rows(p, NULL);
     int8_t *codes = xmalloc((size_t)(tile * p->cols));
     float *scale = xmalloc((size_t)p->rows * sizeof *scale);
     int rc = 0;

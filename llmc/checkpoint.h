@@ -18,6 +18,8 @@ typedef struct {
     QuantPlan plan;                      // of model.bin; none elsewhere
     bool packed;                         // quantized tensors are stored as codes
     int flags;                           // MODEL_STREAM...
+    void (*rows_read)(void *ctx, const Param *p, int64_t n);   // for progress: model_row_source read n rows, on the
+    void *rows_ctx;                      //   thread that asked for them; NULL: nobody wants to know
     Tokenizer *tokenizer;                // NULL when the model carries none
     Safetensors *files; int n_files;     // HF: shards; BIN: one
     Gguf gguf;
@@ -108,6 +110,6 @@ int model_write_folder(const char *dir, const LlamaConfig *c, const ParamTable *
 int model_write_float(StWriter *w, const Param *p, DType dtype, RowSource source, void *ctx, Err *err);
 // Name of a parameter in GGUF files: "blk.3.attn_q.weight".
 void model_gguf_name(char *buf, size_t size, const Param *p);
-// RowSource over an open model (ctx is the ModelFile).
+// RowSource over an open model (ctx is the ModelFile). The one source that writers ask from several threads at once.
 int model_row_source(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err);
 #endif

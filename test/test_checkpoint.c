@@ -2,6 +2,7 @@
 // and strange models are refused by name, and a failed write leaves nothing behind.
 #include "test_common.h"
 #include <dirent.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -732,6 +733,8 @@ static void checksum(void **state) {
             flip(path, at[i]);
         }
         edit_bin(path, old, NULL, NULL, NULL, NULL, NULL, 0);
+        const struct timespec before[2] = {{.tv_sec = 1000000000}, {.tv_sec = 1000000000}};   // file clocks are coarse
+        assert_int_equal(utimensat(AT_FDCWD, old, before, 0), 0);
         if (model_open(&m, old, &err)) fail_msg("%s", err.text);
         assert_int_equal(model_unchanged(&m, &err), 0);
         flip(old, (long)m.files[0].map.size - 1);

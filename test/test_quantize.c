@@ -4,6 +4,7 @@
 #define main quantize_main
 #include "../quantize.c"
 #undef main
+#include <fcntl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -366,11 +367,50 @@ static void test_refusals(void **state) {
     // 8 blocks of 512 bytes are not enough for the file: the write fails as on a full disk.
     fails(program("trap '' XFSZ; ulimit -f 8;", "'%s' --scheme int8wo --out '%s'", model, at("left/b")), 1, "left/b");
 
+    FILE *f = fopen(packed, "r+b");                          // one bit of the last tensor
+    assert_true(f && fseek(f, -1, SEEK_END) == 0);
+    int byte = fgetc(f);
+    assert_true(fseek(f, -1, SEEK_END) == 0 && fputc(byte ^ 1, f) != EOF && fclose(f) == 0);
+    fails(program("", "'%s' --scheme int8wo", packed), 1, "--no-verify");
+    fails(program("", "'%s' --scheme int4wo-32 --no-verify", packed), 2, "already quantized (int8wo)");
+
     char command[600];
     snprintf(command, sizeof command, "[ -z \"$(ls -A '%s')\" ] && ! ls '%s' | grep -q tmp-", at("left"), dir);
     assert_int_equal(system(command), 0);
     ModelFile m;
     open_model(&m, model);                                   // still whole
+    model_close(&m);
+}
+
+// A model that another program writes to while it is converted: nothing is written.
+static const char *touched;
+static void touch(void *ctx, const Param *p, int64_t n) {
+    (void)ctx, (void)p, (void)n;
+    FILE *f = fopen(touched, "r+b");
+    assert_true(f && fseek(f, -1, SEEK_END) == 0);
+    int byte = fgetc(f);
+    assert_true(fseek(f, -1, SEEK_END) == 0 && fputc(byte ^ 1, f) != EOF && fclose(f) == 0);
+}
+static void test_changed_while_read(void **state) {
+    (void)state;
+    LlamaConfig c = config(true);
+    QuantPlan plan;
+    ParamTable table;
+    ModelFile m;
+    Err err = {0};
+    touched = make_model("touched.bin", &c, NULL, DT_BF16);
+    const struct timespec before[2] = {{.tv_sec = 1000000000}, {.tv_sec = 1000000000}};   // file clocks are coarse
+    assert_int_equal(utimensat(AT_FDCWD, touched, before, 0), 0);
+    if (model_open_with(&m, touched, MODEL_STREAM, &err)) fail_msg("%s", err.text);
+    m.rows_read = touch;
+    quant_plan_none(&plan);
+    assert_int_equal(quant_scheme_from_name(&plan.linear, "8da4w-32", &err), 0);
+    assert_int_equal(param_table_build(&table, &c, &plan, &err), 0);
+    assert_int_equal(model_write_packed(at("torn.bin"), &c, &plan, &table, NULL, DT_BF16, model_row_source, &m, NULL,
+                                        NULL, &err), E_FORMAT);
+    assert_non_null(strstr(err.text, "written to while"));
+    assert_false(path_exists(at("torn.bin")));
+    param_table_free(&table);
     model_close(&m);
 }
 
@@ -398,6 +438,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(test_every_scheme),       cmocka_unit_test(test_scheme_from_file),
     cmocka_unit_test(test_dequantized_export), cmocka_unit_test(test_float_copy),
     cmocka_unit_test(test_refusals),           cmocka_unit_test(test_default_names),
+    cmocka_unit_test(test_changed_while_read),
 };
 
 int main(int argc, char **argv) {
