@@ -37,8 +37,9 @@ row() {
     awk -v name="$1" -v ppl="$(w word_perplexity)" -v kl="$(w kl)" -v kle="$(w kl_stderr)" -v p99="$(w kl_p99)" \
         -v same="$(w same_top1)" -v acc="$(h acc)" -v norm="$(h acc_norm)" -v err="$(h acc_norm_stderr)" \
         -v size="$(w model_bytes)" -v ws="$(w seconds)" -v hs="$(h seconds)" 'BEGIN {
-        distance = kl == "" ? sprintf("%19s %8s %7s", "-", "-", "-") :
-            sprintf("%9.5f +- %.5f %8.4f %6.2f%%", kl, kle, p99, 100 * same)
+        if (kl == "") distance = sprintf("%20s %8s %7s", "-", "-", "-")
+        else distance = sprintf("%9.5f +- %s %8.4f %6.2f%%", kl, kle == "null" ? "   -   " : sprintf("%.5f", kle), p99,
+            100 * same)
         printf "%-10s %10.4f %s %7.4f %8.4f +- %.4f %8.1f %8.0f %8.0f\n", name, ppl, distance, acc, norm, err,
             size / 1e6, ws, hs }'
 }
@@ -51,7 +52,7 @@ for scheme in ${SCHEMES:-int8wo int8dq int4wo-32 8da4w-32}; do
 done
 say "$model: wikitext, and HellaSwag with ${TASKS:-400} tasks"
 {
-    printf '%-10s %10s %19s %8s %7s %7s %18s %8s %8s %8s\n' scheme "word ppl" "KL from float" "KL 99%" "top-1" acc \
+    printf '%-10s %10s %20s %8s %7s %7s %18s %8s %8s %8s\n' scheme "word ppl" "KL from float" "KL 99%" "top-1" acc \
         acc_norm "size MB" "wiki s" "hella s"
     for name in float ${SCHEMES:-int8wo int8dq int4wo-32 8da4w-32}; do row "$name"; done
 } | tee "$out/table.txt"
