@@ -11,7 +11,7 @@ bin=$1 shard=$2 windows=${3:-16}
 shape=${SHAPE:-135M} runs=${RUNS:-2}
 schemes=${SCHEMES:-int8wo int8dq int4wo-32 8da4w-32}
 tmp=$(mktemp -d "${QLLM_TMP:-${TMPDIR:-/tmp}}/bench-eval-XXXXXX"); trap 'rm -rf "$tmp"' EXIT
-"$(dirname "$shard")/random_model" "$shape" "$tmp/float.bin"
+"$(dirname "$shard")/random_model" "$tmp/float.bin" "$shape"
 "$shard" "$tmp/tokens.bin" $((windows * 2048 + 1)) 49152
 for scheme in $schemes; do
     "$bin/quantize" "$tmp/float.bin" --scheme "$scheme" --out "$tmp/$scheme.bin" --quiet >/dev/null
