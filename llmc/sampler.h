@@ -15,8 +15,8 @@ typedef struct {
 } Sampler;
 
 // The arithmetic, shared by all devices. A token's weight is e^((logit - largest) / temperature); its amount is that in
-// units of 2^-40, an integer, so that sums do not depend on their order and every device picks the same token. Tokens that
-// are less likely than 1e-12 of the first have amount 0 and are not drawn.
+// units of 2^-40, an integer, so that sums do not depend on their order and every device picks the same token. Tokens
+// that are less likely than 1e-12 of the first have amount 0 and are not drawn.
 QHD float sampler_weight(float logit, float top, float temperature) {
     float w = exp_f32((logit - top) / temperature);
     return w >= 0.0f ? w : 0.0f;                     // NaN: 0

@@ -1,6 +1,6 @@
-// attention_forward and attention_cached (ops.h): causal grouped-query attention with the online softmax of FlashAttention (Dao et al. 2022,
-// 2023). Scores stay in registers or shared memory; the rows of a key head are read where they lie, by every query head
-// of its group. Three kernels, chosen by shapes and alignment alone:
+// attention_forward and attention_cached (ops.h): causal grouped-query attention with the online softmax of
+// FlashAttention (Dao et al. 2022, 2023). Scores stay in registers or shared memory; the rows of a key head are read
+// where they lie, by every query head of its group. Three kernels, chosen by shapes and alignment alone:
 //
 // 1. attention_forward_mma, for training and prompts (bf16, HS a multiple of 16 up to 128, rows on 16 bytes), on tensor
 //    cores. A block of four warps computes 64 MT query rows of one head against all keys they see, a warp 16 MT
@@ -18,8 +18,9 @@
 //
 // 3. attention_forward_plain, f32 without tensor cores: the fp32 build, and whatever the others do not take.
 //
-// attention_cached is the same with a cache's strides and the number of keys from device memory. In an INT8 cache kernel 2
-// makes bf16 of codes as it loads them; for the others the part of the cache that is in use is written out as X first.
+// attention_cached is the same with a cache's strides and the number of keys from device memory. In an INT8 cache
+// kernel 2 makes bf16 of codes as it loads them; for the others the part of the cache that is in use is written out as
+// X first.
 //
 // In each, key tiles start at multiples of a fixed size, a key that a row may not see has weight exactly 0, and a tile
 // that it sees nothing of multiplies its sums by exactly 1: so the bits of a row depend neither on T (as long as the
@@ -241,7 +242,7 @@ template <int HS> static void launch_mma(const Args &a, int B) {
 //           own, to whose b two keys' values are zipped.
 // Each piece leaves its largest score, sum and unscaled output per row in the workspace (f32, R * HS * 4 bytes for each
 // 512 HS bytes of K and V read); attention_fold adds them in ascending order.
-// At HS = 128 a block has 32 KiB on their way at a time and four share a multiprocessor; 16 KiB suffice for 3 TB/s.
+// At HS = 128 a block has 32 KiB on their way at a time and three share a multiprocessor; 16 KiB suffice for 3 TB/s.
 // How many pieces there are is only known on the device where the position is: blocks enough to fill it take every
 // splits-th piece each. That the grid is the same for every position lets a recorded step be replayed.
 
@@ -256,7 +257,8 @@ static __device__ __forceinline__ size_t query_at(const Args &a, int b, int kh, 
 }
 
 // Eight values of a row of keys or values: bf16 as they are, or INT8 codes times the row's scale, rounded.
-template <bool INT8> static __device__ __forceinline__ Piece16 load_eight(const bf16 *base, size_t at, const float *scale, size_t row) {
+template <bool INT8>
+static __device__ __forceinline__ Piece16 load_eight(const bf16 *base, size_t at, const float *scale, size_t row) {
     Piece16 p;
     if constexpr (INT8) {
         Vec<int8_t, 8> q = vec_load<int8_t, 8>((const int8_t *)base + at);
@@ -269,10 +271,10 @@ template <bool INT8> static __device__ __forceinline__ Piece16 load_eight(const 
     return p;
 }
 
-// Partial results: out (heads * pieces, R, HS), stat (heads * pieces, R, 2): largest score in powers of two, sum; pieces:
-// those that there may be.
+// Partial results: out (heads * pieces, R, HS), stat (heads * pieces, R, 2): largest score in powers of two, sum;
+// pieces: those that there may be.
 template <int HS, bool INT8>
-static __global__ void __launch_bounds__(PIECE, 4)
+static __global__ void __launch_bounds__(PIECE, HS > 64 ? 3 : 4)                   // as registers allow
 attention_decode(Args a, int pieces, int splits, float *out, float *stat) {
     const int ROUNDS = (HS + 31) / 32, SLICES = (HS + 63) / 64;
     DYN_SHARED(float, part);                                    // (4, R, HS): each warp's output
@@ -283,14 +285,6 @@ attention_decode(Args a, int pieces, int splits, float *out, float *stat) {
     const size_t first = b * a.skv + (size_t)kh * HS;
     const float *scale = INT8 ? a.kv_scale + (size_t)b * a.max_T * 2 * NKV + kh : nullptr;
 
-    Piece16 qp[2][ROUNDS] = {};
-#pragma unroll
-    for (int z = 0; z < 2; z++)
-#pragma unroll
-        for (int i = 0; i < ROUNDS; i++)
-            if (g + 8 * z < R && (HS % 32 == 0 || (t + 4 * i) * 8 < HS))
-                qp[z][i] = vec_load<uint32_t, 4>(
-                    (const uint32_t *)(a.q + query_at(a, b, kh, g + 8 * z, HS, a.ldq) + (t + 4 * i) * 8));
     for (int piece = blockIdx.x % splits; piece * PIECE < Tk; piece += splits) {
         int key0 = piece * PIECE + warp * 32;
         Piece16 kp[4][ROUNDS] = {};
@@ -300,8 +294,17 @@ attention_decode(Args a, int pieces, int splits, float *out, float *stat) {
             for (int i = 0; i < ROUNDS; i++) {
                 int key = key0 + n * 8 + g;
                 if (key < Tk && (HS % 32 == 0 || (t + 4 * i) * 8 < HS))
-                    kp[n][i] = load_eight<INT8>(a.k, first + key * a.ldkv + (t + 4 * i) * 8, scale, (size_t)key * 2 * NKV);
+                    kp[n][i] = load_eight<INT8>(a.k, first + key * a.ldkv + (t + 4 * i) * 8, scale,
+                                                (size_t)key * 2 * NKV);
             }
+        Piece16 qp[2][ROUNDS] = {};
+#pragma unroll
+        for (int z = 0; z < 2; z++)
+#pragma unroll
+            for (int i = 0; i < ROUNDS; i++)
+                if (g + 8 * z < R && (HS % 32 == 0 || (t + 4 * i) * 8 < HS))
+                    qp[z][i] = vec_load<uint32_t, 4>(
+                        (const uint32_t *)(a.q + query_at(a, b, kh, g + 8 * z, HS, a.ldq) + (t + 4 * i) * 8));
         float s[4][4] = {};
 #pragma unroll
         for (int n = 0; n < 4; n++)
@@ -324,7 +327,8 @@ attention_decode(Args a, int pieces, int splits, float *out, float *stat) {
                 for (int i = 0; i < 4; i++) {
                     int key = key0 + half * 16 + i / 2 * 8 + 2 * t + i % 2, c = (g + 8 * j) * 8;
                     if (key < Tk && (HS % 64 == 0 || c < HS))
-                        vp[half][j][i] = load_eight<INT8>(a.v, first + key * a.ldkv + c, scale, (size_t)(2 * key + 1) * NKV);
+                        vp[half][j][i] = load_eight<INT8>(a.v, first + key * a.ldkv + c, scale,
+                                                          (size_t)(2 * key + 1) * NKV);
                 }
 
         float max[2], sum[2] = {};
@@ -361,7 +365,7 @@ attention_decode(Args a, int pieces, int splits, float *out, float *stat) {
             if (t == 0) warp_sum[warp][g + 8 * z] = sum[z];
         }
 
-        float o[SLICES][8][4] = {};                                 // [j][e]: columns 2t, 2t + 1 of rows g, g + 8 are the
+        float o[SLICES][8][4] = {};                             // [j][e]: columns 2t, 2t + 1 of rows g, g + 8 are the
 #pragma unroll                                                  // values e of the pieces 2t + 8 j, 2t + 1 + 8 j
         for (int half = 0; half < 2; half++) {
             uint32_t af[4];
@@ -581,7 +585,8 @@ void cuda_attention_forward(floatX *o, float *lse, const floatX *q, const floatX
 
 // ---------------------------------------------------------------------------------------------
 // The positions in use of an INT8 cache, as X: a block a position, a thread a value at a time.
-static __global__ void __launch_bounds__(256) widen_cache_kernel(floatX *wide, KvCache cache, const int32_t *pos, int T) {
+static __global__ void __launch_bounds__(256)
+widen_cache_kernel(floatX *wide, KvCache cache, const int32_t *pos, int T) {
     const size_t width = (size_t)2 * cache.NKV * cache.HS, first = (size_t)blockIdx.y * cache.max_T;
     for (int t = (int)blockIdx.x; t < *pos + T; t += (int)gridDim.x) {
         const size_t row = first + t;
@@ -591,7 +596,8 @@ static __global__ void __launch_bounds__(256) widen_cache_kernel(floatX *wide, K
     }
 }
 
-void cuda_attention_cached(floatX *o, const floatX *qkv, const KvCache *cache, const int32_t *pos, int B, int T, int NH) {
+void cuda_attention_cached(floatX *o, const floatX *qkv, const KvCache *cache, const int32_t *pos, int B, int T,
+                           int NH) {
     if (B == 0 || T == 0) return;
     const int HS = cache->HS, NKV = cache->NKV;
     const size_t ldkv = (size_t)2 * NKV * HS, ldq = (size_t)(NH + 2 * NKV) * HS;

@@ -3,12 +3,14 @@
 #include "row.cuh"
 
 // ---------------------------------------------------------------------------------------------
-// rope_append. A warp a head: queries are rotated, keys too, and keys and values are copied to their place, as INT8 where
-// the cache is. A lane takes pairs (i, i + HS/2), or values, 32 apart; what it reads a second time it wrote itself.
+// rope_append. A warp a head: queries are rotated, keys too, and keys and values are copied to their place, as INT8
+// where the cache is. A lane takes pairs (i, i + HS/2), or values, 32 apart; what it reads a second time it wrote
+// itself.
 #define HEAD_WARPS 8
 
 static __global__ void __launch_bounds__(32 * HEAD_WARPS)
-rope_append_kernel(floatX *qkv, KvCache cache, const float *cos_t, const float *sin_t, const int32_t *pos, int T, int NH) {
+rope_append_kernel(floatX *qkv, KvCache cache, const float *cos_t, const float *sin_t, const int32_t *pos, int T,
+                   int NH) {
     const int lane = threadIdx.x % 32, h = (int)blockIdx.y * HEAD_WARPS + (int)threadIdx.x / 32;
     const int HS = cache.HS, NKV = cache.NKV, half = HS / 2, heads = NH + 2 * NKV;
     if (h >= heads) return;                                     // whole warps
@@ -49,8 +51,8 @@ rope_append_kernel(floatX *qkv, KvCache cache, const float *cos_t, const float *
     cache.scale[place] = scale;
 }
 
-void cuda_rope_append(floatX *qkv, const KvCache *cache, const float *cos_t, const float *sin_t, const int32_t *pos, int B,
-                      int T, int NH) {
+void cuda_rope_append(floatX *qkv, const KvCache *cache, const float *cos_t, const float *sin_t, const int32_t *pos,
+                      int B, int T, int NH) {
     if (B == 0 || T == 0) return;
     dim3 grid((unsigned)B * (unsigned)T, (unsigned)((NH + 2 * cache->NKV + HEAD_WARPS - 1) / HEAD_WARPS));
     LAUNCH(rope_append_kernel, grid, 32 * HEAD_WARPS, 0, cuda_stream)(qkv, *cache, cos_t, sin_t, pos, T, NH);
@@ -60,9 +62,9 @@ void cuda_rope_append(floatX *qkv, const KvCache *cache, const float *cos_t, con
 // ---------------------------------------------------------------------------------------------
 // sample_next.
 //
-// Greedy: blocks find the largest logit of their part, and one block that of the parts. Else this block goes on, in passes
-// over the logits, which the second-level cache holds: weights; the cuts by histograms in shared memory; the draw. Amounts
-// are integers (sampler.h), so that the sums are sample_token's in any order, and so is the token.
+// Greedy: blocks find the largest logit of their part, and one block that of the parts. Else this block goes on, in
+// passes over the logits, which the second-level cache holds: weights; the cuts by histograms in shared memory; the
+// draw. Amounts are integers (sampler.h), so that the sums are sample_token's in any order, and so is the token.
 #define THREADS 1024
 #define PARTS 64                    // at most
 #define PART_THREADS 256
@@ -126,13 +128,15 @@ static __device__ uint64_t block_amount(const float *w, int V) {
     return total;
 }
 
-static __device__ __forceinline__ uint64_t amount_of(float w, bool by_number) { return by_number ? 1 : sampler_amount(w); }
+static __device__ __forceinline__ uint64_t amount_of(float w, bool by_number) {
+    return by_number ? 1 : sampler_amount(w);
+}
 
 #define DIGITS 2048
 #define DIGITS_EACH (DIGITS / THREADS)
 
-// keep_largest of sampler.c. Each thread holds two digits of a histogram, the first thread the largest ones: the digit at
-// which the amount reaches `enough` is that of the thread whose running sum passes it.
+// keep_largest of sampler.c. Each thread holds two digits of a histogram, the first thread the largest ones: the digit
+// at which the amount reaches `enough` is that of the thread whose running sum passes it.
 static __device__ void keep_largest(float *w, int V, uint64_t enough, bool by_number) {
     __shared__ unsigned long long amount[DIGITS];
     __shared__ uint32_t found;                                 // digit of this pass
@@ -191,8 +195,8 @@ static __device__ void keep_largest(float *w, int V, uint64_t enough, bool by_nu
     __syncthreads();                                           // the weights are as they stay
 }
 
-// The token at which the running sum of amounts comes to more than `draw`, which is less than their total. Two rounds: the
-// part of V that holds it, of 1024, then within it.
+// The token at which the running sum of amounts comes to more than `draw`, which is less than their total. Two rounds:
+// the part of V that holds it, of 1024, then within it.
 static __device__ int find_draw(const float *w, int V, uint64_t draw) {
     __shared__ int place;
     __shared__ uint64_t rest;
@@ -222,7 +226,8 @@ sample_kernel(DecodeState *state, float *logits, const Top *top, int parts, Samp
     t = block_top(t);
     int token = t.token;
     if (token >= 0 && s.temperature > 0.0f && t.logit < INFINITY) {    // the same in all threads
-        for (int i = (int)threadIdx.x; i < V; i += THREADS) logits[i] = sampler_weight(logits[i], t.logit, s.temperature);
+        for (int i = (int)threadIdx.x; i < V; i += THREADS)
+            logits[i] = sampler_weight(logits[i], t.logit, s.temperature);
         __syncthreads();                                       // the weights are there
         if (s.top_k > 0 && s.top_k < V) keep_largest(logits, V, (uint64_t)s.top_k, true);
         uint64_t total = block_amount(logits, V);
@@ -251,6 +256,7 @@ void cuda_sample_next(DecodeState *state, float *logits, const Sampler *s, int V
 
 // ---------------------------------------------------------------------------------------------
 // compare_logits: a block a row, in double, three passes over both.
+#define COMPARE_THREADS 256
 static __device__ double block_sum(double v) {
     __shared__ double part[32];
     for (int bits = 16; bits; bits >>= 1) v += __shfl_xor_sync(FULL_WARP, v, bits);
@@ -262,14 +268,14 @@ static __device__ double block_sum(double v) {
     return sum;
 }
 
-static __global__ void __launch_bounds__(512)
+static __global__ void __launch_bounds__(COMPARE_THREADS)
 compare_kernel(float *kl, int32_t *same, const float *logits, const float *reference, int V) {
-    __shared__ Top tops[2][16];
+    __shared__ Top tops[2][COMPARE_THREADS / 32];
     const float *z[2] = {logits + (size_t)blockIdx.x * V, reference + (size_t)blockIdx.x * V};
     Top top[2];
     for (int k = 0; k < 2; k++) {
         Top t = {-INFINITY, -1};
-        for (int i = (int)threadIdx.x; i < V; i += 512)
+        for (int i = (int)threadIdx.x; i < V; i += COMPARE_THREADS)
             if (z[k][i] > t.logit) t = {z[k][i], i};
         for (int bits = 16; bits; bits >>= 1)
             t = larger(t, {__shfl_xor_sync(FULL_WARP, t.logit, bits), __shfl_xor_sync(FULL_WARP, t.token, bits)});
@@ -278,7 +284,7 @@ compare_kernel(float *kl, int32_t *same, const float *logits, const float *refer
     __syncthreads();                                           // tops are complete
     for (int k = 0; k < 2; k++) {
         top[k] = tops[k][0];
-        for (int w = 1; w < 16; w++) top[k] = larger(top[k], tops[k][w]);
+        for (int w = 1; w < COMPARE_THREADS / 32; w++) top[k] = larger(top[k], tops[k][w]);
     }
     if (threadIdx.x == 0) same[blockIdx.x] = top[0].token == top[1].token;
     if (top[0].token < 0 || top[1].token < 0) {                // in all threads alike
@@ -288,11 +294,11 @@ compare_kernel(float *kl, int32_t *same, const float *logits, const float *refer
     double log_sum[2];
     for (int k = 0; k < 2; k++) {
         double sum = 0.0;
-        for (int i = (int)threadIdx.x; i < V; i += 512) sum += exp((double)z[k][i] - (double)top[k].logit);
+        for (int i = (int)threadIdx.x; i < V; i += COMPARE_THREADS) sum += exp((double)z[k][i] - (double)top[k].logit);
         log_sum[k] = (double)top[k].logit + log(block_sum(sum));
     }
     double sum = 0.0;
-    for (int i = (int)threadIdx.x; i < V; i += 512) {
+    for (int i = (int)threadIdx.x; i < V; i += COMPARE_THREADS) {
         double log_ref = (double)z[1][i] - log_sum[1], p = exp(log_ref);
         if (p > 0.0) sum += p * (log_ref - ((double)z[0][i] - log_sum[0]));
     }
@@ -302,6 +308,6 @@ compare_kernel(float *kl, int32_t *same, const float *logits, const float *refer
 
 void cuda_compare_logits(float *kl, int32_t *same, const float *logits, const float *reference, size_t n, int V) {
     if (n == 0) return;
-    LAUNCH(compare_kernel, (unsigned)n, 512, 0, cuda_stream)(kl, same, logits, reference, V);
+    LAUNCH(compare_kernel, (unsigned)n, COMPARE_THREADS, 0, cuda_stream)(kl, same, logits, reference, V);
     CUDA_CHECK(cudaGetLastError());
 }

@@ -455,8 +455,8 @@ void cuda_int8_product(Out *c, const int8_t *a, const int8_t *b, const float *sa
 template void cuda_int8_product(float *, const int8_t *, const int8_t *, const float *, const float *, int64_t, int64_t,
                                 int64_t, void *);
 #ifndef PRECISION_FP32
-template void cuda_int8_product(floatX *, const int8_t *, const int8_t *, const float *, const float *, int64_t, int64_t,
-                                int64_t, void *);
+template void cuda_int8_product(floatX *, const int8_t *, const int8_t *, const float *, const float *, int64_t,
+                                int64_t, int64_t, void *);
 #endif
 
 // ---------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ void cuda_matvec(Out *y, const floatX *x, const floatX *w, const float *wscale, 
 void cuda_qmatvec(floatX *yx, float *yf, const floatX *x, const uint8_t *codes, const float *scale, const float *zero,
                   const QuantSpec *wq, size_t N, int C, int OC);
 
-// c (M, N) = (f32(acc) * sa) * sb, acc = a (M, K) . b (N, K)^T of int8 codes as in linear_i8_forward; K a multiple of 16,
-// rows on 16 bytes. work: cuda_int8_bytes.
+// c (M, N) = (f32(acc) * sa) * sb, acc = a (M, K) . b (N, K)^T of int8 codes as in linear_i8_forward; K a multiple of
+// 16, rows on 16 bytes. work: cuda_int8_bytes.
 size_t cuda_int8_bytes(int64_t M, int64_t N, int64_t K);
 template <class Out>
 void cuda_int8_product(Out *c, const int8_t *a, const int8_t *b, const float *sa, const float *sb, int64_t M, int64_t N,

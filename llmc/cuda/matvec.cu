@@ -1,5 +1,6 @@
-// cuda_matvec (matmul.cuh) and matvec_forward (ops.h): plain weights against few tokens, by the kernel of matvec.cuh, which says what bounds it.
-// Rows that do not begin and end at multiples of 16 bytes go the same way in the same order of sums, value by value.
+// cuda_matvec (matmul.cuh) and matvec_forward (ops.h): plain weights against few tokens, by the kernel of matvec.cuh,
+// which says what bounds it. Rows that do not begin and end at multiples of 16 bytes go the same way in the same order
+// of sums, value by value.
 #include "matmul.cuh"
 #include "matvec.cuh"
 

@@ -43,9 +43,9 @@
 #include "ptx.cuh"
 
 enum WeightKind { CODES_4, CODES_8, PLAIN };
-// Parameters of weights: one f32 scale a row; one a group; and a zero point of real units. In the served form (served_w.cu)
-// those of a group are bf16: the scale alone (BF16), or in a word with it, in the upper half, a zero point of real units
-// (PAIR) or the field whose value is 0 (PAIR_INT).
+// Parameters of weights: one f32 scale a row; one a group; and a zero point of real units. In the served form
+// (served_w.cu) those of a group are bf16: the scale alone (BF16), or in a word with it, in the upper half, a zero
+// point of real units (PAIR) or the field whose value is 0 (PAIR_INT).
 enum Scaling { SCALE_ROW, SCALE_GROUP, SCALE_ZERO, SCALE_BF16, SCALE_PAIR, SCALE_PAIR_INT };
 
 #define MATVEC_TOKENS (sizeof(floatX) == 2 ? 8 : 4)     // at a time: what fits into registers
@@ -73,12 +73,12 @@ static __device__ __forceinline__ void widen_x(float *v, uint4 u) {
     }
 }
 
-// Step s of a slot as f32, codes counted from field `origin`: 8 or 128, the middle of their type, or a zero point. `flip`
-// has the sign bit of each code set when codes are signed: two's complement with that bit flipped counts from the lowest
-// code.
+// Step s of a slot as f32, codes counted from field `origin`: 8 or 128, the middle of their type, or a zero point.
+// `flip` has the sign bit of each code set when codes are signed: two's complement with that bit flipped counts from
+// the lowest code.
 //   An f32 between 2^23 and 2^24 is an integer, its last 23 bits say how far above 2^23. A code's field put there,
-//   without moving it, gives 2^23 + field * 16^i for nibble i; times 16^-i, less (2^23 * 16^-i + origin) in one fmaf, is
-//   field - origin, exactly. Five nibbles of a word lie in those 23 bits, the last three after a shift.
+//   without moving it, gives 2^23 + field * 16^i for nibble i; times 16^-i, less (2^23 * 16^-i + origin) in one fmaf,
+//   is field - origin, exactly. Five nibbles of a word lie in those 23 bits, the last three after a shift.
 template <int KIND>
 static __device__ __forceinline__ void unpack_step(float *v, const uint32_t *slot, int s, uint32_t flip, float origin) {
     if (KIND == CODES_4) {
@@ -333,8 +333,8 @@ template <int KIND> static inline size_t matvec_shared(int warps, int tokens) {
 }
 
 template <int KIND, int SCALING, int NT, int R, bool VEC>
-static void matvec_launch(MatvecOut y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const void *scale,
-                          const float *zero, unsigned group, int N, int C, int OC) {
+static void matvec_launch(MatvecOut y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip,
+                          const void *scale, const float *zero, unsigned group, int N, int C, int OC) {
     auto kernel = matvec_kernel<KIND, SCALING, NT, R, VEC>;
     int warps = matvec_warps(row_bytes), blocks = matvec_device().multiprocessors * 16 / warps;    // as many as run
     size_t bytes = matvec_shared<KIND>(warps, NT);
@@ -346,8 +346,8 @@ static void matvec_launch(MatvecOut y, const floatX *x, const uint8_t *w, int ro
 
 // VEC: rows of w and of x begin at multiples of 16 bytes, and those of w end there; only PLAIN weights go without.
 template <int KIND, int SCALING, bool VEC>
-static void matvec_any_n(MatvecOut y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip, const void *scale,
-                         const float *zero, unsigned group, size_t N, int C, int OC) {
+static void matvec_any_n(MatvecOut y, const floatX *x, const uint8_t *w, int row_bytes, uint32_t flip,
+                         const void *scale, const float *zero, unsigned group, size_t N, int C, int OC) {
     // The x of eight tokens, as int4 needs it, takes 128 KiB, and consumer cards have 99: half as many at a time then.
     const size_t most = matvec_shared<KIND>(matvec_warps(row_bytes), MATVEC_TOKENS) + 2048 <=
                         (size_t)matvec_device().shared ? MATVEC_TOKENS : MATVEC_TOKENS / 2;

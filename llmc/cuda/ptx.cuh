@@ -1,6 +1,6 @@
-// The instructions of the GPU that C++ has no name for, one function each, in two forms: inline PTX for nvcc, and a form
-// for dev/cudasim that does the same to the same registers. Needs sm_80. Names and register layouts: NVIDIA's "Parallel
-// Thread Execution ISA", chapters "Data Movement: cp.async" and "Warp Level Matrix Instructions".
+// The instructions of the GPU that C++ has no name for, one function each, in two forms: inline PTX for nvcc, and a
+// form for dev/cudasim that does the same to the same registers. Needs sm_80. Names and register layouts: NVIDIA's
+// "Parallel Thread Execution ISA", chapters "Data Movement: cp.async" and "Warp Level Matrix Instructions".
 //
 // How a warp holds a matrix. lane = 4 g + t, g = 0..7, t = 0..3. A register of 32 bits holds two neighbouring bf16 of a
 // row of A or a column of B (the lower index in the low half), or four int8.
@@ -62,8 +62,8 @@ static __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
-// Sixteen, four or two bytes, or zeros where not `there` (nothing is read then), without a branch around the load; of what
-// no kernel writes meanwhile. The sixteen bytes take no place in the first cache.
+// Sixteen, four or two bytes, or zeros where not `there` (nothing is read then), without a branch around the load; of
+// what no kernel writes meanwhile. The sixteen bytes take no place in the first cache.
 static __device__ __forceinline__ uint4 load16_once_if(const void *p, bool there) {
     uint4 v;
     asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "

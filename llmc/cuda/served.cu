@@ -61,8 +61,8 @@ pack_fields_kernel(uint8_t *to, size_t to_row_bytes, const uint8_t *codes, Packe
     }
 }
 
-void served_pack_fields(uint8_t *to, size_t to_row_bytes, const uint8_t *codes, const QuantSpec *wq, int64_t rows, int C,
-                        bool fours, bool is_signed) {
+void served_pack_fields(uint8_t *to, size_t to_row_bytes, const uint8_t *codes, const QuantSpec *wq, int64_t rows,
+                        int C, bool fours, bool is_signed) {
     Packed pk;
     if (!packed_init(&pk, wq, rows, C)) return;
     auto kernel = stored_bits(wq->bits) == 4 ? pack_fields_kernel<4> : pack_fields_kernel<8>;

@@ -1,8 +1,9 @@
-// Served forms (ops.h) of the CUDA wing: codes against inputs as they are (served_w.cu), and against quantized inputs, in
-// integers (served_i.cu). What the two share is here: how codes are stored.
+// Served forms (ops.h) of the CUDA wing: codes against inputs as they are (served_w.cu), and against quantized inputs,
+// in integers (served_i.cu). What the two share is here: how codes are stored.
 //
 // Codes of up to 4 bits take 4 bits, wider ones 8. A stored field counts from the lowest code of a type of that width:
-// code - middle of its own type + 8 or 128. Rows begin at multiples of 16 bytes. So kernels know two widths and one sign.
+// code - middle of its own type + 8 or 128. Rows begin at multiples of 16 bytes. So kernels know two widths and one
+// sign.
 #ifndef QLLM_SERVED_CUH
 #define QLLM_SERVED_CUH
 #include "packed.cuh"
@@ -41,7 +42,8 @@ static inline size_t served_place(size_t *total, size_t bytes) {
     return at;
 }
 static inline int stored_bits(int bits) { return bits <= 4 ? 4 : 8; }
-// What is added to a code to make its field, and whether codes without a zero point count from the middle of the fields.
+// What is added to a code to make its field, and whether codes without a zero point count from the middle of the
+// fields.
 static inline int field_shift(const QuantSpec *wq) {
     int middle = 1 << (stored_bits(wq->bits) - 1);
     return wq->is_unsigned ? middle - (1 << (wq->bits - 1)) : middle;
@@ -50,13 +52,13 @@ static inline bool middle_is_zero(const QuantSpec *wq) {
     return (int)quant_mid(wq) + field_shift(wq) == 1 << (stored_bits(wq->bits) - 1);
 }
 
-// Fields of `rows` rows. FOURS: in each eight of 4 bits, byte b holds code b in its lower half and code b + 4 in the upper
-// one, so that a mask makes bytes of four codes in order; else in order from the lowest bits on. SIGNED: of 8 bits, less
-// 128. Fields behind the row's end are 0.
-void served_pack_fields(uint8_t *to, size_t to_row_bytes, const uint8_t *codes, const QuantSpec *wq, int64_t rows, int C,
-                        bool fours, bool is_signed);
-// Parameters of n groups as bf16 scales, words of a bf16 scale and, in the upper half, a bf16 zero point plus shift, f32,
-// or zero points plus shift as bytes.
+// Fields of `rows` rows. FOURS: in each eight of 4 bits, byte b holds code b in its lower half and code b + 4 in the
+// upper one, so that a mask makes bytes of four codes in order; else in order from the lowest bits on. SIGNED: of 8
+// bits, less 128. Fields behind the row's end are 0.
+void served_pack_fields(uint8_t *to, size_t to_row_bytes, const uint8_t *codes, const QuantSpec *wq, int64_t rows,
+                        int C, bool fours, bool is_signed);
+// Parameters of n groups as bf16 scales, words of a bf16 scale and, in the upper half, a bf16 zero point plus shift,
+// f32, or zero points plus shift as bytes.
 enum ServedParams { PARAMS_BF16, PARAMS_PAIR, PARAMS_F32, PARAMS_BYTE };
 void served_pack_params(void *to, ServedParams format, const float *scale, const float *zero, float shift, size_t n);
 #endif

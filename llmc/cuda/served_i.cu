@@ -1,24 +1,24 @@
-// Served forms of codes against inputs that are quantized by row (ops.h): 8da4w, int8dq and their like, in integers. The
-// sums of a group are exact, and what follows is a fixed expression in f32: the bits of the CPU wing, whichever of the
-// kernels here makes them.
+// Served forms of codes against inputs that are quantized by row (ops.h): 8da4w, int8dq and their like, in integers.
+// The sums of a group are exact, and what follows is a fixed expression in f32: the bits of the CPU wing, whichever of
+// the kernels here makes them.
 //
 // With fields f (served.cuh; of 8 bits less 128) and the field z of a zero point, a group of n columns is
 //   acc = sum (qx - zx) (f - z) = sum qx f - z sum qx - zx (sum f - n z)
-// where all of these are integers; modulo 2^32, so that only acc must fit. An 8-bit unsigned input is less 128 too, codes
-// and zero point: then both operands are int8.
+// where all of these are integers; modulo 2^32, so that only acc must fit. An 8-bit unsigned input is less 128 too,
+// codes and zero point: then both operands are int8.
 //
-// Inputs: a block a row finds scale and zero point and writes the codes, and their sum by slots (16 bytes of weights: 32
-// columns of 4 bits, 16 of 8).
+// Inputs: a block a row finds scale and zero point and writes the codes, and their sum by slots (16 bytes of weights:
+// 32 columns of 4 bits, 16 of 8).
 //
 // 1. Few tokens: a warp takes R rows of the weights, a lane a slot of each; dp4a sums four products. For int4 one token
-//    takes 16 dp4a (8 of them for sum f) and 8 masks a slot: 0.8 instructions a weight, where 3 TB/s leave time for 5.5 (see
-//    matvec.cuh), so memory is the bound up to some four tokens. The chain of fmaf over groups is one lane's per row and
-//    token: lanes leave f32(acc) and scale of each group in shared memory, 64 slots at a time, and it reads them from
-//    there; 64 steps of about two instructions while the other warps load.
-// 2. Many tokens, groups: tiles (tiles.cuh) of weights less z as int8, which are unpacked in working memory with the sum of
-//    each group. With groups of 32 an mma makes a group: its sums begin at -zx sum (f - z), and four fmaf with the group's
-//    scales follow. An mma of 4096 products for a warp has 12 such instructions, so this runs at about half of the rate of
-//    int8 tiles, with longer groups nearer to it.
+//    takes 16 dp4a (8 of them for sum f) and 8 masks a slot: 0.8 instructions a weight, where 3 TB/s leave time for 5.5
+//    (matvec.cuh), so memory is the bound up to some four tokens. The chain of fmaf over groups is one lane's per row
+//    and token: lanes leave f32(acc) and scale of each group in shared memory, 64 slots at a time, and it reads them
+//    from there; 64 steps of about two instructions while the other warps load.
+// 2. Many tokens, groups: tiles (tiles.cuh) of weights less z as int8, which are unpacked in working memory with the
+//    sum of each group. With groups of 32 an mma makes a group: its sums begin at -zx sum (f - z), and four fmaf with
+//    the group's scales follow. An mma of 4096 products for a warp has 12 such instructions, so this runs at about half
+//    of the rate of int8 tiles, with longer groups nearer to it.
 // 3. Many tokens, a scale a row, nothing with a zero point (int8dq): the product of linear_i8_forward, by cuBLASLt.
 // 4. Whatever else: a warp a row, a column a lane, for blocks of any width.
 #include "fakequant.cuh"
@@ -63,7 +63,8 @@ void served_i_pack(void *served, const uint8_t *codes, const float *scale, const
     if (!layout(&l, wq, OC, C)) return;
     uint8_t *base = (uint8_t *)served, *to = base + (size_t)row0 * l.row_bytes;
     size_t first = (size_t)row0 * (size_t)l.across, n = (size_t)rows * (size_t)l.across;
-    if (l.plain) CUDA_CHECK(cudaMemcpyAsync(to, codes, (size_t)rows * l.row_bytes, cudaMemcpyDeviceToDevice, cuda_stream));
+    const size_t bytes = (size_t)rows * l.row_bytes;
+    if (l.plain) CUDA_CHECK(cudaMemcpyAsync(to, codes, bytes, cudaMemcpyDeviceToDevice, cuda_stream));
     else served_pack_fields(to, l.row_bytes, codes, wq, rows, C, l.stored_bits == 4, l.stored_bits == 8);
     if (l.plain || l.across == 1)
         served_pack_params((float *)(void *)(base + l.scale) + first, PARAMS_F32, scale, nullptr, 0.0f, n);
@@ -75,6 +76,7 @@ void served_i_pack(void *served, const uint8_t *codes, const float *scale, const
 
 // The product modulo 2^32.
 static __device__ __forceinline__ int times(int a, int b) { return (int)((unsigned)a * (unsigned)b); }
+static __device__ __forceinline__ int plus(int a, int b) { return (int)((unsigned)a + (unsigned)b); }
 static __device__ __forceinline__ int minus(int a, int b) { return (int)((unsigned)a - (unsigned)b); }
 
 // ---------------------------------------------------------------------------------------------
@@ -198,8 +200,8 @@ few_kernel(ServedOut y, Inputs in, Weights w, int N, int OC) {
         for (int r = 0; r < R; r++) {
             bool there = slot < w.slots && r < rows;
             next[r] = load16_once_if(codes + ((size_t)r * w.slots + slot) * 16, there);
-            if (GROUPS)
-                scale[r] = bf16_to_f32(load2_if((const bf16 *)w.scale + (size_t)(row0 + r) * across + slot / w.span, there));
+            const size_t group = (size_t)(row0 + r) * across + slot / w.span;
+            if (GROUPS) scale[r] = bf16_to_f32(load2_if((const bf16 *)w.scale + group, there));
         }
     };
     load(lane);
@@ -248,13 +250,14 @@ few_kernel(ServedOut y, Inputs in, Weights w, int N, int OC) {
                         a = __dp4a(f[r][4 * i + 3], (int)u[i].w, a);
                     }
                     a = minus(minus(a, times(z[r], sx)), times(zx[n], sum[r]));
-                    if (!GROUPS) {
-                        total[r * NT + n] = minus(total[r * NT + n], minus(0, a));
-                        continue;
+                    if (GROUPS) {
+                        for (int bit = 1; bit < w.span; bit *= 2) a = plus(a, __shfl_xor_sync(FULL_WARP, a, bit));
+                        Vec<float, 2> group = {{(float)a, s[r]}};
+                        if (lane % w.span == 0)
+                            vec_store(&groups[warp][r * NT + n][(half + lane) / w.span].v[0], group);
+                    } else {
+                        total[r * NT + n] = plus(total[r * NT + n], a);
                     }
-                    for (int bit = 1; bit < w.span; bit *= 2) a = minus(a, minus(0, __shfl_xor_sync(FULL_WARP, a, bit)));
-                    if (lane % w.span == 0)
-                        vec_store(&groups[warp][r * NT + n][(half + lane) / w.span].v[0], Vec<float, 2>{{(float)a, s[r]}});
                 }
             }
         }
@@ -273,7 +276,7 @@ few_kernel(ServedOut y, Inputs in, Weights w, int N, int OC) {
         int mine = 0;
 #pragma unroll
         for (int m = 0; m < M; m++) {
-            for (int bit = 16; bit; bit /= 2) total[m] = minus(total[m], minus(0, __shfl_xor_sync(FULL_WARP, total[m], bit)));
+            for (int bit = 16; bit; bit /= 2) total[m] = plus(total[m], __shfl_xor_sync(FULL_WARP, total[m], bit));
             if (lane == m) mine = total[m];
         }
         t = (float)mine;
@@ -289,14 +292,16 @@ few_kernel(ServedOut y, Inputs in, Weights w, int N, int OC) {
 template <int STORED, bool GROUPS, int NT, int R>
 static void launch_few(ServedOut y, const Inputs *in, const Weights *w, int N, int OC) {
     auto kernel = few_kernel<STORED, GROUPS, NT, R>;
-    LAUNCH(kernel, (unsigned)((OC + ROW_WARPS * R - 1) / (ROW_WARPS * R)), 32 * ROW_WARPS, 0, cuda_stream)(y, *in, *w, N, OC);
+    LAUNCH(kernel, (unsigned)((OC + ROW_WARPS * R - 1) / (ROW_WARPS * R)), 32 * ROW_WARPS, 0, cuda_stream)
+        (y, *in, *w, N, OC);
     CUDA_CHECK(cudaGetLastError());
 }
 
 // The rows of y, and of the inputs, from token t on.
 static ServedOut out_at(ServedOut y, size_t at) { return {y.x ? y.x + at : nullptr, y.f ? y.f + at : nullptr}; }
 static Inputs inputs_at(const Inputs *in, size_t t) {
-    return {in->codes + t * (size_t)in->K, in->scale + t, in->zero + t, in->sums + t * (size_t)in->slots, in->K, in->slots};
+    return {in->codes + t * (size_t)in->K, in->scale + t, in->zero + t, in->sums + t * (size_t)in->slots, in->K,
+            in->slots};
 }
 
 template <int STORED, bool GROUPS>
@@ -345,17 +350,17 @@ spread_kernel(int8_t *codes, GroupOf *groups, Weights w, bool scale_f32, int row
             }
         }
         if (scale_f32) {
-            all = minus(all, minus(0, sum));
+            all = plus(all, sum);
             continue;
         }
-        for (int bit = 1; bit < w.span; bit *= 2) sum = minus(sum, minus(0, __shfl_xor_sync(FULL_WARP, sum, bit)));
+        for (int bit = 1; bit < w.span; bit *= 2) sum = plus(sum, __shfl_xor_sync(FULL_WARP, sum, bit));
         if (slot < w.slots && slot % w.span == 0) {
             int g = slot / w.span;
             groups[(size_t)g * ld + row] = {bf16_to_f32(((const bf16 *)w.scale)[(size_t)row * across + g]), sum};
         }
     }
     if (!scale_f32) return;
-    for (int bit = 16; bit; bit /= 2) all = minus(all, minus(0, __shfl_xor_sync(FULL_WARP, all, bit)));
+    for (int bit = 16; bit; bit /= 2) all = plus(all, __shfl_xor_sync(FULL_WARP, all, bit));
     if (lane == 0) groups[row] = {((const float *)w.scale)[row], all};
 }
 
@@ -364,7 +369,7 @@ enum Grouping { GROUPS_32, GROUPS_64, ONE_GROUP };
 
 // y (M, OC), its columns [0, N) from weights (N, K) and groups (across, ld), ld a multiple of the squares.
 template <int GROUPING>
-static __global__ void __launch_bounds__(TILE_THREADS, GROUPING == GROUPS_32 ? 2 : 1)
+static __global__ void __launch_bounds__(TILE_THREADS, 1)                  // for two blocks registers do not suffice
 tiles_kernel(ServedOut y, Inputs in, const int8_t *codes, const GroupOf *groups, size_t M, size_t N, size_t OC, int ld,
              int across) {
     DYN_SHARED(int8_t, ring);
@@ -372,14 +377,9 @@ tiles_kernel(ServedOut y, Inputs in, const int8_t *codes, const GroupOf *groups,
     size_t m0, n0, K = (size_t)in.K;
     tile_place(&m0, &n0, M, N);
     const size_t row = m0 + (size_t)(warp / 4 * 64 + lane / 4), column = n0 + (size_t)(warp % 4 * 32 + lane % 4 * 2);
-    int zx[4][2];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            size_t m = row + (size_t)(i * 16 + h * 8);
-            zx[i][h] = m < M ? in.zero[m] : 0;
-        }
+    __shared__ int zeros[SQUARE];               // of the square's rows; they are there after the first slice's barrier
+    for (int i = (int)threadIdx.x; i < SQUARE; i += TILE_THREADS) zeros[i] = m0 + i < M ? in.zero[m0 + i] : 0;
+    auto zx = [&](int i, int h) { return zeros[warp / 4 * 64 + lane / 4 + i * 16 + h * 8]; };
     float t[4][4][4] = {};
     int acc[4][4][4] = {};
     const int slices = GROUPING == GROUPS_64 ? in.K / across / SLICE_BYTES : 1;
@@ -398,28 +398,29 @@ tiles_kernel(ServedOut y, Inputs in, const int8_t *codes, const GroupOf *groups,
             const int g = GROUPING == GROUPS_32 ? 2 * step + kk : step / slices;
             const bool ends = GROUPING == GROUPS_32 ? g < across
                               : GROUPING == GROUPS_64 ? kk == 1 && (step + 1) % slices == 0 : false;
-            if (!ends) continue;
+            if (ends) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                Vec<uint32_t, 4> v = vec_load<uint32_t, 4>(
-                    (const uint32_t *)(const void *)(groups + (size_t)g * ld + column + j * 8));
-                const float s[2] = {__uint_as_float(v.v[0]), __uint_as_float(v.v[2])};
-                const int sum[2] = {(int)v.v[1], (int)v.v[3]};
+                for (int j = 0; j < 4; j++) {
+                    Vec<uint32_t, 4> v = vec_load<uint32_t, 4>(
+                        (const uint32_t *)(const void *)(groups + (size_t)g * ld + column + j * 8));
+                    const float s[2] = {__uint_as_float(v.v[0]), __uint_as_float(v.v[2])};
+                    const int sum[2] = {(int)v.v[1], (int)v.v[3]};
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    if (GROUPING == GROUPS_32) {
-                        int d[4];
+                    for (int i = 0; i < 4; i++) {
+                        if (GROUPING == GROUPS_32) {
+                            int d[4];
 #pragma unroll
-                        for (int e = 0; e < 4; e++) d[e] = minus(0, times(zx[i][e / 2], sum[e % 2]));
-                        mma(d, fa[i], fb[j]);
+                            for (int e = 0; e < 4; e++) d[e] = minus(0, times(zx(i, e / 2), sum[e % 2]));
+                            mma(d, fa[i], fb[j]);
 #pragma unroll
-                        for (int e = 0; e < 4; e++) t[i][j][e] = fmaf((float)d[e], s[e % 2], t[i][j][e]);
-                    } else {
+                            for (int e = 0; e < 4; e++) t[i][j][e] = fmaf((float)d[e], s[e % 2], t[i][j][e]);
+                        } else {
 #pragma unroll
-                        for (int e = 0; e < 4; e++) {
-                            int d = minus(acc[i][j][e], times(zx[i][e / 2], sum[e % 2]));
-                            t[i][j][e] = fmaf((float)d, s[e % 2], t[i][j][e]);
-                            acc[i][j][e] = 0;
+                            for (int e = 0; e < 4; e++) {
+                                int d = minus(acc[i][j][e], times(zx(i, e / 2), sum[e % 2]));
+                                t[i][j][e] = fmaf((float)d, s[e % 2], t[i][j][e]);
+                                acc[i][j][e] = 0;
+                            }
                         }
                     }
                 }
@@ -436,7 +437,7 @@ tiles_kernel(ServedOut y, Inputs in, const int8_t *codes, const GroupOf *groups,
                     const GroupOf *of = groups + column + j * 8 + e % 2;
                     size_t m = row + (size_t)(i * 16 + e / 2 * 8);
                     float sx = m < M ? in.scale[m] : 0.0f;
-                    t[i][j][e] = (float)minus(acc[i][j][e], times(zx[i][e / 2], of->sum)) * sx * of->scale;
+                    t[i][j][e] = (float)minus(acc[i][j][e], times(zx(i, e / 2), of->sum)) * sx * of->scale;
                 }
     }
     tile_store(t, m0, n0, M, [&](size_t m, size_t n, float s0, float s1) {
@@ -466,7 +467,8 @@ static Spread spread_for(const Weights *w, int K, int OC) {
 }
 
 // work: spread_for's total.
-static void many(ServedOut y, const Inputs *in, const Weights *w, int stored, bool groups, size_t N, int OC, char *work) {
+static void many(ServedOut y, const Inputs *in, const Weights *w, int stored, bool groups, size_t N, int OC,
+                 char *work) {
     Spread s = spread_for(w, in->K, OC);
     int across = groups ? w->slots / w->span : 1, group = in->K / across;
     int8_t *codes = (int8_t *)work + s.codes;
@@ -507,9 +509,9 @@ plain_kernel(ServedOut y, Inputs in, const uint8_t *codes, const float *scale, c
             for (int c = c0 + lane; c < min(pk.b1, c0 + PIECE); c += 32) {
                 int column = g * pk.b1 + c, unit = column / 8;
                 int q = (int)code_at(load_codes8<0>(codes, unit, &pk), column % 8, &pk);
-                acc = minus(acc, times(zx - x[column], q - zw));
+                acc = plus(acc, times(x[column] - zx, q - zw));
             }
-            for (int bit = 16; bit; bit /= 2) acc = minus(acc, minus(0, __shfl_xor_sync(FULL_WARP, acc, bit)));
+            for (int bit = 16; bit; bit /= 2) acc = plus(acc, __shfl_xor_sync(FULL_WARP, acc, bit));
             sum += (float)acc;
         }
         t = fmaf(sum, scale[at], t);
@@ -520,15 +522,16 @@ plain_kernel(ServedOut y, Inputs in, const uint8_t *codes, const float *scale, c
     else y.f[n * (size_t)OC + (size_t)row] = v;
 }
 
-static void plain(ServedOut y, const Inputs *in, const uint8_t *base, const ServedLayout *l, const QuantSpec *wq, size_t N,
-                  int C, int OC) {
+static void plain(ServedOut y, const Inputs *in, const uint8_t *base, const ServedLayout *l, const QuantSpec *wq,
+                  size_t N, int C, int OC) {
     Packed pk;
     if (!packed_init(&pk, wq, OC, C)) return;
+    const float *scale = (const float *)(const void *)(base + l->scale);
     const float *zero = quant_has_zero(wq) ? (const float *)(const void *)(base + l->zero) : nullptr;
     for (size_t t = 0; t < N; t += 32768) {                     // a grid is at most 65535 high
         size_t n = N - t < 32768 ? N - t : 32768;
         LAUNCH(plain_kernel, dim3((unsigned)((OC + 3) / 4), (unsigned)n), 128, 0, cuda_stream)
-            (out_at(y, t * (size_t)OC), inputs_at(in, t), base, (const float *)(const void *)(base + l->scale), zero, pk, OC);
+            (out_at(y, t * (size_t)OC), inputs_at(in, t), base, scale, zero, pk, OC);
         CUDA_CHECK(cudaGetLastError());
     }
 }
@@ -559,8 +562,9 @@ void served_i_forward(ServedOut y, const floatX *x, const void *served, const Qu
     const bool tiled = !l.plain && N > FEW && !library && (l.stored_bits == 4 || centred) &&
                        (!groups || C / l.across == 32 || C / l.across % 64 == 0);
 
-    size_t total = 0, at_codes = served_place(&total, N * (size_t)in.K), at_scale = served_place(&total, N * sizeof(float));
-    size_t at_zero = served_place(&total, N * sizeof(int)), at_sums = served_place(&total, N * (size_t)in.slots * sizeof(int));
+    size_t total = 0, at_codes = served_place(&total, N * (size_t)in.K);
+    size_t at_scale = served_place(&total, N * sizeof(float)), at_zero = served_place(&total, N * sizeof(int));
+    size_t at_sums = served_place(&total, N * (size_t)in.slots * sizeof(int));
     size_t at_work = served_place(&total, tiled ? spread_for(&w, in.K, OC).total
                                           : library ? cuda_int8_bytes((int64_t)N, OC, in.K) : 0);
     char *work = (char *)cuda_workspace(total);
@@ -577,8 +581,10 @@ void served_i_forward(ServedOut y, const floatX *x, const void *served, const Qu
         many(y, &in, &w, l.stored_bits, groups, N, OC, work + at_work);
     } else if (library) {
         const float *scale = (const float *)w.scale;
-        if (y.x) cuda_int8_product(y.x, in.codes, (const int8_t *)base, in.scale, scale, (int64_t)N, OC, in.K, work + at_work);
-        else cuda_int8_product(y.f, in.codes, (const int8_t *)base, in.scale, scale, (int64_t)N, OC, in.K, work + at_work);
+        const int8_t *codes = (const int8_t *)base;
+        char *sums = work + at_work;
+        if (y.x) cuda_int8_product(y.x, in.codes, codes, in.scale, scale, (int64_t)N, OC, in.K, sums);
+        else cuda_int8_product(y.f, in.codes, codes, in.scale, scale, (int64_t)N, OC, in.K, sums);
     } else {
         auto run = l.stored_bits == 4 ? (groups ? few<4, true> : few<4, false>) : groups ? few<8, true> : few<8, false>;
         run(y, &in, &w, N, OC);

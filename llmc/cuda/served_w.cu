@@ -2,9 +2,9 @@
 //
 // In the buffer lie fields (served.cuh) in rows as they are, then the parameters of groups: bf16 scales, or words of a
 // bf16 scale and a bf16 zero point. An int4 group of 32 takes 18 bytes so, or 20 with a zero point: 4.5 or 5 bits a
-// weight; rows with one scale have it in f32. Few tokens go through the kernel of matvec.cuh, which says what bounds it.
-// For many the weights are unpacked in working memory, where linear_forward finds them, 256 MiB of them at a time; the
-// results of such a piece go from working memory to their columns of y.
+// weight; rows with one scale have it in f32. Few tokens go through the kernel of matvec.cuh, which says what bounds
+// it. For many the weights are unpacked in working memory, where linear_forward finds them, 256 MiB of them at a time;
+// the results of such a piece go from working memory to their columns of y.
 #include "matmul.cuh"
 #include "matvec.cuh"
 #include "served.cuh"
@@ -62,8 +62,8 @@ static Scaling scaling_of(const ServedLayout *l, const QuantSpec *wq) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Many tokens: the values that dequant_rows makes, of rows that begin at `codes` and params. A block a row, a thread eight
-// weights.
+// Many tokens: the values that dequant_rows makes, of rows that begin at `codes` and params. A block a row, a thread
+// eight weights.
 template <int STORED, int SCALING>
 static __global__ void __launch_bounds__(256)
 unpack_kernel(floatX *work, float *wscale, const uint8_t *codes, const void *params, int C, int across, bool as_codes) {
@@ -103,8 +103,8 @@ unpack_kernel(floatX *work, float *wscale, const uint8_t *codes, const void *par
 }
 
 // Rows [row0, row0 + rows) as X, with their scales where they work as codes.
-static void unpack(floatX *work, float *wscale, const uint8_t *base, const ServedLayout *l, const QuantSpec *wq, int64_t row0,
-                   int64_t rows, int C) {
+static void unpack(floatX *work, float *wscale, const uint8_t *base, const ServedLayout *l, const QuantSpec *wq,
+                   int64_t row0, int64_t rows, int C) {
     const uint8_t *codes = base + (size_t)row0 * l->row_bytes;
     size_t first = (size_t)row0 * (size_t)l->across;
     if (l->plain) {
@@ -127,8 +127,8 @@ static void linear(ServedOut y, const floatX *x, const floatX *w, const float *w
     else cuda_linear_forward_f32(y.f, x, w, wscale, N, C, OC);
 }
 
-static void many(ServedOut y, const floatX *x, const uint8_t *base, const ServedLayout *l, const QuantSpec *wq, size_t N,
-                 int C, int OC) {
+static void many(ServedOut y, const floatX *x, const uint8_t *base, const ServedLayout *l, const QuantSpec *wq,
+                 size_t N, int C, int OC) {
     size_t value = y.x ? sizeof(floatX) : sizeof(float), total = 0;
     int64_t most = (int64_t)(served_piece() / ((size_t)C * sizeof(floatX))), rows = most < 16 ? 16 : most;
     if (rows > OC) rows = OC;
@@ -147,7 +147,8 @@ static void many(ServedOut y, const floatX *x, const uint8_t *base, const Served
             linear(y, x, w, wscale, N, C, OC);
             return;
         }
-        ServedOut piece = {y.x ? (floatX *)(void *)(work + at_y) : nullptr, y.f ? (float *)(void *)(work + at_y) : nullptr};
+        void *at = work + at_y;
+        ServedOut piece = {y.x ? (floatX *)at : nullptr, y.f ? (float *)at : nullptr};
         linear(piece, x, w, wscale, N, C, (int)n);
         char *to = (y.x ? (char *)y.x : (char *)y.f) + (size_t)row * value;
         CUDA_CHECK(cudaMemcpy2DAsync(to, (size_t)OC * value, work + at_y, (size_t)n * value, (size_t)n * value, N,
@@ -173,7 +174,8 @@ static void few(ServedOut y, const floatX *x, const uint8_t *base, const ServedL
     auto run = l->stored_bits == 8 ? (s == SCALE_ROW ? matvec_any_n<CODES_8, SCALE_ROW, true>
                                                      : matvec_any_n<CODES_8, SCALE_BF16, true>)
                : s == SCALE_BF16 ? matvec_any_n<CODES_4, SCALE_BF16, true>
-               : s == SCALE_PAIR ? matvec_any_n<CODES_4, SCALE_PAIR, true> : matvec_any_n<CODES_4, SCALE_PAIR_INT, true>;
+               : s == SCALE_PAIR ? matvec_any_n<CODES_4, SCALE_PAIR, true>
+                                 : matvec_any_n<CODES_4, SCALE_PAIR_INT, true>;
     run({y.x, y.f}, x, base, (int)l->row_bytes, 0, base + l->scale, nullptr, (unsigned)(C / l->across), N, C, OC);
 }
 

@@ -97,8 +97,8 @@ static __device__ __forceinline__ void tile_place(size_t *m0, size_t *n0, size_t
     *n0 = (size_t)(within / high) * SQUARE;
 }
 
-// slice(step, sa, sb) for each slice of k in turn, with its operands in shared memory. a is stored (M, K), or (K, M) with
-// TA; b (K, N), or (N, K) with TB; rows in memory lie lda and ldb values apart. ring: TILES_SHARED bytes.
+// slice(step, sa, sb) for each slice of k in turn, with its operands in shared memory. a is stored (M, K), or (K, M)
+// with TA; b (K, N), or (N, K) with TB; rows in memory lie lda and ldb values apart. ring: TILES_SHARED bytes.
 template <bool TA, bool TB, bool VEC, class T, class Slice>
 static __device__ __forceinline__ void tile_slices(T *ring, const T *a, const T *b, size_t m0, size_t n0, size_t M,
                                                    size_t N, size_t K, size_t lda, size_t ldb, Slice slice_of) {

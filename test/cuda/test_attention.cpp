@@ -1,5 +1,5 @@
-// attention_forward and attention_cached of the CUDA wing: against sums in double with a derived bound, against the CPU wing, and the
-// equalities that it promises.
+// attention_forward and attention_cached of the CUDA wing: against sums in double with a derived bound, against the CPU
+// wing, and the equalities that it promises.
 #include "cuda_test.h"
 
 #ifdef PRECISION_FP32
@@ -230,8 +230,8 @@ CUDA_TEST(attention_forward_nan) {
     }
 }
 
-// The cache's form: queries in rows with their own keys and values, which are not read again; positions in device memory;
-// max_T longer than what is there. INT8 caches hold what kv has then.
+// The cache's form: queries in rows with their own keys and values, which are not read again; positions in device
+// memory; max_T longer than what is there. INT8 caches hold what kv has then.
 static void test_cached(ForwardShape s, bool int8, int pos_more) {
     ForwardCase a = make_attention(s, 1.5f);
     const int max_T = s.Tk + pos_more, heads = 2 * s.NKV;
@@ -253,20 +253,20 @@ static void test_cached(ForwardShape s, bool int8, int pos_more) {
         }
     }
     ForwardCase cpu = a;
-    ops_cpu.attention_forward(cpu.o.data(), cpu.lse.data(), cpu.q.data(), cpu.kv.data(), cpu.kv.data() + s.NKV * s.HS, s.B,
-                              s.T, s.Tk, s.NH, s.NKV, s.HS, s.NH * s.HS, a.ldq, a.ldkv, a.skv);
+    ops_cpu.attention_forward(cpu.o.data(), cpu.lse.data(), cpu.q.data(), cpu.kv.data(), cpu.kv.data() + s.NKV * s.HS,
+                              s.B, s.T, s.Tk, s.NH, s.NKV, s.HS, s.NH * s.HS, a.ldq, a.ldkv, a.skv);
     a.lse = cpu.lse;
     std::vector<floatX> first;
-    snprintf(a.where, sizeof a.where, "B=%d T=%d Tk=%d NH=%d NKV=%d HS=%d max_T=%d %s", s.B, s.T, s.Tk, s.NH, s.NKV, s.HS,
-             max_T, int8 ? "int8" : "X");
+    snprintf(a.where, sizeof a.where, "B=%d T=%d Tk=%d NH=%d NKV=%d HS=%d max_T=%d %s", s.B, s.T, s.Tk, s.NH, s.NKV,
+             s.HS, max_T, int8 ? "int8" : "X");
     for (int order = 0; order < (s.HS <= 64 ? ORDERS : 2); order++) {
         set_order(order);
         Device<floatX> o(a.o.size()), q(a.q), kv(a.kv);
         Device<int8_t> q8(codes);
         Device<float> dscale(scale);
         Device<int32_t> pos(std::vector<int32_t>{s.Tk - s.T});
-        KvCache cache = {int8 ? (void *)q8.p : (void *)kv.p, int8 ? dscale.p : nullptr, int8 ? KV_INT8 : KV_X, max_T, s.NKV,
-                         s.HS};
+        KvCache cache = {int8 ? (void *)q8.p : (void *)kv.p, int8 ? dscale.p : nullptr, int8 ? KV_INT8 : KV_X, max_T,
+                         s.NKV, s.HS};
         OP(attention_cached)(o.p, q.p, &cache, pos.p, s.B, s.T, s.NH);
         a.o = o.host();
         if (order == 0) {
@@ -279,8 +279,10 @@ static void test_cached(ForwardShape s, bool int8, int pos_more) {
 
 CUDA_TEST(attention_cached) {
     static const ForwardShape shapes[] = {
-        {1, 1, 1, 2, 1, 16, 0, 0},  {1, 1, 5, 2, 1, 6, 0, 0},   {2, 1, 64, 9, 3, 64, 0, 0}, {1, 1, 129, 4, 4, 128, 0, 0},
-        {2, 7, 100, 3, 1, 64, 0, 0}, {1, 70, 150, 4, 2, 80, 0, 0}, {1, 1, 300, 3, 1, 96, 0, 0}, {1, 3, 260, 8, 2, 48, 0, 0},
+        {1, 1, 1, 2, 1, 16, 0, 0},  {1, 1, 5, 2, 1, 6, 0, 0},   {2, 1, 64, 9, 3, 64, 0, 0}, {1, 1, 129, 4, 4, 128, 0,
+                                                                                             0},
+        {2, 7, 100, 3, 1, 64, 0, 0}, {1, 70, 150, 4, 2, 80, 0, 0}, {1, 1, 300, 3, 1, 96, 0, 0}, {1, 3, 260, 8, 2, 48,
+                                                                                                 0, 0},
         {1, 20, 20, 2, 2, 32, 0, 0}};
     for (const ForwardShape &s : shapes)
         for (int int8 = 0; int8 < 2; int8++) test_cached(s, int8 == 1, s.T % 2 ? 200 : 0);

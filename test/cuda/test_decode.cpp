@@ -1,10 +1,11 @@
-// What decoding does around its matmuls: the cache and the next token as the CPU wing has them, bit for bit; logits compared
-// with sums in long double.
+// What decoding does around its matmuls: the cache and the next token as the CPU wing has them, bit for bit; logits
+// compared with sums in long double.
 #include "cuda_test.h"
 
 CUDA_TEST(rope_append) {
     static const int shapes[][7] = {                            // B, T, NH, NKV, HS, pos, max_T
-        {1, 1, 1, 1, 2, 0, 1}, {2, 3, 3, 1, 6, 4, 9}, {1, 1, 9, 3, 64, 17, 40}, {3, 5, 4, 2, 80, 0, 5}, {2, 1, 8, 8, 128, 7, 8},
+        {1, 1, 1, 1, 2, 0, 1}, {2, 3, 3, 1, 6, 4, 9}, {1, 1, 9, 3, 64, 17, 40}, {3, 5, 4, 2, 80, 0, 5}, {2, 1, 8, 8,
+                                                                                                         128, 7, 8},
         {1, 4, 2, 1, 200, 1, 6}};
     for (auto &s : shapes)
         for (int int8 = 0; int8 < 2; int8++) {
@@ -24,8 +25,8 @@ CUDA_TEST(rope_append) {
             ops_cpu.rope_append(want.data(), &cache, c.data(), sn.data(), &pos, B, T, NH);
             for (int order = 0; order < ORDERS; order++) {
                 char where[96];
-                snprintf(where, sizeof where, "B=%d T=%d NH=%d NKV=%d HS=%d pos=%d int8=%d order=%d", B, T, NH, NKV, HS, pos,
-                         int8, order);
+                snprintf(where, sizeof where, "B=%d T=%d NH=%d NKV=%d HS=%d pos=%d int8=%d order=%d", B, T, NH, NKV,
+                         HS, pos, int8, order);
                 set_order(order);
                 Device<floatX> dqkv(qkv);
                 Device<float> dc(c), ds(sn), dscale(heads);
@@ -54,8 +55,10 @@ static std::vector<float> some_logits(int V, int kind) {
 }
 
 CUDA_TEST(sample_next) {
-    static const Sampler samplers[] = {{0.0f, 0, 1.0f, 3},  {1.0f, 0, 1.0f, 4},  {0.7f, 40, 1.0f, 5}, {1.3f, 0, 0.9f, 6},
-                                       {2.0f, 300, 0.5f, 7}, {1.0f, 1, 1.0f, 8},  {1.0f, 7, 0.0f, 9},  {0.01f, 0, 0.99f, 10}};
+    static const Sampler samplers[] = {{0.0f, 0, 1.0f, 3},  {1.0f, 0, 1.0f, 4},  {0.7f, 40, 1.0f, 5}, {1.3f, 0, 0.9f,
+                                                                                                       6},
+                                       {2.0f, 300, 0.5f, 7}, {1.0f, 1, 1.0f, 8},  {1.0f, 7, 0.0f, 9},  {0.01f, 0,
+                                                                                                        0.99f, 10}};
     for (int V : {300, 1, 5, 1025, 5000})
         for (int kind = 0; kind < (V == 300 ? 6 : 2); kind++)
             for (const Sampler &s : samplers) {
@@ -71,14 +74,15 @@ CUDA_TEST(sample_next) {
                     OP(sample_next)(state.p, dz.p, &s, V);
                     DecodeState got = state.host()[0];
                     CHECK(got.token == want && got.pos == 42 && got.draw == draw + 1,
-                          "V=%d kind=%d temperature=%g top_k=%d top_p=%g draw=%d: token %d, expected %d; pos %d", V, kind,
+                          "V=%d kind=%d temperature=%g top_k=%d top_p=%g draw=%d: token %d, expected %d; pos %d", V,
+                              kind,
                           (double)s.temperature, s.top_k, (double)s.top_p, (int)draw, got.token, want, got.pos);
                 }
             }
 }
 
-// Logits are used as they are, in double; the result is rounded to f32: 2^-24, and what sums of V terms and two logarithms
-// lose, of magnitudes up to that of the logits.
+// Logits are used as they are, in double; the result is rounded to f32: 2^-24, and what sums of V terms and two
+// logarithms lose, of magnitudes up to that of the logits.
 CUDA_TEST(compare_logits) {
     for (int V : {1, 7, 511, 513, 3000}) {
         const size_t n = 5;
@@ -110,8 +114,8 @@ CUDA_TEST(compare_logits) {
                     if (p > 0) want += p * (log_p - ((long double)a[i] - logl(za)));
                 }
                 CHECK(agree[r] == (ta == tb), "V=%d row %zu: %d, tokens %d and %d", V, r, agree[r], ta, tb);
-                CHECK(fabsl((long double)got[r] - want) <= 0x1p-24L * fabsl(want) + (V + 8) * 0x1p-52L * 20 && got[r] >= 0.0f,
-                      "V=%d row %zu order %d: %.9g, exact %.9Lg", V, r, order, (double)got[r], want);
+                CHECK(fabsl((long double)got[r] - want) <= 0x1p-24L * fabsl(want) + (V + 8) * 0x1p-52L * 20 &&
+                      got[r] >= 0.0f, "V=%d row %zu order %d: %.9g, exact %.9Lg", V, r, order, (double)got[r], want);
             }
         }
     }

@@ -1,4 +1,5 @@
-// Packed codes: dequant_rows and embedding_q_forward against the CPU wing, bit for bit; qmatvec_forward against an fp64 reference.
+// Packed codes: dequant_rows and embedding_q_forward against the CPU wing, bit for bit; qmatvec_forward against an fp64
+// reference.
 #include "packed_test.h"
 
 CUDA_TEST(dequant_rows) {
@@ -106,7 +107,8 @@ CUDA_TEST(embedding_q) {
             PackedTest p;
             if (!packed_test(&p, text, V, C) || p.block[0] != 1) continue;
             std::vector<int32_t> tokens;
-            for (int n = 0; n < 2 * V + 1; n++) tokens.push_back((int32_t)(philox(7, 64, (uint64_t)n).v[0] % (unsigned)V));
+            for (int n = 0; n < 2 * V + 1; n++)
+                tokens.push_back((int32_t)(philox(7, 64, (uint64_t)n).v[0] % (unsigned)V));
             std::vector<floatX> want(tokens.size() * (size_t)C);
             const float *zero = p.zero.empty() ? nullptr : p.zero.data();
             ops_cpu.embedding_q_forward(want.data(), tokens.data(), p.codes.data(), p.scale.data(), zero, &p.spec,

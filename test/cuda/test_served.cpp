@@ -1,5 +1,5 @@
-// Served forms: weight-only against sums in double with a derived bound; with quantized inputs against the CPU wing, bit for
-// bit.
+// Served forms: weight-only against sums in double with a derived bound; with quantized inputs against the CPU wing,
+// bit for bit.
 #include "packed_test.h"
 void cuda_served_piece(size_t bytes);                           // llmc/cuda/served.cuh
 
@@ -18,9 +18,9 @@ static bool served_pack(std::vector<uint8_t> *served, const PackedTest &p, const
     return true;
 }
 
-// For few tokens: |error| <= (C + 6) 2^-23 sum |x| |w| plus one rounding to X (ops.h), of unrounded weights. For many the
-// working values, whose products are summed in f32, tensor cores truncating: the same of those, and a rounding where a row
-// is scaled.
+// For few tokens: |error| <= (C + 6) 2^-23 sum |x| |w| plus one rounding to X (ops.h), of unrounded weights. For many
+// the working values, whose products are summed in f32, tensor cores truncating: the same of those, and a rounding
+// where a row is scaled.
 static void check_served(const char *text, int C, int OC, size_t offset) {
     PackedTest p;
     if (!packed_test(&p, text, OC, C)) return;
@@ -33,8 +33,8 @@ static void check_served(const char *text, int C, int OC, size_t offset) {
     const QuantSpec *s = &p.spec;
     std::vector<floatX> x = random_x(most * (size_t)C, 63, 1.0f), work((size_t)OC * (size_t)C);
     std::vector<float> wscale((size_t)OC);
-    ops_cpu.dequant_rows(work.data(), wscale.data(), p.codes.data(), p.scale.data(), p.zero.empty() ? nullptr : p.zero.data(),
-                         s, OC, C);
+    ops_cpu.dequant_rows(work.data(), wscale.data(), p.codes.data(), p.scale.data(),
+                         p.zero.empty() ? nullptr : p.zero.data(), s, OC, C);
     std::vector<double> want[2], size[2];                       // few, many
     std::vector<int16_t> row((size_t)C);
     for (int k = 0; k < 2; k++) want[k].resize(most * (size_t)OC), size[k].resize(most * (size_t)OC);
@@ -73,10 +73,11 @@ static void check_served(const char *text, int C, int OC, size_t offset) {
                 size_t bad = 0, at = 0;
                 for (size_t i = 0; i < got.size(); i++)
                     if (!(fabs((double)got[i] - want[k][i]) <= (C + 6) / 8388608.0 * size[k][i]) && bad++ == 0) at = i;
-                CHECK(bad == 0, "%s: %zu of %zu beyond the bound, the first at %zu: %.9g, exact %.9g", where, bad, got.size(),
-                      at, (double)got[at], want[k][at]);
+                CHECK(bad == 0, "%s: %zu of %zu beyond the bound, the first at %zu: %.9g, exact %.9g", where, bad,
+                      got.size(), at, (double)got[at], want[k][at]);
             }
-            check_same("bits of a token", where, got, std::vector<float>(first[k].begin(), first[k].begin() + (long)got.size()));
+            check_same("bits of a token", where, got, std::vector<float>(first[k].begin(),
+                                                                         first[k].begin() + (long)got.size()));
             if (!k) {                                           // the same sum, rounded
                 std::vector<floatX> x_of(got.size());
                 for (size_t i = 0; i < got.size(); i++) x_of[i] = f2x(got[i]);
@@ -95,7 +96,8 @@ CUDA_TEST(served_weight_only) {
     for (auto &shape : packed_shapes)
         for (const char *text : packed_specs) check_served(text, shape[1], shape[0], 0);
     for (const char *text : packed_specs) check_served(text, 64, 5, 1);
-    for (const char *text : {"int8,channel,rows", "uint4,group=32,asymmetric", "int4,group=128"}) check_served(text, 1152, 21, 0);
+    for (const char *text : {"int8,channel,rows", "uint4,group=32,asymmetric", "int4,group=128"})
+        check_served(text, 1152, 21, 0);
 }
 
 CUDA_TEST(served_pieces) {                                      // of 16 rows
@@ -111,18 +113,20 @@ static void check_integer(const char *text, const char *act_text, int C, int OC,
     const QuantSpec act = spec(act_text);
     std::vector<uint8_t> served;
     if (!served_pack(&served, p, &act, OC, C)) {
-        CHECK(p.block[0] != 1 || p.spec.zero == QZ_FLOAT, "%s, %s C=%d OC=%d has no served form", text, act_text, C, OC);
+        CHECK(p.block[0] != 1 || p.spec.zero == QZ_FLOAT, "%s, %s C=%d OC=%d has no served form", text, act_text, C,
+              OC);
         return;
     }
     const size_t most = 130;                                    // tokens
     std::vector<floatX> x = random_x(most * (size_t)C, 65, 1.0f);
-    for (int c = 0; c < C; c++) x[(size_t)c] = f2x(0.0f);       // a row of zeros, one that is all positive, a NaN, an infinity
+    // A row of zeros, one that is all positive, a NaN, an infinity.
+    for (int c = 0; c < C; c++) x[(size_t)c] = f2x(0.0f);
     for (int c = 0; c < C; c++) x[(size_t)(C + c)] = f2x(1.0f + fabsf(x2f(x[(size_t)(C + c)])));
     x[(size_t)(2 * C)] = f2x(NAN);
     x[(size_t)(4 * C - 1)] = f2x(INFINITY);
     std::vector<uint8_t> cpu_form(ops_cpu.served_bytes(&p.spec, &act, OC, C));
-    ops_cpu.served_pack(cpu_form.data(), p.codes.data(), p.scale.data(), p.zero.empty() ? nullptr : p.zero.data(), &p.spec,
-                        &act, 0, OC, OC, C);
+    ops_cpu.served_pack(cpu_form.data(), p.codes.data(), p.scale.data(), p.zero.empty() ? nullptr : p.zero.data(),
+                        &p.spec, &act, 0, OC, OC, C);
     std::vector<floatX> want(most * (size_t)OC);
     std::vector<float> want32(most * (size_t)OC);
     ops_cpu.served_forward(want.data(), x.data(), cpu_form.data(), &p.spec, &act, most, C, OC);
@@ -133,15 +137,16 @@ static void check_integer(const char *text, const char *act_text, int C, int OC,
         for (size_t N : {9, 1, 2, 3, 8, 130}) {
             if (N == 130 && (order || C * OC < 10000)) break;
             char where[160];
-            snprintf(where, sizeof where, "%s, %s C=%d OC=%d N=%zu offset=%zu order=%d", text, act_text, C, OC, N, offset,
-                     order);
+            snprintf(where, sizeof where, "%s, %s C=%d OC=%d N=%zu offset=%zu order=%d", text, act_text, C, OC, N,
+                     offset, order);
             set_order(order);
             Device<floatX> y(N * (size_t)OC);
             Device<float> y32(N * (size_t)OC);
             OP(served_forward)(y.p, dx.p, form.p, &p.spec, &act, N, C, OC);
             OP(served_forward_f32)(y32.p, dx.p, form.p, &p.spec, &act, N, C, OC);
             check_same("X", where, y.host(), std::vector<floatX>(want.begin(), want.begin() + (long)(N * (size_t)OC)));
-            check_same("f32", where, y32.host(), std::vector<float>(want32.begin(), want32.begin() + (long)(N * (size_t)OC)));
+            check_same("f32", where, y32.host(), std::vector<float>(want32.begin(),
+                                                                    want32.begin() + (long)(N * (size_t)OC)));
             if (order) break;                                   // the other orders: one call
         }
 }
