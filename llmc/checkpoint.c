@@ -746,10 +746,12 @@ static const Safetensors *st_file(const ModelFile *m, const StTensor *t) {
     return &m->files[i];
 }
 
-// Rows [row0, row0 + n) of p, which takes up `bytes` from data on, are not read again.
+// Rows [row0, row0 + n) of p, which takes up `bytes` from data on, are not read again. A fault of a thread that is still
+// at earlier rows brings in pages around its own, so some rows before these are dropped once more, and at the end all.
 static void drop_rows(const FileMap *map, const uint8_t *data, size_t bytes, const Param *p, int64_t row0, int64_t n) {
     size_t begin = (size_t)(data - map->data), row = bytes / (size_t)p->rows;
-    file_drop(map, begin + (size_t)row0 * row, begin + (size_t)(row0 + n) * row);
+    int64_t first = row0 + n == p->rows || row0 < 16 * n ? 0 : row0 - 16 * n;
+    file_drop(map, begin + (size_t)first * row, begin + (size_t)(row0 + n) * row);
 }
 
 static void tied_head_as_table(Param *p) {
