@@ -103,6 +103,17 @@ two_turns() {
     [ "$(number_of "$tmp/once" prompt_tokens)" = "$(number_of "$tmp/turns" prompt_tokens)" ]
 }
 
+# The template that stands in a file of its own, as in newer folders; one that cannot be run is named.
+template_file() {
+    mkdir -p "$tmp/chat" && "$bin/quantize" "$model" --scheme int8wo --out "$tmp/q.bin" --hf-out "$tmp/chat" --quiet >"$tmp/log" 2>&1 ||
+        { cat "$tmp/log"; return 1; }
+    printf '{%% for m in messages %%}{{ m.content }}{%% endfor %%}' >"$tmp/chat/chat_template.jinja"
+    gen "$tmp/chat" --chat --prompt "$prompt" --temperature 0 --max-new-tokens 8 >"$tmp/out" || { cat "$tmp/err"; return 1; }
+    [ "$(cat "$tmp/out")" = " harbour" ] || { cat "$tmp/out"; return 1; }
+    printf '\n{%% macro f() %%}' >"$tmp/chat/chat_template.jinja"
+    fails 1 'line 2: {% macro %} is not supported.*--template' "$tmp/chat" --chat --prompt x
+}
+
 benchmark_output() {
     gen "$model" --benchmark --runs 3 --bench-prompt 16 --bench-new 24 >"$tmp/out" || { cat "$tmp/err"; return 1; }
     grep -q '^| Technique    | Tokens/Second | Memory Bandwidth (GB/s) | Peak Memory (GB) | Model Size (GB) |$' "$tmp/out" || { cat "$tmp/out"; return 1; }
@@ -148,6 +159,7 @@ check stored_text stored_text
 check stop_strings stop_strings
 check many_prompts many_prompts
 check chat_turns chat_turns
+check template_file template_file
 check benchmark_output benchmark_output
 check bad_input bad_input
 check verify verify

@@ -1,7 +1,7 @@
 #!/bin/sh
 # How fast is decoding against what memory can be read with? For each shape and scheme, generate --benchmark between two
-# measurements of the ceiling (read_bandwidth, a read of as many bytes as a token needs, the faster of the two counts), and
-# the table of torchao with the share of the ceiling. Usage: bench_generate.sh BIN-FOLDER RANDOM_SHARD
+# measurements of the ceiling (read_bandwidth, as many bytes as the file has, at least four caches; the faster of the two
+# counts), and the table of torchao with the share of the ceiling. Usage: bench_generate.sh BIN-FOLDER RANDOM_SHARD
 #   SHAPES="135M 1B"   SCHEMES="bf16 int8wo int8dq int4wo-32 8da4w-32"   RUNS=3
 #   MODELS=FOLDER      where the random models lie (made where missing: 7 GB for both shapes)
 #   OPTIONS=           more of generate's: --kv int8
@@ -18,9 +18,10 @@ model() {
     float=$models/$1.bin
     [ -f "$float" ] || "$tools/random_model" "$float" "$1" >&2
     [ "$2" = bf16 ] && { echo "$float"; return; }
-    [ -f "$models/$1-$2.bin" ] || "$bin/quantize" "$float" --scheme "$2" --out "$models/$1-$2.bin" --quiet >"$tmp/log" 2>&1 ||
+    packed=$models/$1-$2.bin
+    [ -f "$packed" ] || "$bin/quantize" "$float" --scheme "$2" --out "$packed" --quiet >"$tmp/log" 2>&1 ||
         { cat "$tmp/log" >&2; return 1; }
-    echo "$models/$1-$2.bin"
+    echo "$packed"
 }
 # GB/s of reading BYTES from memory, the fastest of 20 runs.
 ceiling() { "$tools/read_bandwidth" "$1" 20 | awk '$2 == "read_bandwidth" { print $3 }'; }

@@ -2,9 +2,9 @@
 //
 //   read_bandwidth [BYTES [RUNS [THREADS]]]
 //
-// BYTES (default 512 MiB, and never below four times the last cache, so that memory is read and not the cache) are written
-// once and then read RUNS times (default 20), each thread a run of them. Prints the fastest run, which is what the memory
-// can do, and the median.
+// BYTES (default 512 MiB, and never below four times the last cache, so that memory is read and not the cache) are
+// written once and then read RUNS times (default 20), each thread a part of them. Prints the fastest run, which is what
+// the memory can do, and the median.
 #include <stdlib.h>
 #include <unistd.h>
 #include "common.h"
