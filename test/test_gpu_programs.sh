@@ -69,7 +69,7 @@ val_loss() { sed -n 's/.*"val_loss": *\([^,]*\),.*/\1/p' "$1" | tail -n 1; }
 serve() {       # quantized by the CPU; scored token by token and continued by both: equal text, losses equal to rounding
     head -c 100 "$work/val.txt" >"$work/short.txt"
     train "$bin" "$work/m" --steps 6 --device cpu >/dev/null 2>&1
-    for scheme in 8da4w-32 int4wo-32 int8wo; do
+    for scheme in 8da4w-32 int4wo-32 int8wo int8dq; do
         "$bin/quantize" "$work/m/model.bin" --scheme $scheme --out "$work/$scheme.bin" --quiet >"$work/log" 2>&1 ||
             { fails "quantize: $(tail -n 2 "$work/log")"; return; }
         for device in cpu cuda; do
@@ -83,6 +83,23 @@ serve() {       # quantized by the CPU; scored token by token and continued by b
             awk '{ d = $1 - $2; if (d < 0) d = -d; exit !(NF == 2 && d <= 5e-3 * $1) }' ||
             { fails "$scheme: losses $(val_loss "$work/e-cpu") and $(val_loss "$work/e-cuda")"; return; }
         cmp <(head -n 1 "$work/g-cpu") <(head -n 1 "$work/g-cuda") || { fails "$scheme: greedy text differs"; return; }
+    done
+}
+decode_graph() {        # tokens by a graph that is replayed, and by kernels one after the other: the same text, drawn or not
+    [ -f "$work/m/model.bin" ] || train "$bin" "$work/m" --steps 6 --device cpu >/dev/null 2>&1
+    "$bin/quantize" "$work/m/model.bin" --scheme 8da4w-32 --out "$work/d.bin" --quiet >"$work/log" 2>&1 ||
+        { fails "quantize: $(tail -n 2 "$work/log")"; return; }
+    local options
+    for options in "--temperature 0" "--temperature 0 --kv int8" "--temperature 1 --top-k 40 --top-p 0.9 --seed 3"; do
+        for way in graph eager cpu; do
+            if [ $way = cpu ]; then set -- "$bin/generate" --device cpu; else set -- "$sim/generate" --device cuda; fi
+            # shellcheck disable=SC2086
+            env $([ $way = eager ] && echo QLLM_NO_GRAPH=1) "$1" "$work/d.bin" "$2" "$3" --prompt "The floor plan" \
+                --max-new-tokens 40 $options >"$work/g-$way" 2>"$work/log" || { fails "$way: $(tail -n 2 "$work/log")"; return; }
+        done
+        cmp "$work/g-graph" "$work/g-eager" || { fails "$options: a graph and eager kernels differ"; return; }
+        # Further on a rounding may turn a choice between tokens that are nearly as likely.
+        cmp -n 24 "$work/g-graph" "$work/g-cpu" || { fails "$options: the CPU says otherwise"; return; }
     done
 }
 trained_is_served() {   # the trainer's last validation and eval of the packed file: the same loss to the last digit
@@ -114,7 +131,7 @@ int8_training() {       # two orders of the threads, eager and in a graph, and a
     case $served in *"$trained"*) [ -n "$trained" ] ;; *) fails "trained $trained, served: $served" ;; esac
 }
 
-for name in no_gpu old_gpu small_gpu losses_as_on_the_cpu same_bits resume recompute_and_clip serve trained_is_served int8_training; do
+for name in no_gpu old_gpu small_gpu losses_as_on_the_cpu same_bits resume recompute_and_clip serve decode_graph trained_is_served int8_training; do
     [ $# -gt 0 ] && [ "$1" != $name ] && continue
     if [ $name != no_gpu ] && [ ! -x "$sim/train_llama_qat" ]; then
         echo "skip $name: the simulated programs are not built (make sim-programs)"
