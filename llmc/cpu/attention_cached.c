@@ -206,8 +206,7 @@ static void attend_few(Few *a) {
     char *scratch = cpu_workspace(parts + (size_t)cpu_max_threads() * work);
     if (!scratch) return;
     a->part = (float *)(void *)scratch;
-    size_t values = 2 * (size_t)heads * (size_t)(a->pos + a->T) * (size_t)a->cache->HS;
-#pragma omp parallel if (values >= MIN_VALUES && tasks > 1)
+#pragma omp parallel if (tasks > 1 && 2 * (size_t)heads * (size_t)(a->pos + a->T) * (size_t)a->cache->HS >= MIN_VALUES)
     {
         FewWork w;
         few_work(a, scratch + parts + (size_t)cpu_thread() * work, &w);
