@@ -86,7 +86,8 @@ static float definition(const Linear *l, const int16_t *qx, float sx, int r) {
         sum = 0.0f;
         for (int64_t c0 = g * l->group; c0 < end; c0 += 1 << 16) {
             int64_t acc = 0;
-            for (int64_t c = c0; c < end && c < c0 + (1 << 16); c++) acc += qx[c] * (l->codes[(int64_t)r * l->C + c] - zw);
+            for (int64_t c = c0; c < end && c < c0 + (1 << 16); c++)
+                acc += qx[c] * (l->codes[(int64_t)r * l->C + c] - zw);
             sum = c0 == g * l->group ? (float)acc : sum + (float)acc;
         }
         t = fmaf(sum, l->scale[at], t);
@@ -242,8 +243,8 @@ static void no_form(void **unused) {
 }
 
 // Trained arithmetic multiplies values that were rounded: inputs to X (relative error UX), weights to bf16 (2^-8), and
-// adds C products in f32. Served sums are exact within a group; a group costs a conversion and a fused multiply-add, and
-// two scales are multiplied: together at most (C + groups + 8) roundings of 2^-24, each of a partial sum below
+// adds C products in f32. Served sums are exact within a group; a group costs a conversion and a fused multiply-add,
+// and two scales are multiplied: together at most (C + groups + 8) roundings of 2^-24, each of a partial sum below
 // S = sum |x| |w|. So they differ by at most ((1 + UX) (1 + 2^-8) - 1 + (C + groups + 8) 2^-23) S.
 static void near_trained(void **unused) {
     (void)unused;

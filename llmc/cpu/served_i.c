@@ -5,7 +5,7 @@
 #include "served.h"
 #include "served_int.h"
 
-#define FEW 8                       // tokens up to which codes are streamed for each four of them
+#define FEW 8                       // tokens up to which codes are streamed, for each INT_TOKENS of them
 #define TILE_BYTES ((size_t)384 << 10)  // of inputs that stay in the second-level cache while panels pass over them
 #define PARALLEL_CODES 65536        // codes from which threads are worth waking
 
@@ -75,7 +75,8 @@ static void pack_bytes(uint8_t *dst, uint8_t *sums, const int16_t *q, const floa
     for (int g = 0; g < l->groups; g++, q += l->group)
         for (int p = 0; p < l->pieces; p++, sums += INT_ROWS * sizeof(int32_t)) {
             int z = l->own_zero ? (wq->is_unsigned ? 128 : 0) : zero_of(l, wq, zero, g);
-            int c0 = p * INT_PIECE_UNITS * 4, c1 = c0 + INT_PIECE_UNITS * 4 < l->group ? c0 + INT_PIECE_UNITS * 4 : l->group;
+            int c0 = p * INT_PIECE_UNITS * 4, c1 = c0 + INT_PIECE_UNITS * 4;
+            if (c1 > l->group) c1 = l->group;
             int32_t sum = 0;
             for (int c = c0; c < c1; c += 4, dst += 64) {
                 int n = c1 - c < 4 ? c1 - c : 4;
@@ -172,15 +173,6 @@ static int rows_left(const Product *p, int64_t block, int64_t blocks) {
     return (int)(left < blocks * INT_ROWS ? left : blocks * INT_ROWS);
 }
 
-// Sums of codes less zero point by pieces, of a token's codes.
-static void make_rest(int32_t *rest, const uint8_t *codes, int32_t zero, const IntLayout *l) {
-    for (int g = 0; g < l->groups; g++) {
-        int32_t sum = 0;
-        for (int c = 0; c < l->group; c++) sum += codes[(size_t)g * (size_t)l->units * 4 + (size_t)c] - zero;
-        rest[g] = sum;
-    }
-}
-
 // Tokens as `rows` reads them, in working memory.
 typedef struct { uint8_t *codes; size_t stride; int32_t *zero, *rest; float *scale; } FewTokens;
 
@@ -189,15 +181,16 @@ static void quantize_few(const Product *p, const FewTokens *f, int64_t n) {
     uint8_t *codes = f->codes + (size_t)n * f->stride;
     p->form->quantize(codes, (size_t)l->units * 4, f->zero + n, f->scale + n, p->x + (size_t)n * (size_t)l->C, l,
                       p->act);
-    if (f->rest) make_rest(f->rest + n * l->groups, codes, f->zero[n], l);
+    if (f->rest) p->form->rest(f->rest + n * l->groups * l->pieces, codes, f->zero[n], l);
 }
 
 // Each block of rows is read from memory once, whatever the number of tokens.
 static void product_few(const Product *p) {
     const IntLayout *l = p->l;
     size_t stride = round64((size_t)l->units * (size_t)l->groups * 4), codes = (size_t)p->N * stride;
-    size_t each = round64((size_t)p->N * 4), rest = l->own_zero && !l->nibbles ? (size_t)p->N * (size_t)l->groups * 4 : 0;
-    uint8_t *at = cpu_workspace(codes + 2 * each + rest);
+    size_t each = round64((size_t)p->N * 4), sums = (size_t)l->groups * (size_t)l->pieces;
+    bool rest = l->own_zero || l->nibbles;
+    uint8_t *at = cpu_workspace(codes + 2 * each + (rest ? (size_t)p->N * sums * 4 : 0));
     if (!at) return;
     FewTokens f = {at, stride, (int32_t *)(void *)(at + codes),
                    rest ? (int32_t *)(void *)(at + codes + 2 * each) : NULL, (float *)(void *)(at + codes + each)};
@@ -212,7 +205,7 @@ static void product_few(const Product *p) {
         for (int64_t b = 0; b < p->blocks; b++)
             for (int64_t n = 0; n < p->N; n += INT_TOKENS) {
                 IntTokens x = {f.codes + (size_t)n * stride, stride, f.zero + n, f.scale + n,
-                               f.rest ? f.rest + n * l->groups : NULL};
+                               f.rest ? f.rest + (size_t)n * sums : NULL};
                 int tokens = p->N - n < INT_TOKENS ? (int)(p->N - n) : INT_TOKENS;
                 IntOut o = out_at(p, n, b * INT_ROWS);
                 p->form->rows(&o, l, p->served + (size_t)b * l->stride, &x, tokens, rows_left(p, b, 1));

@@ -22,14 +22,18 @@ VEC vf vf_fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)
 VEC vf vf_load_bf16(const uint8_t *p) {
     return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)), 16);
 }
-VEC vi vi_load_bytes(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)); }
+VEC vi vi_load_bytes(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
 #elif defined(__AVX2__)
 VEC vf vf_set1(float x) { return (vf)_mm256_set1_ps(x); }
 VEC vf vf_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 VEC vf vf_load_bf16(const uint8_t *p) {
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)), 16);
 }
-VEC vi vi_load_bytes(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)); }
+VEC vi vi_load_bytes(const uint8_t *p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p));
+}
 #else
 VEC vf vf_set1(float x) { return (vf){x, x, x, x}; }
 VEC vf vf_fma(vf a, vf b, vf c) {
@@ -72,6 +76,13 @@ VEC vi zero_bytes(const IntLayout *l, const uint8_t *zero, int first) {
 VEC vf scales_at(const IntLayout *l, const uint8_t *scale, int group, int first) {
     size_t at = (size_t)group * INT_ROWS + (size_t)first;
     return l->scale_bf16 ? vf_load_bf16(scale + at * sizeof(bf16)) : vf_load(scale + at * sizeof(float));
+}
+
+// Less the zero points that `rest` is to be multiplied with.
+VEC vi zero_of_rows(const IntLayout *l, const uint8_t *zero, int first, bool nibbles) {
+    if (!l->own_zero) return vi_set1(0u - (uint32_t)l->zero_point);
+    vi z = vi_load_bytes(zero + first);
+    return vi_minus(vi_set1(0), nibbles ? z : vi_minus(z ^ vi_set1(128), vi_set1(128)));      // bytes are signed
 }
 
 // Sixteen results of one token, of which `rows` exist.
@@ -143,31 +154,75 @@ static void quantize(uint8_t *codes, size_t group_stride, int32_t *zero, float *
     }
 }
 
-// Padding of nibbles is 0 less the zero point: sums of codes start with what takes it back.
-VEC vi sum_of_padding(vi zero, int padding) { return vi_times(zero & vi_set1(255), vi_set1((uint32_t)padding)); }
+static void rest(int32_t *sums, const uint8_t *codes, int32_t zero, const IntLayout *l) {
+    for (int g = 0; g < l->groups; g++)
+        for (int p = 0; p < l->pieces; p++, sums++) {
+            int columns = l->group - p * INT_PIECE_UNITS * K4, units = l->units - p * INT_PIECE_UNITS;
+            if (columns > INT_PIECE_UNITS * K4) columns = INT_PIECE_UNITS * K4;
+            if (units > INT_PIECE_UNITS) units = INT_PIECE_UNITS;
+            int n = units * K4, i = 0, sum = 0;
+#if defined(__AVX2__)
+            __m256i four = _mm256_setzero_si256();
+            for (; i + 32 <= n; i += 32) {
+                __m256i bytes = _mm256_loadu_si256((const __m256i *)(const void *)(codes + i));
+                four = _mm256_add_epi64(four, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
+            }
+            __m128i two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+            sum = _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 2);
+#endif
+            for (; i < n; i++) sum += codes[i];
+            *sums = sum - zero * columns;
+            codes += n;
+        }
+}
 
 // --- few tokens --------------------------------------------------------------------------------------------------
-VEC void rows_of_nibbles(vi acc[][VECS], vi sum[VECS], const IntLayout *l, const uint8_t *codes, const uint8_t *zero,
-                         const uint8_t *x, size_t stride, int units, int padding, const int T) {
-    vi z[VECS];
+// P pairs of units, of 64 bytes each. Two chains of sums, so that one need not wait for the other. The sum of the codes
+// is that of bytes first: 8 codes below 16 fit.
+VEC void pairs_of_nibbles(vi acc[][VECS], vi other[][VECS], vi sum[VECS], const uint8_t *codes, const uint8_t *x,
+                          size_t stride, const int P, const int T) {
+    const vi half = vi_set1(0x0f0f0f0fu);
+#pragma GCC unroll 4
+    for (int i = 0; i < P; i++) prefetch_ahead(codes + i * 64);
 #pragma GCC unroll 4
     for (int r = 0; r < VECS; r++) {
-        z[r] = zero_bytes(l, zero, r * I8_W);
-        sum[r] = sum_of_padding(z[r], padding);
-    }
-    for (int u = 0; u < units; u += 2, codes += 64, x += 2 * K4) {
-        prefetch_ahead(codes);
+        vi low[4], high[4];
+        vb bytes = {0};
 #pragma GCC unroll 4
-        for (int r = 0; r < VECS; r++) {
-            vi v = vi_load(codes + r * I8_W * 4), low = vi_low(v, z[r]), high = vi_high(v, z[r]);
-            sum[r] = vi_dot_small(vi_dot_small(sum[r], vi_set1(0x01010101u), low), vi_set1(0x01010101u), high);
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                acc[t][r] = vi_dot_small(acc[t][r], vi_set1(unit_at(x + (size_t)t * stride)), low);
-                acc[t][r] = vi_dot_small(acc[t][r], vi_set1(unit_at(x + (size_t)t * stride + K4)), high);
-            }
+        for (int i = 0; i < P; i++) {
+            vi v = vi_load(codes + i * 64 + r * I8_W * 4);
+            low[i] = v & half;
+            high[i] = (vi)((vu32)v >> 4) & half;
+            bytes += (vb)low[i] + (vb)high[i];
         }
+        sum[r] = vi_dot_small(sum[r], vi_set1(0x01010101u), (vi)bytes);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+            for (int i = 0; i < P; i++) {
+                const uint8_t *at = x + (size_t)t * stride + i * 2 * K4;
+                acc[t][r] = vi_dot_small(acc[t][r], vi_set1(unit_at(at)), low[i]);
+                other[t][r] = vi_dot_small(other[t][r], vi_set1(unit_at(at + K4)), high[i]);
+            }
     }
+}
+
+VEC void rows_of_nibbles(vi acc[][VECS], vi sum[VECS], const uint8_t *codes, const uint8_t *x, size_t stride, int units,
+                         const int T) {
+    vi other[INT_TOKENS][VECS];
+#pragma GCC unroll 4
+    for (int r = 0; r < VECS; r++) {
+        sum[r] = vi_set1(0);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) other[t][r] = vi_set1(0);
+    }
+    int u = 0;
+    for (; u + 8 <= units; u += 8) pairs_of_nibbles(acc, other, sum, codes + u * 32, x + u * K4, stride, 4, T);
+    for (; u < units; u += 2) pairs_of_nibbles(acc, other, sum, codes + u * 32, x + u * K4, stride, 1, T);
+#pragma GCC unroll 4
+    for (int r = 0; r < VECS; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) acc[t][r] = vi_plus(acc[t][r], other[t][r]);
 }
 
 VEC void rows_of_bytes(vi acc[][VECS], const uint8_t *codes, const uint8_t *x, size_t stride, int units, const int T) {
@@ -216,12 +271,14 @@ VEC void rows_by(const IntOut *out, const IntLayout *l, const uint8_t *block, co
             vi acc[INT_TOKENS][VECS], sum[VECS];
 #pragma GCC unroll 4
             for (int r = 0; r < VECS; r++) {
+                vi z = zero_of_rows(l, zero, r * I8_W, nibbles);
                 if (!nibbles) sum[r] = vi_load(sums + r * I8_W * 4);
 #pragma GCC unroll 4
-                for (int t = 0; t < T; t++) acc[t][r] = vi_set1(0);
+                for (int t = 0; t < T; t++)
+                    acc[t][r] = x->rest ? vi_times(z, vi_set1((uint32_t)x->rest[(t * l->groups + g) * l->pieces + p]))
+                                        : vi_set1(0);
             }
-            int padding = p == l->pieces - 1 ? l->units * K4 - l->group : 0;
-            if (nibbles) rows_of_nibbles(acc, sum, l, codes, zero, xc, x->stride, units, padding, T);
+            if (nibbles) rows_of_nibbles(acc, sum, codes, xc, x->stride, units, T);
             else rows_of_bytes(acc, codes, xc, x->stride, units, T);
             codes += (size_t)units * (nibbles ? 32 : 64);
             xc += (size_t)units * K4;
@@ -230,15 +287,12 @@ VEC void rows_by(const IntOut *out, const IntLayout *l, const uint8_t *block, co
 #pragma GCC unroll 4
                 for (int r = 0; r < VECS; r++) {
                     vi v = vi_minus(acc[t][r], vi_times(sum[r], vi_set1((uint32_t)x->zero[t])));
-                    if (!nibbles && l->own_zero) {
-                        int at = (t * l->groups + g) * l->pieces + p;
-                        vi z = vi_minus(vi_load_bytes(zero + r * I8_W) ^ vi_set1(128), vi_set1(128));   // signed
-                        v = vi_minus(v, vi_times(z, vi_set1((uint32_t)x->rest[at])));
-                    }
                     value[t][r] = p ? value[t][r] + vf_of(v) : vf_of(v);
                 }
         }
         if (l->groups == 1) break;
+        // The next block's scales: they are not on the way of the codes that are asked for ahead.
+        __builtin_prefetch(scale + l->stride + (size_t)g * INT_ROWS * sizeof(bf16));
 #pragma GCC unroll 4
         for (int r = 0; r < VECS; r++) {
             vf s = scales_at(l, scale, g, r * I8_W);
@@ -278,7 +332,7 @@ static void expand(uint8_t *codes, int32_t *sum, const IntLayout *l, const uint8
 #pragma GCC unroll 4
         for (int r = 0; r < VECS; r++) {
             z[r] = zero_bytes(l, zero, r * I8_W);
-            s[r] = sum_of_padding(z[r], padding);
+            s[r] = vi_times(z[r] & vi_set1(255), vi_set1((uint32_t)padding));    // padding is 0 less the zero point
         }
         for (int u = 0; u < l->units; u += 2, block += 64, codes += 128)
 #pragma GCC unroll 4
@@ -301,11 +355,11 @@ static void expand(uint8_t *codes, int32_t *sum, const IntLayout *l, const uint8
 #define BLOCKS_WHOLE 1
 #endif
 
-// M tokens by B blocks. U: units of a group where the compiler should know them, else 0.
+// M tokens by B blocks; whole: rows of one group.
 VEC void tile_of(const IntOut *out, const IntLayout *l, const IntPanel *b, const uint8_t *x, const int32_t *zero,
-                 const float *scale, int tokens, int rows, const int M, const int B, const int U, const bool whole) {
+                 const float *scale, int tokens, int rows, const int M, const int B, const bool whole) {
     const int V = B * VECS;
-    int units = U ? U : l->units;
+    int units = l->units;
     vf total[INT_TILE][BLOCKS_WHOLE * VECS];
     vi acc[INT_TILE][BLOCKS_WHOLE * VECS];
 #pragma GCC unroll 8
@@ -330,6 +384,8 @@ VEC void tile_of(const IntOut *out, const IntLayout *l, const IntPanel *b, const
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 vi a = vi_set1(unit_at(x + ((size_t)m * (size_t)units + (size_t)u) * K4));
+                // Registers hold one token's unit at a time: loading the next ones early would push sums to memory.
+                __asm__ volatile("" ::: "memory");
 #pragma GCC unroll 8
                 for (int v = 0; v < V; v++)
                     acc[m][v] = l->nibbles ? vi_dot_small(acc[m][v], a, w[v]) : vi_dot(acc[m][v], a, w[v]);
@@ -363,18 +419,18 @@ VEC void tile_of(const IntOut *out, const IntLayout *l, const IntPanel *b, const
     }
 }
 
-#define TILE(M, B, U, WHOLE) tile_of(&o, l, &p, x, zero + m, scale + m, tokens - m, rows, M, B, U, WHOLE)
+#define TILE(M, B, WHOLE) tile_of(&o, l, &p, x, zero + m, scale + m, tokens - m, rows, M, B, WHOLE)
 #ifdef QLLM_AVX512
 #define TILE_STEP INT_TILE
-#define TILE_BY(B, U, WHOLE) \
+#define TILE_BY(B, WHOLE) \
     do { \
-        if (tokens > 4) TILE(6, B, U, WHOLE); \
-        else if (tokens > 2) TILE(4, B, U, WHOLE); \
-        else TILE(2, B, U, WHOLE); \
+        if (tokens > 4) TILE(6, B, WHOLE); \
+        else if (tokens > 2) TILE(4, B, WHOLE); \
+        else TILE(2, B, WHOLE); \
     } while (0)
 #else
 #define TILE_STEP 2
-#define TILE_BY(B, U, WHOLE) TILE(2, B, U, WHOLE)
+#define TILE_BY(B, WHOLE) TILE(2, B, WHOLE)
 #endif
 
 static void tile(const IntOut *out, const IntLayout *l, const IntPanel *b, int blocks, const uint8_t *codes,
@@ -394,18 +450,15 @@ static void tile(const IntOut *out, const IntLayout *l, const IntPanel *b, int b
             if (o.y) o.y += at;
             else o.y32 += at;
             const uint8_t *x = codes + (size_t)m * (size_t)l->units * K4;
-            bool units8 = l->units == 8;            // groups of 32
-            if (w == 1 && whole) TILE_BY(1, 0, true);
-            else if (w == 1 && units8) TILE_BY(1, 8, false);
-            else if (w == 1) TILE_BY(1, 0, false);
+            if (w == 1 && whole) TILE_BY(1, true);
+            else if (w == 1) TILE_BY(1, false);
 #ifdef QLLM_AVX512
-            else if (w == 2 && whole) TILE_BY(2, 0, true);
-            else if (w == 2 && units8) TILE_BY(2, 8, false);
-            else if (w == 2) TILE_BY(2, 0, false);
-            else TILE_BY(4, 0, true);
+            else if (w == 2 && whole) TILE_BY(2, true);
+            else if (w == 2) TILE_BY(2, false);
+            else TILE_BY(4, true);
 #endif
         }
     }
 }
 
-static const IntForm form = {quantize, rows, expand, tile, BLOCKS_GROUPED, BLOCKS_WHOLE};
+static const IntForm form = {quantize, rest, rows, expand, tile, BLOCKS_GROUPED, BLOCKS_WHOLE};
