@@ -42,13 +42,13 @@ VEC vf vf_fma(vf a, vf b, vf c) {
 }
 VEC vf vf_load_bf16(const uint8_t *p) {
     bf16 h[I8_W];
-    vf v;
+    vf v = {0};
     memcpy(h, p, sizeof h);
     for (int i = 0; i < I8_W; i++) v[i] = bf16_to_f32(h[i]);
     return v;
 }
 VEC vi vi_load_bytes(const uint8_t *p) {
-    vi v;
+    vi v = {0};
     for (int i = 0; i < I8_W; i++) v[i] = p[i];
     return v;
 }
