@@ -163,6 +163,7 @@ int main(int argc, char **argv) {
                 snprintf(name, sizeof name, "served_%s_n%zu_c%d_oc%d_read", schemes[i], N, C, OC);
                 if (!strstr(name, only)) continue;
                 size_t bytes = ops->served_bytes(&s.weight, &s.act, OC, C);
+                if (!bytes) continue;                   // groups that do not divide the row
                 Linear l = new_linear(&s, N, C, OC, (int)((READ_BYTES / 2 + bytes - 1) / bytes));
                 double ceiling = read_rate(buffer), t = best_of(run_linear, &l, 0.3, 3) / l.copies;
                 double again = read_rate(buffer), rate = (double)bytes / t;
@@ -175,6 +176,7 @@ int main(int argc, char **argv) {
             char name[96];
             snprintf(name, sizeof name, "served_%s_n%d_c%d_oc%d_peak", schemes[i], many[j][0], many[j][1], many[j][2]);
             if (!strstr(name, only)) continue;
+            if (!ops->served_bytes(&s.weight, &s.act, many[j][2], many[j][1])) continue;
             Linear l = new_linear(&s, (size_t)many[j][0], many[j][1], many[j][2], 1);
             double peak = peak_rate(threads), t = best_of(run_linear, &l, 0.4, 3), again = peak_rate(threads);
             double rate = 2.0 * many[j][0] * many[j][1] * many[j][2] / t;

@@ -291,8 +291,11 @@ VEC void rows_by(const IntOut *out, const IntLayout *l, const uint8_t *block, co
                 }
         }
         if (l->groups == 1) break;
-        // The next block's scales: they are not on the way of the codes that are asked for ahead.
-        __builtin_prefetch(scale + l->stride + (size_t)g * INT_ROWS * sizeof(bf16));
+        // The next block's scales, which are wanted with its first codes, and those of its codes that asking ahead of
+        // this block's leaves out: as many as there are scales between the two.
+        const uint8_t *here = scale + (size_t)g * INT_ROWS * sizeof(bf16);
+        __builtin_prefetch(here + l->stride);
+        prefetch_ahead(here);
 #pragma GCC unroll 4
         for (int r = 0; r < VECS; r++) {
             vf s = scales_at(l, scale, g, r * I8_W);
