@@ -254,11 +254,12 @@ typedef struct Ops {
     // Served form of a linear: its codes, scales and zero points in the order that this wing's kernels read, in one
     // buffer of device memory that only these operations look into. act: how rows of the input are quantized, NULL or
     // without bits for weight-only.
-    // served_bytes: size of the buffer, a host function. 0: the wing has no such form (blocks of several rows, codes
-    // with zero points in the float domain under a quantized input); the caller unpacks instead.
+    // served_bytes: size of the buffer, a host function. 0: the wing has no such form (blocks of several rows; under a
+    // quantized input zero points in the float domain, and sums that int32 might not hold); the caller unpacks instead.
     size_t (*served_bytes)(const QuantSpec *wq, const QuantSpec *act, int OC, int C);
     // served_pack: rows [row0, row0 + rows) of (OC, C) from packed codes (quant.h) and their f32 scales and zero points
-    // (those of these rows; zero NULL when symmetric). Rows come in ascending order, all of them, row0 = 0 first.
+    // (those of these rows; zero NULL when symmetric). Rows come in ascending order, all of them, row0 = 0 first. Scales
+    // and zero points are bf16 values, as files hold them (f32 only where a row is one block), and may be kept as such.
     void (*served_pack)(void *served, const uint8_t *codes, const float *scale, const float *zero, const QuantSpec *wq,
                         const QuantSpec *act, int64_t row0, int64_t rows, int OC, int C);
     // served_forward: y (N, OC) X = x (N, C) X . w^T, any N.

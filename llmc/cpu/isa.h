@@ -1,5 +1,5 @@
-// Which instructions this processor has, for kernels that are built in several forms whatever -march says. All forms
-// of a kernel give the same bits.
+// Which instructions this processor has, for kernels that are built in several forms whatever -march says. Integer
+// products give the same bits in all forms; sums in f32 are held to the same bound.
 #ifndef QLLM_CPU_ISA_H
 #define QLLM_CPU_ISA_H
 #include <stdbool.h>
