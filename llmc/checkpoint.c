@@ -660,15 +660,18 @@ static void widen_zeros(float *zero, const StTensor *stored, int64_t at, int64_t
     }
 }
 
-// The first of n scales that is not positive (rows: nor 0) and finite, or whose zero point is not finite; else n.
-static int64_t first_bad_scale(const float *scale, const float *zero, int64_t n, bool rows) {
+// The first of n scales that is not positive (rows: nor 0) and finite, or whose zero point is not one that quantizing
+// makes: a code, or in the float domain any finite number; else n.
+static int64_t first_bad_scale(const float *scale, const float *zero, int64_t n, const QuantSpec *s) {
+    bool rows = quant_is_int8_rows(s), any = s->zero == QZ_FLOAT;        // a row of zeros has scale 0
     float least = rows ? 0.0f : 0x1p-149f, most = rows ? FLT_MAX / 128 : FLT_MAX;
+    float zmin = any ? -FLT_MAX : (float)s->qmin, zmax = any ? FLT_MAX : (float)s->qmax;
     int bad = 0;
     for (int64_t i = 0; i < n; i++) bad |= !(scale[i] >= least && scale[i] <= most);
-    for (int64_t i = 0; zero && i < n; i++) bad |= !(fabsf(zero[i]) <= FLT_MAX);
+    for (int64_t i = 0; zero && i < n; i++) bad |= !(zero[i] >= zmin && zero[i] <= zmax);
     if (!bad) return n;
     int64_t i = 0;
-    while (scale[i] >= least && scale[i] <= most && (!zero || fabsf(zero[i]) <= FLT_MAX)) i++;
+    while (scale[i] >= least && scale[i] <= most && (!zero || (zero[i] >= zmin && zero[i] <= zmax))) i++;
     return i;
 }
 
@@ -684,7 +687,6 @@ int model_packed(const ModelFile *m, const Param *p, PackedTensor *t, Err *err) 
     t->n_scales = (p->rows / parts.block[0]) * (p->cols / parts.block[1]);
     t->scale = xmalloc((size_t)t->n_scales * sizeof *t->scale);
     if (parts.zero || spec.is_unsigned) t->zero = xmalloc((size_t)t->n_scales * sizeof *t->zero);
-    bool rows = quant_is_int8_rows(&spec);               // a row of zeros has scale 0
     int64_t bad = t->n_scales;
 #pragma omp parallel for schedule(static) reduction(min : bad) if (t->n_scales > 4 * SCALES_TASK)
     for (int64_t at = 0; at < t->n_scales; at += SCALES_TASK) {
@@ -693,14 +695,18 @@ int model_packed(const ModelFile *m, const Param *p, PackedTensor *t, Err *err) 
         convert_to_f32(scale, parts.scale->data + (size_t)at * dtype_size(parts.scale->dtype), parts.scale->dtype,
                        (size_t)n);
         if (zero) widen_zeros(zero, parts.zero, at, n, &spec);
-        int64_t first = first_bad_scale(scale, zero, n, rows);
+        int64_t first = first_bad_scale(scale, zero, n, &spec);
         if (first < n && at + first < bad) bad = at + first;
     }
     if (bad < t->n_scales) {
-        rc = err_set(err, E_FORMAT, "%s: tensor '%s': scale %lld is %g%s; scales are finite%s and %s, zero points "
-                     "finite", m->path, p->name, (long long)bad, (double)t->scale[bad],
-                     t->zero ? " (or its zero point is wrong)" : "", rows ? ", 128 times over too," : "",
-                     rows ? "not negative" : "positive");
+        bool rows = quant_is_int8_rows(&spec);
+        char zero[96] = "";
+        if (t->zero && spec.zero == QZ_FLOAT) snprintf(zero, sizeof zero, ", zero points finite");
+        else if (t->zero) snprintf(zero, sizeof zero, ", zero points codes of %d to %d", spec.qmin, spec.qmax);
+        rc = err_set(err, E_FORMAT, "%s: tensor '%s': block %lld has scale %g and zero point %g; scales are finite%s and "
+                     "%s%s", m->path, p->name, (long long)bad, (double)t->scale[bad],
+                     t->zero ? (double)t->zero[bad] : 0.0, rows ? ", 128 times over too," : "",
+                     rows ? "not negative" : "positive", zero);
         packed_tensor_free(t);
         return rc;
     }

@@ -502,7 +502,9 @@ int infer_new(Infer **out, const ModelFile *m, const InferOptions *o, Err *err) 
     else s->plan = m->plan;
     s->block = xcalloc((size_t)s->c.L, sizeof *s->block);
     int rc = param_table_build(&s->table, &s->c, &s->plan, err);
-    if (o->cache_path && o->arith == ARITH_SERVED && device_is_host() && m->packed) {
+    // A kept file knows its model by the checksum, which --no-verify does not compare.
+    bool known = !(m->flags & MODEL_NO_VERIFY);
+    if (o->cache_path && known && o->arith == ARITH_SERVED && device_is_host() && m->packed) {
         s->cache_path = o->cache_path;
         if (!served_cache_open(&s->kept, o->cache_path, m)) s->kept = (Safetensors){0};
     }

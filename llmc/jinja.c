@@ -933,20 +933,30 @@ static void emit(Run *r, Buffer *b, const char *p, size_t n) {
     b->n += n;
 }
 
-static Variable *find_variable(const Run *r, Text name) {
-    for (Scope *s = r->scope; s; s = s->up)
-        for (Variable *v = s->variables; v; v = v->next)
-            if (same(v->name, name)) return v;
+// Each variable that is looked at on the way counts as a step: there may be many, and the lookups too.
+static Variable *find_in(Run *r, int line, const Scope *s, Text name) {
+    size_t passed = 0;
+    Variable *v = s->variables;
+    for (; v && !same(v->name, name); v = v->next) passed++;
+    charge(r, line, passed << 6);
+    return v;
+}
+
+static Variable *find_variable(Run *r, int line, Text name) {
+    for (const Scope *s = r->scope; s; s = s->up) {
+        Variable *v = find_in(r, line, s, name);
+        if (v) return v;
+    }
     return NULL;
 }
 
-static void set_variable(Run *r, Text name, Value value) {
-    for (Variable *v = r->scope->variables; v; v = v->next)
-        if (same(v->name, name)) {
-            v->value = value;
-            return;
-        }
-    Variable *v = get(&r->base, sizeof *v);
+static void set_variable(Run *r, int line, Text name, Value value) {
+    Variable *v = find_in(r, line, r->scope, name);
+    if (v) {
+        v->value = value;
+        return;
+    }
+    v = get(&r->base, sizeof *v);
     *v = (Variable){name, value, r->scope->variables};
     r->scope->variables = v;
 }
@@ -1112,6 +1122,7 @@ static bool equal(Run *r, int line, Value a, Value b, int nesting) {
     case V_DICT:
         if (a.u.dict->n != b.u.dict->n) return false;
         for (size_t i = 0; i < a.u.dict->n; i++) {
+            charge(r, line, b.u.dict->n << 6);
             const Value *other = dict_find(b.u.dict, a.u.dict->key[i]);
             if (!other || !equal(r, line, a.u.dict->item[i], *other, nesting + 1)) return false;
         }
@@ -1345,9 +1356,14 @@ static Value evaluate(Run *r, const Node *n);
 static void evaluate_arguments(Run *r, const Node *n, Arguments *a) {
     *a = (Arguments){.n = 0};
     for (const Node *k = n->list; k; k = k->next) {
-        if (k->type == N_NAMED) dict_put(&r->base, &a->named, k->text, evaluate(r, k->a));
-        else if (a->n == MAX_ARGUMENTS) fail(&r->base, k->line, "more than %d arguments", MAX_ARGUMENTS);
-        else a->v[a->n++] = evaluate(r, k);
+        if (k->type == N_NAMED) {
+            charge(r, k->line, a->named.n << 6);
+            dict_put(&r->base, &a->named, k->text, evaluate(r, k->a));
+        } else if (a->n == MAX_ARGUMENTS) {
+            fail(&r->base, k->line, "more than %d arguments", MAX_ARGUMENTS);
+        } else {
+            a->v[a->n++] = evaluate(r, k);
+        }
     }
 }
 
@@ -1574,7 +1590,7 @@ static bool tested(Run *r, const Node *n) {
 // Walking the tree.
 
 static Value evaluate_name(Run *r, const Node *n) {
-    const Variable *v = find_variable(r, n->text);
+    const Variable *v = find_variable(r, n->line, n->text);
     if (!v && is_function(n->text)) fail(&r->base, n->line, "%.*s can only be called", shown(n->text), n->text.p);
     return v ? v->value : undefined;
 }
@@ -1643,13 +1659,13 @@ static Flow execute(Run *r, const Node *first);
 
 static void bind(Run *r, const Node *n, Value item) {
     if (n->text2.n == 0) {
-        set_variable(r, n->text, item);
+        set_variable(r, n->line, n->text, item);
         return;
     }
     if (item.type != V_LIST || item.u.list->n != 2)
         fail(&r->base, n->line, "the loop unpacks two values from %s", type_names[item.type]);
-    set_variable(r, n->text, item.u.list->item[0]);
-    set_variable(r, n->text2, item.u.list->item[1]);
+    set_variable(r, n->line, n->text, item.u.list->item[0]);
+    set_variable(r, n->line, n->text2, item.u.list->item[1]);
 }
 
 // The items for which the loop's condition holds.
@@ -1675,7 +1691,7 @@ static Flow execute_for(Run *r, const Node *n) {
     for (; loop->i < over->n; loop->i++) {
         Scope scope = {.up = r->scope};
         r->scope = &scope;
-        set_variable(r, text_of("loop"), (Value){.type = V_LOOP, .u.loop = loop});
+        set_variable(r, n->line, text_of("loop"), (Value){.type = V_LOOP, .u.loop = loop});
         bind(r, n, over->item[loop->i]);
         Flow flow = execute(r, n->list);
         r->scope = scope.up;
@@ -1696,10 +1712,10 @@ static void execute_set(Run *r, const Node *n) {
         v = of_text((Text){inner.p, inner.n});
     }
     if (n->text2.n == 0) {
-        set_variable(r, n->text, v);
+        set_variable(r, n->line, n->text, v);
         return;
     }
-    const Variable *ns = find_variable(r, n->text);
+    const Variable *ns = find_variable(r, n->line, n->text);
     if (!ns || ns->value.type != V_NAMESPACE)
         fail(&r->base, n->line, "%.*s is not a namespace, so its fields cannot be set", shown(n->text), n->text.p);
     charge(r, n->line, ns->value.u.dict->n << 6);
@@ -1766,7 +1782,7 @@ static void render(Run *r, const Jinja *t, const cJSON *variables) {
     const cJSON *k;
     r->scope = scope;
     r->out = get_zeroed(&r->base, sizeof *r->out);
-    cJSON_ArrayForEach(k, variables) set_variable(r, text_of(k->string), from_json(r, k));
+    cJSON_ArrayForEach(k, variables) set_variable(r, 0, text_of(k->string), from_json(r, k));
     execute(r, t->body);
     emit(r, r->out, "", 1);
 }

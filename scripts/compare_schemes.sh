@@ -14,6 +14,13 @@ model=$1 wiki=$2 hellaswag=$3 out=${4:-runs/compare}
 for p in quantize eval; do [ -x "$bin/$p" ] || { echo "$bin/$p is not there: run make first" >&2; exit 1; }; done
 for f in "$model" "$wiki" "$hellaswag"; do [ -e "$f" ] || { echo "$f is not there" >&2; exit 1; }; done
 mkdir -p "$out"
+# What is there is of this question, or in the way.
+asked=$(stat -c '%n %s %Y' "$model" "$wiki" "$hellaswag"; echo "pages ${PAGES:-0} tasks ${TASKS:-400}")
+if [ -e "$out/asked" ] && [ "$(cat "$out/asked")" != "$asked" ]; then
+    echo "$out holds the scores of something else ($(tr '\n' ' ' < "$out/asked")): name another folder, or remove it" >&2
+    exit 1
+fi
+echo "$asked" > "$out/asked"
 
 start() { if [ "${RANKS:-1}" -gt 1 ]; then MPI_TIMEOUT=${MPI_TIMEOUT:-7200} mpi_run "$RANKS" "$@"; else "$@"; fi; }
 # score NAME MODEL ARGUMENTS...: two calls, so that each has its own limit

@@ -156,6 +156,15 @@ static void test_bounds(void **u) {
         if (render(endless[i].source, strlen(endless[i].source), &err)) fail_msg("%s is taken", endless[i].source);
         if (!strstr(err.text, endless[i].names)) fail_msg("%s: %s", endless[i].source, err.text);
     }
+    // Names that are looked for among many count.
+    char *many = xmalloc(1 << 20);
+    size_t n = 0;
+    for (int i = 0; i < 20000; i++) n += (size_t)sprintf(many + n, "{%%set a%d=1%%}", i);
+    sprintf(many + n, "{%% for i in range(1000) %%}{%% if unknown %%}{%% endif %%}{%% endfor %%}");
+    Err slow = {0};
+    if (render(many, strlen(many), &slow)) fail_msg("20,000 variables are taken");
+    if (!strstr(slow.text, "more than")) fail_msg("%s", slow.text);
+    free(many);
     // A chain of elif is long, not deep.
     Err err = {0};
     char *chain = repeated("{% elif 1 == 2 %}", "{% else %}x{% endif %}", "", 5000);

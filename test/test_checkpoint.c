@@ -686,6 +686,22 @@ static void damaged_bin(void **state) {
     assert_int_equal(model_read_rows(&m, param_find(&table, q), 0, 1, row, &err), E_FORMAT);
     model_close(&m);
     param_table_free(&table);
+
+    // Zero points of the integer domain are codes: kernels that serve keep them in as few bits.
+    quant_plan_none(&plan);
+    assert_int_equal(quant_spec_parse(&plan.linear.weight, "int4,group=32,asymmetric", false, &err), 0);
+    assert_int_equal(param_table_build(&table, &c, &plan, &err), 0);
+    if (model_write_packed(good, &c, &plan, &table, NULL, DT_BF16, random_rows, &c, NULL, NULL, &err))
+        fail_msg("%s", err.text);
+    static const int8_t zeros[] = {8, -9, 30, -100};
+    for (size_t i = 0; i < sizeof zeros; i++) {
+        edit_bin(good, bad, NULL, NULL, NULL, "model.layers.0.self_attn.q_proj.weight.zero", &zeros[i], 1);
+        if (model_open(&m, bad, &err)) fail_msg("%s", err.text);
+        assert_int_equal(model_packed(&m, param_find(&table, q), &t, &err), E_FORMAT);
+        assert_non_null(strstr(err.text, "codes of -8 to 7"));
+        model_close(&m);
+    }
+    param_table_free(&table);
 }
 
 static void flip(const char *path, long at) {
