@@ -429,7 +429,9 @@ static int export_model(ModelFile *m, const QuantPlan *plan, const char *out, Er
     char size[32], time[32];
     printf("%s%d tensors, %s%s; %s -> %s (%s) in %s\n", run.quiet ? "" : "\n", t.n, fmt_bytes(size, t.bytes),
            t.inexact ? "" : ", all exact", m->path, out, plan->name, fmt_time(time, now_seconds() - start));
-    if (t.inexact) printf("%d of them are not exact: see their largest errors above\n", t.inexact);
+    if (t.inexact)
+        printf("%d of them are not exact: %s\n", t.inexact, run.quiet ? "without --quiet their largest errors are shown"
+                                                                     : "see their largest errors above");
     return 0;
 }
 

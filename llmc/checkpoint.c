@@ -312,8 +312,9 @@ static int open_tokenizer(ModelFile *m, Err *err) {
         return err_set(err, rc, "%s: %s", path, why);
     }
     rc = join(path, sizeof path, m->path, "tokenizer_config.json", err);
-    if (rc || !path_exists(path)) return rc;
-    rc = file_read(&text, &len, path, (size_t)64 << 20, err);
+    if (rc) return rc;
+    if (path_exists(path)) rc = file_read(&text, &len, path, (size_t)64 << 20, err);
+    else len = strlen(text = xstrdup("{}"));
     if (rc) return rc;
     rc = add_chat_template(&text, &len, m, err);
     if (rc == 0) tokenizer_set_config(m->tokenizer, text, len);

@@ -1706,8 +1706,11 @@ static void execute_set(Run *r, const Node *n) {
     if (n->a) v = evaluate(r, n->a);
     else {
         Buffer inner = {0}, *outer = r->out;
+        Scope scope = {.up = r->scope};          // what is set inside stays there
         r->out = &inner;
+        r->scope = &scope;
         execute(r, n->list);
+        r->scope = scope.up;
         r->out = outer;
         v = of_text((Text){inner.p, inner.n});
     }

@@ -27,6 +27,7 @@ static const struct { const char *source, *text; } cases[] = {
      "}{%- set ns.n = ns.n + 1 -%}{%- endif -%}{%- endfor -%}{{ ns.n }} {{ x is defined }} {% set b %}[{{ ns.n"
      " * 2 }}]{% endset %}{{ b ~ b|length }}",
      "2 False [4]3"},
+    {"{% set q %}a{% set z = 1 %}{% endset %}{{ q }}{{ z is defined }}", "aFalse"},
     {"{% for m in messages if m.role != 'system' %}{{ loop.index }}/{{ loop.length }}{{ '!' if loop.first }}{%"
      " if loop.index0 == 1 %}{% break %}{% endif %};{% endfor %}{% for x in [] %}{% else %} none{% endfor %}{%"
      " for k, v in {'a': 1, 'b': 2}.items() %} {{ k }}={{ v }}{% endfor %}",

@@ -151,7 +151,9 @@ bad_input() {
 verify() {
     cp "$model" "$tmp/changed.bin"
     size=$(stat -c %s "$tmp/changed.bin")
-    printf '\001' | dd of="$tmp/changed.bin" bs=1 seek=$((size / 2)) conv=notrunc 2>/dev/null
+    byte=$(od -An -tu1 -j $((size / 2)) -N 1 "$tmp/changed.bin")
+    # shellcheck disable=SC2059
+    printf "\\$(printf %o $((byte ^ 1)))" | dd of="$tmp/changed.bin" bs=1 seek=$((size / 2)) conv=notrunc 2>/dev/null
     fails 1 'checksum' "$tmp/changed.bin" --prompt x && gen "$tmp/changed.bin" --no-verify --prompt x >/dev/null || { cat "$tmp/err"; return 1; }
 }
 
