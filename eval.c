@@ -336,6 +336,7 @@ static int run_windows(Eval *e, Windows *w, const char *what, Err *err) {
     if (rc == 0) rc = join_results(w->loss, arrays * w->scored * sizeof *w->loss, err);
     running_end(e);
     if (rc == 0) rc = model_unchanged(e->m, err);
+    if (rc == 0 && e->ref_file) rc = model_unchanged(e->ref_file, err);
     call_free(&call);
     free(order);
     return rc;
@@ -654,6 +655,7 @@ static int run_tasks(Eval *e, Task *task, int n, double (*scores)[4], Err *err) 
     if (rc == 0) rc = join_results(scores, (size_t)n * sizeof *scores, err);
     running_end(e);
     if (rc == 0) rc = model_unchanged(e->m, err);
+    if (rc == 0 && e->ref_file) rc = model_unchanged(e->ref_file, err);
     call_free(&call);
     free(batch);
     return rc;
@@ -888,7 +890,7 @@ static int eval_models(const char *path, Err *err) {
     jsonlog_close(&log);
     model_close(&m);
     if (run.reference) model_close(&ref);
-    if (rc == 0 && fflush(stdout) != 0)
+    if (rc == 0 && (fflush(stdout) != 0 || ferror(stdout)))
         rc = err_set(err, E_FAIL, "the results could not be written; is the disk full or the pipe closed?");
     return rc;
 }

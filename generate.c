@@ -805,7 +805,7 @@ int main(int argc, char **argv) {
         model_open_with(&m, model, run.no_verify ? MODEL_NO_VERIFY : 0, &err) < 0) die(&err);
     if (run.format == FORMAT_JSON) logs[1].f = stdout;
     int rc = run_session(&g, &err);
-    if (fflush(stdout) != 0 && rc == 0)
+    if ((fflush(stdout) != 0 || ferror(stdout)) && rc == 0)
         rc = err_set(&err, E_FAIL, "the output could not be written; is the disk full or the pipe closed?");
     if (rc < 0) die(&err);
     session_close(&g);

@@ -1,5 +1,6 @@
 // Picks a backend and hands out its memory.
 #include "device.h"
+#include "cpu/isa.h"
 #include "cpu/matmul.h"
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -72,6 +73,7 @@ static void cpu_init(int threads) {
 #else
     (void)threads;
 #endif
+    (void)cpu_isa();                             // chosen, and said, before threads ask
     char model[128];
     cpu_model(model, sizeof model);
     snprintf(description, sizeof description, "cpu: %s, %d thread%s, %s", model, threads_used,

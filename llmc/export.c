@@ -82,6 +82,8 @@ static void line_errors(const QuantSpec *s, const PackedTensor *t, const Param *
             quant_unpack_row(codes, t->codes + (size_t)r * row_bytes, p->cols, s);
             for (int64_t b = 0; b < across; b++) {
                 Line l = block_line(s, t, r / block[0] * across + b);
+                // Beyond f16 the codes do not matter: 0 times infinity is not 0.
+                if (!isfinite(f16_to_f32(l.d16)) || !isfinite(f16_to_f32(l.m16))) worst = INFINITY;
                 int lo = INT16_MAX, hi = INT16_MIN;
                 for (int64_t c = b * block[1]; c < (b + 1) * block[1]; c++) {
                     if (codes[c] < lo) lo = codes[c];

@@ -131,7 +131,8 @@ void jsonlog_raw(JsonLog *l, const char *key, const char *json) {
 void jsonlog_end(JsonLog *l) {
     if (!l->f) return;
     fputs("}\n", l->f);
-    if (fflush(l->f) == 0 && !ferror(l->f)) return;
+    // Where the log is the program's own output, the program asks stdout for what went wrong.
+    if ((fflush(l->f) == 0 && !ferror(l->f)) || l->f == stdout) return;
     fprintf(stderr, "warning: %s: cannot write the log (%s); going on without it\n", l->path, strerror(errno));
     fclose(l->f);
     l->f = NULL;

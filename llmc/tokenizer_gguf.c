@@ -21,7 +21,7 @@ static const char *pre_name(const Tokenizer *t) {
     const Step *s = t->pre;
     if (t->n_norm) return NULL;
     if (t->options & OPT_BYTES) return "gpt-2";          // a token a byte: no merge reaches across any split
-    if (t->n_pre == 1 && is_step(s, PRE_BYTE_LEVEL, STEP_REGEX)) return "gpt-2";
+    if (t->n_pre == 1 && is_step(s, PRE_BYTE_LEVEL, STEP_REGEX) && !(t->options & OPT_IGNORE_MERGES)) return "gpt-2";
     if (t->n_pre != 2) return NULL;
     if (is_step(s, PRE_DIGITS, 0) && s->behavior == SPLIT_ISOLATED && is_step(s + 1, PRE_BYTE_LEVEL, STEP_REGEX) &&
         !(t->options & OPT_IGNORE_MERGES))

@@ -56,7 +56,8 @@ signal_saves() {
 # which is not that of trained arithmetic. In steps the three forwards agree to about a hundredth.
 integer_is_served() {
     for scheme in 8da4w-32 8da4w-64 int8dq; do
-        for opt in "" "--ste clip --recompute block --grad-accum 2" "--fake-quant-after 3"; do
+        for opt in "" "--ste clip --recompute block --grad-accum 2" "--fake-quant-after 3" \
+            "--init tiny-untied --ste clip --grad-accum 2"; do
             rm -rf "$tmp/i" "$tmp/packed.bin"
             train i --steps 6 --scheme "$scheme" --forward integer $opt &&
                 "$bin/quantize" "$tmp/i/model.bin" --out "$tmp/packed.bin" --quiet > /dev/null || return 1

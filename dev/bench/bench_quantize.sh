@@ -47,10 +47,12 @@ for scheme in $schemes; do
         printf "result quantize%s_copy_share %.3f ratio\n", n, c / s }'
 done
 quantize() { peak "$bin/quantize" "$tmp/model.bin" --scheme 8da4w-32 --quiet --out "$tmp/out.bin"; }
-echo "result quantize_peak_memory $(quantize) bytes"
+memory=$(quantize)
+echo "result quantize_peak_memory $memory bytes"
 if [ -n "${BIG:-}" ]; then
     rm -f "$tmp"/*.bin
     "$random_model" "$tmp/model.bin" "$BIG"
     name=$(echo "$BIG" | tr - _)
-    echo "result quantize_${name}_peak_memory $(quantize) bytes"
+    memory=$(quantize)
+    echo "result quantize_${name}_peak_memory $memory bytes"
 fi

@@ -1,10 +1,11 @@
 // What the processor has.
 #include "isa.h"
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 static const char *const names[] = {"plain", "avx2", "avx512", "avx512-bf16"};
-static int chosen = -1;
+static _Atomic int chosen = -1;         // the first to ask may be one of several threads: all find the same
 
 static CpuIsa widest(void) {
 #if defined(__x86_64__)
@@ -24,8 +25,11 @@ CpuIsa cpu_isa(void) {
     if (chosen >= 0) return (CpuIsa)chosen;
     CpuIsa best = widest();
     const char *asked = getenv("QLLM_ISA");
-    for (int i = 0; asked && i < (int)best; i++)
-        if (!strcmp(asked, names[i])) best = (CpuIsa)i;
+    int i = 0;
+    while (asked && i <= (int)best && strcmp(asked, names[i])) i++;
+    if (asked && i > (int)best)
+        fprintf(stderr, "warning: QLLM_ISA=%.40s is not one of this processor's; taking %s\n", asked, names[best]);
+    else if (asked) best = (CpuIsa)i;
     chosen = (int)best;
     return best;
 }

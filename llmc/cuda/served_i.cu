@@ -33,6 +33,7 @@ static bool layout(ServedLayout *l, const QuantSpec *wq, int OC, int C) {
     int64_t block[2];
     Err err;
     if (quant_block_shape(wq, OC, C, block, &err) < 0 || block[0] != 1) return false;
+    if (wq->bits == 8 && quant_has_zero(wq) && block[1] > 1 << 15) return false;     // sums beyond int32
     *l = ServedLayout{};
     l->stored_bits = stored_bits(wq->bits);
     l->across = (int)(C / block[1]);
