@@ -854,6 +854,22 @@ int model_values(const ModelFile *m, const Param *p, DType dtype, const void **d
     return 1;
 }
 
+void model_done(const ModelFile *m, const Param *p) {
+    Param own = *p;
+    QuantSpec spec = m->packed ? packed_spec(&m->config, &m->plan, p) : (QuantSpec){0};
+    PackedParts parts;
+    Err unused;
+    if (m->kind == MODEL_GGUF) return;
+    if (spec.bits) {
+        if (packed_parts(m, &own, &spec, &parts, &unused) == 0)
+            drop_rows(&m->files[0].map, parts.codes->data, parts.codes->bytes, p, 0, p->rows);
+        return;
+    }
+    if (p->role == ROLE_HEAD && m->config.tied) tied_head_as_table(&own);
+    const StTensor *t = find_tensor(m, own.name);
+    if (t) drop_rows(&st_file(m, t)->map, t->data, t->bytes, p, 0, p->rows);
+}
+
 int model_row_source(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
     const ModelFile *m = ctx;
     int rc = model_read_rows(m, p, row0, n, out, err);

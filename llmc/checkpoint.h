@@ -52,6 +52,9 @@ int model_read_rows(const ModelFile *m, const Param *p, int64_t row0, int64_t n,
 // *data. 0: they are stored otherwise. NaN and infinite values are E_FORMAT as above.
 int model_values(const ModelFile *m, const Param *p, DType dtype, const void **data, Err *err);
 
+// p was copied and is not read again soon: its bytes in the map leave the process's memory.
+void model_done(const ModelFile *m, const Param *p);
+
 // A packed tensor of a model.bin: pointers into the map; scales and zeros widened to f32 (malloc'ed, owned by the
 // caller).
 typedef struct { const uint8_t *codes; float *scale, *zero; int64_t n_scales; } PackedTensor;
