@@ -5,12 +5,13 @@
 # it (their mean), and the median of TURNS such shares counts. Prints the table of torchao with that share.
 # Usage: bench_generate.sh BIN-FOLDER RANDOM_SHARD
 #   SHAPES="135M 1B"   SCHEMES="bf16 int8wo int8dq int4wo-32 8da4w-32"   TURNS=5
+#   THREADS=0          of decoding and of the ceiling (0: all)
 #   MODELS=FOLDER      where the random models lie (made where missing: 7 GB for both shapes)
 #   OPTIONS=           more of generate's: --kv int8
 set -eu
 bin=$1
 tools=$(dirname "$2")
-shapes=${SHAPES:-135M 1B} schemes=${SCHEMES:-bf16 int8wo int8dq int4wo-32 8da4w-32} turns=${TURNS:-5}
+shapes=${SHAPES:-135M 1B} schemes=${SCHEMES:-bf16 int8wo int8dq int4wo-32 8da4w-32} turns=${TURNS:-5} threads=${THREADS:-0}
 models=${MODELS:-$bin/../bench-models}
 tmp=$(mktemp -d); trap 'rm -rf "$tmp"' EXIT
 mkdir -p "$models"
@@ -26,11 +27,12 @@ model() {
     echo "$packed"
 }
 # GB/s of reading BYTES from memory, the fastest of 10 runs.
-ceiling() { "$tools/read_bandwidth" "$1" 10 | awk '$2 == "read_bandwidth" { print $3 }'; }
+ceiling() { "$tools/read_bandwidth" "$1" 10 "$threads" | awk '$2 == "read_bandwidth" { print $3 }'; }
 # turn FILE NEW CEILING-BEFORE BYTES: one run; a line of its figures, and the ceiling after it in $top.
 turn() {
     # shellcheck disable=SC2086
-    "$bin/generate" "$1" --benchmark --runs 1 --bench-prompt 128 --bench-new "$2" ${OPTIONS:-} >"$tmp/out"
+    "$bin/generate" "$1" --benchmark --runs 1 --bench-prompt 128 --bench-new "$2" --threads "$threads" \
+        ${OPTIONS:-} >"$tmp/out"
     top=$(ceiling "$4")
     awk -v before="$3" -v after="$top" '
         /^\| Technique/ { row = NR + 2 }

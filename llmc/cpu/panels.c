@@ -11,8 +11,9 @@
 #include <immintrin.h>
 #endif
 
-// The next lines are asked for this far ahead: panels are one stream, whatever they hold.
-#define PANEL_AHEAD 4096
+// The next lines are asked for this far ahead: panels are one stream, whatever they hold. Measured on Zen 5 with one
+// thread: 4 KiB 0.80, 8 KiB 0.90, 12 KiB 0.91, 16 KiB 0.86 of the read bandwidth.
+#define PANEL_AHEAD 12288
 
 // The functions of one form: codes of 4 and 8 bits, without and with integer zero points, for one token and two.
 typedef struct {
