@@ -83,14 +83,17 @@ typedef struct {
 static int load(Eval *e, int B, int T, int N, bool compare, Err *err) {
     bool loaded = e->s != NULL;
     double began = now_seconds();
+    Err unkept;
     if (loaded && e->made_B == B && e->made_T == T && e->made_N == N && (!compare || e->ref)) return 0;
     infer_free(e->s);
     infer_free(e->ref);
     e->s = e->ref = NULL;
     InferOptions o = {.B = B, .max_T = T, .max_N = N, .arith = run.arithmetic == 0 ? ARITH_TRAINED : ARITH_SERVED,
-                      .kv = run.kv == 0 ? KV_X : KV_INT8, .as_float = run.as_float, .cache_path = e->cache_path};
+                      .kv = run.kv == 0 ? KV_X : KV_INT8, .as_float = run.as_float, .cache_path = e->cache_path,
+                      .cache_err = comm_rank() == 0 ? &unkept : NULL};
     int rc = infer_new(&e->s, e->m, &o, err);
     if (rc < 0) return rc;
+    if (o.cache_err && unkept.text[0]) fprintf(stderr, "%s: not kept: %s\n", program_name, unkept.text);
     InferOptions r = {.B = B, .max_T = T, .max_N = N, .arith = ARITH_TRAINED, .as_float = e->ref_file &&
                       !e->ref_file->packed};
     if (compare && (rc = infer_new(&e->ref, e->ref_file, &r, err)) < 0) return rc;
@@ -869,6 +872,8 @@ static int eval_models(const char *path, Err *err) {
     ModelFile m, ref;
     int rc, flags = run.no_verify ? MODEL_NO_VERIFY : 0;
     char cache[1100];
+    if (run.no_verify && run.served_cache)
+        return err_set(err, E_USAGE, "--served-cache knows its model by the checksum: leave out --no-verify");
     char *settings = cli_json(options, N_OPTIONS);
     rc = comm_check_same("options", settings, err);
     free(settings);

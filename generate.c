@@ -503,6 +503,7 @@ static int chat_tokens(Tokens *out, const Session *g, const Conversation *c, Err
 
 static int session_open(Session *g, int ctx, int most, Err *err) {
     char cache[1100];
+    Err unkept;
     int64_t trained = g->m->config.max_T;
     if (ctx > trained)
         fprintf(stderr, "%s: --ctx %d is longer than the %lld positions this model was made for; quality will suffer\n",
@@ -512,9 +513,10 @@ static int session_open(Session *g, int ctx, int most, Err *err) {
     g->ctx = ctx;
     InferOptions o = {.B = 1, .max_T = ctx, .max_N = run.prefill < most ? run.prefill : most,
                       .arith = run.arithmetic == 0 ? ARITH_TRAINED : ARITH_SERVED, .kv = run.kv ? KV_INT8 : KV_X,
-                      .cache_path = run.served_cache ? cache : NULL};
+                      .cache_path = run.served_cache ? cache : NULL, .cache_err = &unkept};
     int rc = infer_new(&g->s, g->m, &o, err);
     if (rc < 0) return rc;
+    if (unkept.text[0]) fprintf(stderr, "%s: not kept: %s\n", program_name, unkept.text);
     g->cached = xmalloc((size_t)ctx * sizeof *g->cached);
     g->logits = xmalloc((size_t)g->m->config.V * sizeof *g->logits);
     g->ready = now_seconds() - started;
@@ -529,14 +531,13 @@ static void session_close(Session *g) {
 }
 
 static int check_room(int n_prompt, int ctx, int64_t most, Err *err) {
-    if (n_prompt < ctx) return 0;
+    if (n_prompt <= ctx) return 0;           // the last new token needs no place in the cache
     return err_set(err, E_USAGE, "the prompt has %d tokens and the context %d: no room for a new one; shorten the "
                                  "prompt%s", n_prompt, ctx, ctx < most ? " or raise --ctx" : "");
 }
 
 // Continues the prompt, whose first `keep` tokens are in the cache, as far as the context goes.
 static int answer(Session *g, const Tokens *prompt, int keep, TextOut *out, Timing *t, Err *err) {
-    // The last new token needs no place in the cache.
     int room = g->ctx - prompt->n + 1, max_new = run.max_new < room ? run.max_new : room;
     int rc = generate(g, prompt->ids, prompt->n, keep, max_new, run.ignore_eos, out, t, err);
     text_end(out);
@@ -750,6 +751,8 @@ static int run_many(Session *g, Err *err) {
 // ---------------------------------------------------------------------------------------------
 
 static int check_options(Err *err) {
+    if (run.no_verify && run.served_cache)
+        return err_set(err, E_USAGE, "--served-cache knows its model by the checksum: leave out --no-verify");
     bool prompt = run.prompt || run.prompt_file;
     if (run.many && prompt)
         return err_set(err, E_USAGE, "--stdin reads the prompts: give no --prompt or --prompt-file with it");

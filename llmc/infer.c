@@ -497,6 +497,7 @@ static int make_buffers(Infer *s, Err *err) {
 
 int infer_new(Infer **out, const ModelFile *m, const InferOptions *o, Err *err) {
     *out = NULL;
+    if (o->cache_err) *o->cache_err = (Err){0};
     if (o->B < 1 || o->max_T < 1 || o->max_N < o->B)
         return err_set(err, E_USAGE, "a batch of %d, a context of %d and %d tokens a call: each must be at least 1, and a "
                        "call holds a token of every sequence", o->B, o->max_T, o->max_N);
@@ -528,8 +529,8 @@ int infer_new(Infer **out, const ModelFile *m, const InferOptions *o, Err *err) 
     }
     if (rc == 0) rc = load_weights(s, m, err);
     free_stage(s);
-    Err unwritten;                               // where it cannot be kept, it is made each time
-    if (rc == 0 && s->made_new && s->n_made) served_cache_write(s->cache_path, m, s->made, s->n_made, &unwritten);
+    if (rc == 0 && s->made_new && s->n_made && o->cache_err)
+        served_cache_write(s->cache_path, m, s->made, s->n_made, o->cache_err);
     forget_served(s);
     if (rc == 0) rc = make_buffers(s, err);
     if (rc == 0) rc = device_sync(err);

@@ -20,8 +20,10 @@ typedef struct {
     bool as_float;           // ignore the file's plan and run a float model.bin without fake quantization
     // ARITH_SERVED on the CPU: a file that keeps the served forms from run to run, so that the next start maps them
     // instead of making them ("MODEL.served" beside the model). NULL: none. One that is missing, damaged, or of another
-    // model, processor or version is made anew; where it cannot be written, infer_new goes on without it.
+    // model, processor or version is made anew; where it cannot be written, infer_new goes on without it and says why in
+    // cache_err, whose text is empty otherwise. cache_err NULL: the file is only read, since another rank writes it.
     const char *cache_path;
+    Err *cache_err;
 } InferOptions;
 
 // Loads an open model, which must stay open as long as *out lives.

@@ -2,12 +2,13 @@
 # What each scheme costs a model: scripts/compare_schemes.sh MODEL WIKITEXT HELLASWAG [OUT]
 # Rounds MODEL (a Hugging Face folder, a .gguf file or a model.bin) to each of SCHEMES, scores it in served arithmetic
 # on wikitext and HellaSwag, and measures its distance from MODEL. Ends with a table; OUT (runs/compare) keeps the
-# files, what eval printed and its JSON lines. What is there already is not made again.
+# files, what eval printed and its JSON lines. What is there already is not made again. Seconds passed, and seconds that
+# threads ran: of wikitext the model's and MODEL's beside it, save for the line of MODEL itself.
 # Settings: SCHEMES="int8wo int8dq int4wo-32 8da4w-32" PAGES=0 (of wikitext, 0: all) TASKS=400 (0: all) THREADS=0
 # RANKS=1 (with mpirun).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 3 ] || { sed -n '2,7s/^# //p' "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,9s/^# //p' "$0"; exit 2; }
 model=$1 wiki=$2 hellaswag=$3 out=${4:-runs/compare}
 . scripts/lib.sh
 . scripts/mpi.sh
@@ -43,12 +44,13 @@ row() {
     h() { json_field "$json" hellaswag "$1"; }
     awk -v name="$1" -v ppl="$(w word_perplexity)" -v kl="$(w kl)" -v kle="$(w kl_stderr)" -v p99="$(w kl_p99)" \
         -v same="$(w same_top1)" -v acc="$(h acc)" -v norm="$(h acc_norm)" -v err="$(h acc_norm_stderr)" \
-        -v size="$(w model_bytes)" -v ws="$(w seconds)" -v hs="$(h seconds)" 'BEGIN {
+        -v size="$(w model_bytes)" -v ws="$(w seconds)" -v wp="$(w processor_seconds)" -v hs="$(h seconds)" \
+        -v hp="$(h processor_seconds)" 'BEGIN {
         if (kl == "") distance = sprintf("%20s %8s %7s", "-", "-", "-")
         else distance = sprintf("%9.5f +- %s %8.4f %6.2f%%", kl, kle == "null" ? "   -   " : sprintf("%.5f", kle), p99,
             100 * same)
-        printf "%-10s %10.4f %s %7.4f %8.4f +- %.4f %8.1f %8.0f %8.0f\n", name, ppl, distance, acc, norm, err,
-            size / 1e6, ws, hs }'
+        printf "%-10s %10.4f %s %7.4f %8.4f +- %.4f %8.1f %8.0f %8.0f %8.0f %8.0f\n", name, ppl, distance, acc, norm, err,
+            size / 1e6, ws, wp, hs, hp }'
 }
 
 score float "$model" --arithmetic trained
@@ -59,7 +61,7 @@ for scheme in ${SCHEMES:-int8wo int8dq int4wo-32 8da4w-32}; do
 done
 say "$model: wikitext, and HellaSwag with ${TASKS:-400} tasks"
 {
-    printf '%-10s %10s %20s %8s %7s %7s %18s %8s %8s %8s\n' scheme "word ppl" "KL from float" "KL 99%" "top-1" acc \
-        acc_norm "size MB" "wiki s" "hella s"
+    printf '%-10s %10s %20s %8s %7s %7s %18s %8s %8s %8s %8s %8s\n' scheme "word ppl" "KL from float" "KL 99%" "top-1" acc \
+        acc_norm "size MB" "wiki s" "(cpu s)" "hella s" "(cpu s)"
     for name in float ${SCHEMES:-int8wo int8dq int4wo-32 8da4w-32}; do row "$name"; done
 } | tee "$out/table.txt"

@@ -301,13 +301,14 @@ static void served_stays_within_its_bound(void **state) {
     }
 }
 
-static Infer *new_served(const ModelFile *m, int B, KvFormat kv, const char *cache_path) {
+static Infer *new_kept(const ModelFile *m, int B, KvFormat kv, const char *cache_path, Err *cache_err) {
     Err err = {0};
     Infer *s;
     must(infer_new(&s, m, &(InferOptions){.B = B, .max_T = 64, .max_N = 64, .arith = ARITH_SERVED, .kv = kv,
-                                          .cache_path = cache_path}, &err), &err);
+                                          .cache_path = cache_path, .cache_err = cache_err}, &err), &err);
     return s;
 }
+static Infer *new_served(const ModelFile *m, int B, KvFormat kv) { return new_kept(m, B, kv, NULL, NULL); }
 
 static void a_step_is_a_forward_and_a_draw(void **state) {
     (void)state;
@@ -319,8 +320,8 @@ static void a_step_is_a_forward_and_a_draw(void **state) {
             Err err = {0};
             open_model(&m, &variants[i], strcmp(variants[i].linear, "none") || variants[i].rule);
             KvFormat kv = mode == 2 ? KV_INT8 : KV_X;
-            Infer *a = mode ? new_served(&m, 1, kv, NULL) : new_infer(&m, 1, 64, 64, ARITH_TRAINED);
-            Infer *b = mode ? new_served(&m, 1, kv, NULL) : new_infer(&m, 1, 64, 64, ARITH_TRAINED);
+            Infer *a = mode ? new_served(&m, 1, kv) : new_infer(&m, 1, 64, 64, ARITH_TRAINED);
+            Infer *b = mode ? new_served(&m, 1, kv) : new_infer(&m, 1, 64, 64, ARITH_TRAINED);
             float *logits = xmalloc((size_t)m.config.V * sizeof *logits);
             for (int k = 0; k < 2; k++) {
                 const int32_t prompt[] = {5, 99, 17, 3, 64};
@@ -359,7 +360,7 @@ static void an_int8_cache_is_a_cache(void **state) {
         open_model(&m, &variants[i], strcmp(variants[i].linear, "none") || variants[i].rule);
         size_t V = (size_t)m.config.V;
         make_tokens(tokens, targets, (int)V);
-        Infer *a = new_served(&m, BATCH, KV_INT8, NULL), *b = new_served(&m, BATCH, KV_X, NULL);
+        Infer *a = new_served(&m, BATCH, KV_INT8), *b = new_served(&m, BATCH, KV_X);
         float *la = xmalloc(BATCH * V * 4), *lb = xmalloc(BATCH * V * 4), *forked = xmalloc(BATCH * V * 4);
         double diff = 0, norm = 0;
         infer_reset(a, 1);
@@ -419,7 +420,7 @@ static void greedy_text_is_the_stored_one(void **state) {
                 const Sampler greedy = {.temperature = 0};
                 open_model(&m, &v, i > 0);
                 assert_true(cpu_isa_use((CpuIsa)isa));
-                Infer *s = mode ? new_served(&m, 1, mode == 2 ? KV_INT8 : KV_X, NULL)
+                Infer *s = mode ? new_served(&m, 1, mode == 2 ? KV_INT8 : KV_X)
                                 : new_infer(&m, 1, 64, 64, ARITH_TRAINED);
                 infer_reset(s, 1);
                 must(infer_forward(s, prompt, NULL, 4, NULL, NULL, &err), &err);
@@ -457,9 +458,13 @@ static void kept_forms_are_those_that_are_made(void **state) {
         open_model(&m, &variants[i], true);
         size_t V = (size_t)m.config.V;
         float *want = xmalloc(V * 4), *got = xmalloc(V * 4);
-        Infer *s = new_served(&m, 1, KV_X, NULL);
+        Infer *s = new_served(&m, 1, KV_X);
         must(infer_forward(s, text, NULL, 6, want, NULL, &err), &err);
         infer_free(s);
+        bool kept = false;
+        // Whoever may only read does not write.
+        infer_free(new_kept(&m, 1, KV_X, path, NULL));
+        assert_false(path_exists(path));
         // Made anew for this model; taken as it is; made again where it was damaged; no place to keep it.
         for (int start = 0; start < 4; start++) {
             if (start == 2 && path_exists(path)) {
@@ -470,10 +475,13 @@ static void kept_forms_are_those_that_are_made(void **state) {
                 fputc(c ^ 16, f);
                 fclose(f);
             }
-            s = new_served(&m, 1, KV_X, start == 3 ? nowhere : path);
+            Err unkept = {.text = "not touched"};
+            s = new_kept(&m, 1, KV_X, start == 3 ? nowhere : path, &unkept);
+            assert_true((unkept.text[0] != 0) == (start == 3 && kept));
             must(infer_forward(s, text, NULL, 6, got, NULL, &err), &err);
             same_bits("kept", variants[i].name, got, want, V);
             infer_free(s);
+            if (start == 0) kept = path_exists(path);
             if (start < 3 && variants[i].linear[0] == 'i' && !variants[i].rule) {
                 assert_true((inode_of(path) == before) == (start == 1));
                 before = inode_of(path);
@@ -482,8 +490,7 @@ static void kept_forms_are_those_that_are_made(void **state) {
         // A model whose checksum was not compared is not what a kept file knows: none is read, none is written.
         if (remove(path) == 0) {
             m.flags |= MODEL_NO_VERIFY;
-            s = new_served(&m, 1, KV_X, path);
-            infer_free(s);
+            infer_free(new_kept(&m, 1, KV_X, path, &err));
             assert_false(path_exists(path));
             before = 0;                          // a number that may come back
         }

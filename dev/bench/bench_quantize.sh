@@ -1,7 +1,8 @@
 #!/bin/sh
 # quantize against copying: the time to convert a bf16 model of a shape (default 1B) to a scheme, until the output is on
 # the disk, over that of `cp` of the input followed by `sync` of the copy; both read from a warm page cache and write to
-# the same disk, taking turns, and the best of each counts. Peak resident memory, mapped files included.
+# the same disk, taking turns, and the best of each counts; --no-verify, since cp compares nothing either. Peak resident
+# memory, mapped files included.
 # BIG=8B-4 (or 8B: 32 GB of disk): the peak of a large model too. BENCH_DIR: where the files go. Usage:
 # bench_quantize.sh BIN RANDOM_SHARD [shape] [rounds]
 set -eu

@@ -6,17 +6,17 @@
 
 FOLDER is the export of PACKED.bin. Two things are compared:
 
-Weights, equal: what compressed-tensors decompresses is (code - zero) * scale; ours is that (int8 by channel, whose scale works
-on sums) or that rounded to bf16. Ours come from a dequantized folder of the same file (`quantize PACKED.bin --to dequantized
---dtype f32`).
+Weights, equal: what compressed-tensors decompresses is (code - zero) * scale; ours is that (int8 by channel, whose scale
+works on sums) or that rounded to bf16. Ours come from a dequantized folder of the same file (`quantize PACKED.bin --to
+dequantized --dtype f32`).
 
 Logits, relative to the largest one, both in f32. Weight-only: weights that differ by the rounding to bf16, 2^-9 relative at
 most and uniformly spread, turn an inner product by 2^-9 / sqrt(3) of the root of its sum of squares, and seven of those in each
 of L blocks stand in a row: sqrt(7 L) 2^-9 / sqrt(3), 1.6e-2 for L = 30. The bound is 5e-2. Where inputs are quantized, a code
 flips wherever the two disagree by a hair (and all may, where the scales are amax / 127.5 and amax / 127), so that the two
-have rounding noise of equal size that is hardly the same: their difference is at most about sqrt(2) times what quantizing the
-inputs changes at all, which is measured here (theirs without it against ours with it); the bound is 2 of that. How far one linear is
-from the formula of compressed-tensors' documentation is printed, too.
+have rounding noise of equal size that is hardly the same: their difference is at most about sqrt(2) times what quantizing
+the inputs changes at all, which is measured on their side alone (with it against without it); the bound is 2 of that. How
+far one linear is from the formula of compressed-tensors' documentation is printed, too.
 """
 import argparse
 import os
@@ -89,7 +89,7 @@ with tempfile.TemporaryDirectory() as tmp:
 scale, bound = np.abs(want).max(), args.bound
 inputs = group["input_activations"]
 if inputs:
-    noise = np.abs(want - floating).max() / scale
+    noise = np.abs(logits - floating).max() / np.abs(floating).max()
     bound = 2 * noise
     x = torch.randn(16, model.config.hidden_size, generator=torch.Generator().manual_seed(1)) + 0.3
     weight = plain.model.layers[0].self_attn.q_proj.weight
