@@ -214,12 +214,53 @@ train_all() {
     done
     return 0
 }
+# decode SHAPE OPTIONS...: tokens a second, and GB/s to hold beside the copy rate of the kernels' figures, by schemes.
+decode() {
+    local shape=$1 out scheme file field
+    shift
+    out=$(mktemp -d)
+    cat doc/*.md >"$out/text.txt"
+    if ! "$(bin bf16)/train_llama_qat" --init "$shape" --scheme none --train-data "$out/text.txt" --batch 1 --seq-len 16 \
+        --steps 1 --out "$out/run" >"$out/log" 2>&1; then
+        echo "not ok decode $shape: no model"
+        tail -n 3 "$out/log"
+    else
+        for scheme in bf16 int8wo int8dq int4wo-32 8da4w-32; do
+            file=$out/run/model.bin
+            if [ $scheme != bf16 ]; then
+                "$(bin bf16)/quantize" "$file" --scheme $scheme --out "$out/q.bin" --quiet >"$out/log" 2>&1
+                file=$out/q.bin
+            fi
+            if "$(bin bf16)/generate" "$file" --device cuda --benchmark "$@" >"$out/log" 2>&1; then
+                [ -n "$sim" ] || for field in "decode tok/s" "bandwidth GB/s" "prefill tok/s" "start_first_token ms"; do
+                    awk -v n="${field% *}" -v u="${field#* }" -v as="${shape}_$scheme" '
+                        $2 == "generate_" n { print "result generate_" as "_" n, $3, u }' "$out/log"
+                done
+                echo "ok decode $shape $scheme"
+            else
+                echo "not ok decode $shape $scheme"
+                tail -n 3 "$out/log"
+            fi
+        done
+    fi
+    rm -rf "$out"
+}
+decode_all() {
+    if [ -n "$sim" ]; then
+        decode tiny --runs 1 --bench-prompt 4 --bench-new 4
+    else
+        decode 135M --runs 5 --bench-prompt 128 --bench-new 256
+        decode 1B --runs 5 --bench-prompt 128 --bench-new 256
+    fi
+}
 if [ -n "$programs" ]; then
     export -f train train_all compare bin
     rm -f "$BUILD"/ms-*
     last_start=$(($(date +%s) + time_for_all - SECONDS - 40))
     export BUILD sim last_start
     step "training" 240 bash -c train_all
+    export -f decode decode_all
+    step "decoding" $((60 * slow)) bash -c decode_all
 fi
 say "took $((SECONDS / 60)) min $((SECONDS % 60)) s"
 say "$passed passed, $failed failed$([ "$skipped" -gt 0 ] && echo ", $skipped skipped")"
