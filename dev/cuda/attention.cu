@@ -167,7 +167,7 @@ static void run(int variant) {
         if (!timed) attention_cpu(want, q, k, v, s);
         size_t ldq = (size_t)s.NH * HEAD, ldkv = (size_t)s.NKV * HEAD;
         Args a = {d_o, nullptr, dq, dk, dv, s.T, s.T, s.NH, s.NH / s.NKV, ldq, ldq, ldkv, s.T * ldkv,
-                  attention_scale_log2(HEAD)};
+                  attention_scale_log2(HEAD), nullptr, nullptr, 0};
         for (int block : lab_blocks) {
             if (variant > 1 && block != lab_blocks[0]) break;   // these choose the block themselves
             if (!timed) {

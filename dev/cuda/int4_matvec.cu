@@ -158,7 +158,7 @@ static __global__ void matvec_shared(floatX *y, const floatX *x, const uint8_t *
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 float q[8];
-                if (TRICK) unpack_step<CODES_4>(q, words[r], w, 0);
+                if (TRICK) unpack_step<CODES_4>(q, words[r], w, 0, 8.0f);
                 else for (int i = 0; i < 8; i++) q[i] = (float)((int)(words[r][w] >> 4 * i & 15) - 8);
 #pragma unroll
                 for (int i = 0; i < 8; i++) sum[r] = fmaf(q[i], v[i], sum[r]);
@@ -208,7 +208,7 @@ matvec_stay(floatX *y, const floatX *x, const uint8_t *codes, const float *scale
 #pragma unroll
             for (int w = 0; w < 4; w++) {
                 float q[8];
-                unpack_step<CODES_4>(q, slot[r].w, w, 0);
+                unpack_step<CODES_4>(q, slot[r].w, w, 0, 8.0f);
 #pragma unroll
                 for (int i = 0; i < 8; i++) sum = fmaf(q[i], xs[8 * w + i], sum);
             }
@@ -250,7 +250,8 @@ struct Data { floatX *x, *y; uint8_t *codes; float *scale, *zero; };
 static void launch(int variant, int block, const Data &d, int C, int OC) {
     const int warps = block / 32;
     if (variant == VARIANTS) {
-        matvec_any_n<CODES_4, SCALE_ZERO, true, floatX>(d.y, d.x, d.codes, C / 2, 0, d.scale, d.zero, GROUP, 1, C, OC);
+        matvec_any_n<CODES_4, SCALE_ZERO, true>({d.y, nullptr}, d.x, d.codes, C / 2, 0, d.scale, d.zero, GROUP, 1, C,
+                                                OC);
         return;
     }
     typedef void (*Kernel)(floatX *, const floatX *, const uint8_t *, const float *, const float *, int, int);

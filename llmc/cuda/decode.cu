@@ -273,6 +273,8 @@ compare_kernel(float *kl, int32_t *same, const float *logits, const float *refer
     __shared__ Top tops[2][COMPARE_THREADS / 32];
     const float *z[2] = {logits + (size_t)blockIdx.x * V, reference + (size_t)blockIdx.x * V};
     Top top[2];
+    // One after the other: two exponentials at once want more registers than their calls leave.
+#pragma unroll 1
     for (int k = 0; k < 2; k++) {
         Top t = {-INFINITY, -1};
         for (int i = (int)threadIdx.x; i < V; i += COMPARE_THREADS)

@@ -179,9 +179,9 @@ template <> struct SlotWords<8> {
     }
 };
 
-// R rows a warp against NT tokens, of which N are there.
+// R rows a warp against NT tokens, of which N are there. Four blocks a multiprocessor: for more the compiler would spill.
 template <int STORED, bool GROUPS, int NT, int R>
-static __global__ void __launch_bounds__(32 * ROW_WARPS)
+static __global__ void __launch_bounds__(32 * ROW_WARPS, 4)
 few_kernel(ServedOut y, Inputs in, Weights w, int N, int OC) {
     const int M = R * NT, WORDS = SlotWords<STORED>::WORDS, COLUMNS = 4 * WORDS;
     __shared__ Vec<float, 2> groups[ROW_WARPS][GROUPS ? M : 1][GROUPS ? ROUND + 1 : 1];     // f32(acc), scale
