@@ -408,13 +408,13 @@ static int plan_integer_forward(Trainer *t, ServedWeights *s, Err *err) {
 }
 
 static int run_training(Err *err) {
-    static Trainer t;                          // lives as long as the process
+    static Trainer t;                          // these live as long as the process
+    static ServedWeights served_weights;
     int rc;
     if ((rc = check_options(err)) < 0 || (rc = trainer_begin(&t, &run, options, N_OPTIONS, err)) < 0) return rc;
     if ((rc = plan_from_options(&t.plan, run.model ? &t.file.plan : NULL, err)) < 0) return rc;
     if (qat.forward) t.products = "output";
     rc = trainer_prepare(&t, run.master ? PARAM_BF16 : PARAM_F32, qat.gather == 0, qat.optimizer == OPTIM_ADAMW, err);
-    ServedWeights served_weights;
     if (rc == 0 && qat.forward) rc = plan_integer_forward(&t, &served_weights, err);
     if (rc < 0 || (rc = trainer_alloc(&t, acts_shape(&t.table, &t.plan), err)) < 0) return rc;
     if (qat.forward && (rc = served_weights_alloc(&served_weights, err)) < 0) return rc;
