@@ -85,7 +85,8 @@ run() {
 
 for dir in "$@"; do
     if [ "$dir" = cudasim ]; then
-        run cudasim "${MAKE:-make}" --no-print-directory ${BUILD:+BUILD="$BUILD"} QLLM_QUIET=1 test-cudasim
+        # Every kernel in both precisions, one program after the other: as long as a dozen of the others.
+        limit=$((3 * limit)) run cudasim "${MAKE:-make}" --no-print-directory ${BUILD:+BUILD="$BUILD"} QLLM_QUIET=1 test-cudasim
         continue
     fi
     name=$(basename "$dir")
