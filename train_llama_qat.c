@@ -14,7 +14,8 @@
 //
 // With --forward integer a linear whose input is quantized multiplies the codes themselves, by the kernel that serves
 // the packed model (ops->served_forward): the input comes unquantized, and its fake-quantized values are made after the
-// product, for the backward, which is the same as before.
+// product, for the backward, which is the same as before. With --grad-weight int8 the backward's product that gives a
+// block's weight gradients is one of integers too: both sides are quantized to INT8 by column, over all tokens.
 //
 // With several ranks the model asks for a unit's weights (shard_forward, shard_backward) and hands over its gradients
 // (shard_gradients); units are the embedding, the blocks 0 .. L-1, and L, the final norm and the head. llmc/shard.h
@@ -43,6 +44,7 @@ typedef struct {
     Store *store;            // what this rank updates: masters (--master) and moments (--optim-state), all rows of every
                              // parameter or its share of them
     ServedWeights *served;   // --forward integer: linears as they are served; else NULL
+    bool int8_grad_weight;   // --grad-weight int8
 } Llama;
 
 static int param_index(const Llama *m, int l, ParamRole r) { return (int)(param_get(m->table, l, r) - m->table->p); }
@@ -180,7 +182,8 @@ static void llama_loss(const Llama *m, const Acts *s, bool backward, int micro) 
 static void linear_backward(const Llama *m, const Acts *s, floatX *dx, const floatX *dy, const floatX *x, int l,
                             ParamRole first, ParamRole last, int C, int OC, bool accumulate) {
     const float *scale = wscale(m, l, first, last);
-    ops->linear_backward_weight(dw(m, l, first), dy, x, s->N, C, OC, accumulate);
+    if (m->int8_grad_weight) ops->linear_i8_backward_weight(dw(m, l, first), dy, x, s->N, C, OC, accumulate);
+    else ops->linear_backward_weight(dw(m, l, first), dy, x, s->N, C, OC, accumulate);
     ops->linear_backward_input(dx, dy, w(m, l, first), scale, scale ? s->scaled : NULL, s->N, C, OC);
 }
 
@@ -301,7 +304,7 @@ static TrainOptions run;
 static struct {
     const char *scheme, *weight, *activation, *embedding, *head;
     StringList rules;
-    int ste, fake_quant_after, optimizer, gather, forward;
+    int ste, fake_quant_after, optimizer, gather, forward, grad_weight;
     double momentum;
 } qat;
 
@@ -316,6 +319,7 @@ static const Option options[] = {
     {"--rule",         OPT_LIST,   &qat.rules,        NULL,     NULL, "PATTERN=SCHEME for linears whose name matches; may be repeated, the last match wins"},
     {"--ste",          OPT_ENUM,   &qat.ste,          "pass",   "pass,clip", "gradient of clipped values: passed through, or zero"},
     {"--forward",      OPT_ENUM,   &qat.forward,      "float",  "float,integer", "linears with quantized inputs multiply fake-quantized values, or codes by the kernel that serves them"},
+    {"--grad-weight",  OPT_ENUM,   &qat.grad_weight,  "float",  "float,int8", "weight gradients of the blocks' linears: products of floats, or of INT8 codes of both sides"},
     {"--fake-quant-after", OPT_INT, &qat.fake_quant_after, "0", "0..", "train in float for this many steps first"},
     {"--gather",       OPT_ENUM,   &qat.gather,       "quant",  "quant,full", "between ranks fake-quantized weights travel as codes and scales (same bits, fewer bytes), or whole"},
     {"--optimizer",    OPT_ENUM,   &qat.optimizer,    "adamw",  "adamw,sgd", "update rule"},
@@ -413,7 +417,8 @@ static int run_training(Err *err) {
     int rc;
     if ((rc = check_options(err)) < 0 || (rc = trainer_begin(&t, &run, options, N_OPTIONS, err)) < 0) return rc;
     if ((rc = plan_from_options(&t.plan, run.model ? &t.file.plan : NULL, err)) < 0) return rc;
-    if (qat.forward) t.products = "output";
+    static const char *const products[2][2] = {{NULL, "grad_weight"}, {"output", "output grad_weight"}};
+    t.products = products[qat.forward][qat.grad_weight];
     rc = trainer_prepare(&t, run.master ? PARAM_BF16 : PARAM_F32, qat.gather == 0, qat.optimizer == OPTIM_ADAMW, err);
     if (rc == 0 && qat.forward) rc = plan_integer_forward(&t, &served_weights, err);
     if (rc < 0 || (rc = trainer_alloc(&t, acts_shape(&t.table, &t.plan), err)) < 0) return rc;
@@ -421,7 +426,7 @@ static int run_training(Err *err) {
     if ((rc = trainer_start(&t, err)) < 0) return rc;
 
     Llama m = {.c = t.c, .plan = &t.plan, .table = &t.table, .shard = &t.shard, .store = &t.store,
-               .served = qat.forward ? &served_weights : NULL};
+               .served = qat.forward ? &served_weights : NULL, .int8_grad_weight = qat.grad_weight == 1};
     UpdateParams u = {.kind = (Optim)qat.optimizer, .momentum = (float)qat.momentum, .weight_decay = run.weight_decay,
                       .adamw = {.beta1 = run.beta1, .beta2 = run.beta2, .eps = run.eps},
                       .clip = (float)run.clip, .ste_clip = qat.ste == 1};

@@ -30,7 +30,8 @@ two_runs_equal() {
 
 # From a checkpoint on the way, and from the one a signal leaves.
 resume_equal() {
-    for opt in "--optimizer adamw" "--optimizer sgd --recompute block --ste clip" "--fake-quant-after 7 --grad-accum 2"; do
+    for opt in "--optimizer adamw" "--optimizer sgd --recompute block --ste clip" "--fake-quant-after 7 --grad-accum 2" \
+        "--grad-weight int8"; do
         rm -rf "$tmp/c" "$tmp/d"
         train c --steps 12 --scheme int4wo-32 --save-every 5 --keep 0 $opt || return 1
         mkdir "$tmp/d" && cp -r "$tmp/c/step-5" "$tmp/d/" && echo step-5 > "$tmp/d/latest"
@@ -56,7 +57,7 @@ signal_saves() {
 # which is not that of trained arithmetic. In steps the three forwards agree to about a hundredth.
 integer_is_served() {
     for scheme in 8da4w-32 8da4w-64 int8dq; do
-        for opt in "" "--ste clip --recompute block --grad-accum 2" "--fake-quant-after 3" \
+        for opt in "" "--ste clip --recompute block --grad-accum 2" "--fake-quant-after 3" "--grad-weight int8" \
             "--init tiny-untied --ste clip --grad-accum 2"; do
             rm -rf "$tmp/i" "$tmp/packed.bin"
             train i --steps 6 --scheme "$scheme" --forward integer $opt &&
@@ -77,6 +78,21 @@ integer_is_served() {
     steps f > "$tmp/f.s" && steps i > "$tmp/i.s"
     paste -d ' ' "$tmp/f.s" "$tmp/i.s" | awk '{ d = $2 - $5; if (d < 0) d = -d; if (!(d < 0.02)) bad = 1; n++ }
             END { exit bad || n != 6 }'
+}
+
+# --grad-weight int8 changes no forward: the first loss is the same in every digit. The gradient's norm is not, but is
+# near: each of its products of columns is quantized to 127 steps of the column's largest value.
+int8_gradients() {
+    for opt in "--scheme none" "--scheme int4wo-32" "--scheme 8da4w-32 --forward integer" \
+        "--scheme int8dq --grad-accum 2 --recompute block"; do
+        rm -rf "$tmp/f" "$tmp/g"
+        train f --steps 6 $opt && train g --steps 6 $opt --grad-weight int8 || return 1
+        steps f > "$tmp/f.s" && steps g > "$tmp/g.s"
+        paste -d ' ' "$tmp/f.s" "$tmp/g.s" | tee "$tmp/both.s" | awk 'function off(a, b) { return a > b ? a - b : b - a }
+                NR == 1 && ($2 != $5 || $3 == $6) { bad = 1 }
+                !(off($2, $5) < 0.02) || !(off($3, $6) < 0.05 * $3) { bad = 1 } { n++ }
+                END { exit bad || n != 6 }' || { echo "$opt"; cat "$tmp/both.s"; return 1; }
+    done
 }
 
 # What cannot go together is refused before anything is trained.
@@ -165,6 +181,8 @@ resume_refuses() {
     train e --steps 3 --scheme 8da4w-32 || return 1
     train e --steps 6 --scheme int4wo-32 --resume && { echo "resumed with another scheme"; return 1; }
     grep -q 'scheme' "$tmp/e.txt" || return 1
+    train e --steps 6 --scheme 8da4w-32 --resume --grad-weight int8 && { echo "resumed with other products"; return 1; }
+    grep -q 'integer products grad_weight' "$tmp/e.txt" || { cat "$tmp/e.txt"; return 1; }
     truncate -s -100 "$tmp/e/step-3/rank-00000-of-00001.safetensors"
     train e --steps 6 --scheme 8da4w-32 --resume && { echo "resumed from a truncated file"; return 1; }
     grep -q 'rank-00000-of-00001.safetensors' "$tmp/e.txt"
@@ -176,6 +194,7 @@ check signal_saves signal_saves
 check served_is_trained served_is_trained
 check integer_is_served integer_is_served
 check integer_is_refused integer_is_refused
+check int8_gradients int8_gradients
 check bad_input bad_input
 check nan_stops nan_stops
 check resume_refuses resume_refuses

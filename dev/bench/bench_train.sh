@@ -27,11 +27,13 @@ median() { awk -v key="\"$2\": *" '/"event": *"step"/ { if (match($0, key "[-0-9
 run none1 none 4 512 --profile "$tmp/none1.json"
 run qat1 8da4w-32 4 512 --profile "$tmp/qat1.json"
 run int1 8da4w-32 4 512 --forward integer --profile "$tmp/int1.json"
+run grad1 8da4w-32 4 512 --forward integer --grad-weight int8 --profile "$tmp/grad1.json"
 run none2 none 4 512
 run qat2 8da4w-32 4 512
 run int2 8da4w-32 4 512 --forward integer
+run grad2 8da4w-32 4 512 --forward integer --grad-weight int8
 run long none 1 2048 --profile "$tmp/long.json"
-for r in none1 qat1 int1 long; do echo "--- $r"; grep -A 40 '^profile' "$tmp/$r.txt"; done
+for r in none1 qat1 int1 grad1 long; do echo "--- $r"; grep -A 40 '^profile' "$tmp/$r.txt"; done
 grep '^FLOPs' "$tmp/none1.txt"
 grep '^device' "$tmp/none1.txt"
 
@@ -40,6 +42,7 @@ share=$(best "$(median none1 peak_share)" "$(median none2 peak_share)" r)
 none_ms=$(best "$(median none1 ms)" "$(median none2 ms)")
 qat_ms=$(best "$(median qat1 ms)" "$(median qat2 ms)")
 int_ms=$(best "$(median int1 ms)" "$(median int2 ms)")
+grad_ms=$(best "$(median grad1 ms)" "$(median grad2 ms)")
 plan=$(sed -n 's/.*"memory_plan": *\([0-9.e+]*\).*/\1/p' "$tmp/none1/log.jsonl")
 rss=$(median none1 peak_rss)
 echo "result train_none_peak_share $share ratio"
@@ -49,4 +52,6 @@ echo "result train_8da4w_step $qat_ms ms"
 awk -v q="$qat_ms" -v n="$none_ms" 'BEGIN { printf "result qat_overhead_8da4w %.4f ratio\n", q / n }'
 echo "result train_8da4w_integer_step $int_ms ms"
 awk -v i="$int_ms" -v n="$none_ms" 'BEGIN { printf "result qat_integer_speedup %.4f ratio\n", n / i }'
+echo "result train_8da4w_integer_grad_step $grad_ms ms"
+awk -v i="$grad_ms" -v n="$none_ms" 'BEGIN { printf "result qat_integer_grad_speedup %.4f ratio\n", n / i }'
 awk -v p="$plan" -v r="$rss" 'BEGIN { printf "result train_memory_plan %.0f bytes\nresult train_memory_peak %.0f bytes\nresult train_memory_over_plan %.4f ratio\n", p, r, r / p }'
