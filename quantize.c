@@ -377,9 +377,24 @@ static int export_packed(int to, const char *out, const char *packed, const Expo
     return rc;
 }
 
+static void count_inexact(void *ctx, const ExportRow *row) { *(int *)ctx += !row->exact; }
+
 static int export_hf(const char *packed, Err *err) {
-    ExportOptions o = {.dtype = -1, .note = export_note, .allow_inexact = true};
-    return export_packed(TO_DEQUANTIZED, run.hf_out, packed, &o, err);
+    int inexact = 0;
+    ExportOptions o = {.dtype = run.dtype == 0 ? -1 : run.dtype == 1 ? DT_BF16 : DT_F32, .note = export_note,
+                       .allow_inexact = true, .report = count_inexact, .ctx = &inexact};
+    int rc = export_packed(TO_DEQUANTIZED, run.hf_out, packed, &o, err);
+    if (rc == 0) printf("dequantized weights for transformers: %s\n", run.hf_out);
+    if (rc == 0 && inexact)
+        printf("%d of its tensors are rounded to bf16; --dtype f32 keeps their values\n", inexact);
+    return rc;
+}
+
+static bool holds_bf16_only(const ModelFile *m) {
+    bool wide = m->kind == MODEL_GGUF;
+    for (int i = 0; i < m->n_files; i++)
+        for (int k = 0; k < m->files[i].n; k++) wide = wide || m->files[i].tensors[k].dtype != DT_BF16;
+    return !wide;
 }
 
 // A model that is to be quantized first is packed beside the export, into a file that goes again.
@@ -391,6 +406,9 @@ static int pack_and_export(ModelFile *m, const QuantPlan *plan, const char *out,
     snprintf(packed, sizeof packed, "%.*s.packed-%ld", (int)len, out, (long)getpid());
     int rc = param_table_build(&table, &m->config, plan, err);
     if (rc) return rc;
+    if (float_dtype(m) == DT_BF16 && !holds_bf16_only(m))
+        export_note(NULL, "tensors that stay floats are rounded to bf16, as in a packed model.bin, and that is what "
+                          "\"exact\" is measured from; --dtype f32 keeps them");
     rc = model_write_packed(packed, &m->config, plan, &table, m->tokenizer, float_dtype(m), model_row_source, m, NULL,
                             NULL, err);
     param_table_free(&table);
@@ -468,8 +486,7 @@ static int quantize(ModelFile *m, Err *err) {
         print_totals(&s, &report, m, &plan, out);
         if (run.json) rc = write_json(&s, &report, m, &plan, out, err);
     }
-    if (rc == 0 && run.hf_out && (rc = export_hf(out, err)) == 0)
-        printf("dequantized weights for transformers: %s\n", run.hf_out);
+    if (rc == 0 && run.hf_out) rc = export_hf(out, err);
     free(report.row);
     param_table_free(&table);
     return rc;

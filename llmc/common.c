@@ -180,6 +180,11 @@ int atomic_open(AtomicFile *a, const char *path, Err *err) {
     *a = (AtomicFile){0};
     if (strlen(path) >= sizeof a->path)
         return err_set(err, E_USAGE, "path too long (%zu bytes): %.64s...", strlen(path), path);
+    // The finished file takes the place of what is there: a pipe, a device or a folder would be lost or in the way.
+    struct stat st;
+    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
+        return err_set(err, E_USAGE, "%s is %s: give the name of a file", path,
+                       S_ISDIR(st.st_mode) ? "a folder" : "a device or a pipe");
     strcpy(a->path, path);
     snprintf(a->tmp, sizeof a->tmp, "%s.tmp-%ld", path, (long)getpid());
     a->f = fopen(a->tmp, "wb");

@@ -14,20 +14,32 @@ typedef struct {
     const ExportOptions *o;
     LlamaConfig config;                            // of the export: untied where a tied head was packed for itself
     ParamTable table;
+    bool embedding_lost;                           // made at load from the head's floats, which are all that is written
 } Export;
+
+static void note(const Export *x, const char *text) {
+    if (x->o->note) x->o->note(x->o->ctx, text);
+}
 
 static int export_begin(Export *x, const ModelFile *m, const ExportOptions *o, Err *err) {
     *x = (Export){.m = m, .o = o, .config = m->config};
     if (m->packed && m->config.tied && m->plan.tied_head.bits) x->config.tied = false;
-    if (m->packed && m->config.tied && m->plan.embedding.bits && !m->plan.tied_head.bits && !o->allow_inexact)
+    x->embedding_lost = m->packed && m->config.tied && m->plan.embedding.bits && !m->plan.tied_head.bits;
+    if (x->embedding_lost && !o->allow_inexact)
         return err_set(err, E_USAGE, "%s: the embedding's codes are made at load from the floats of the head that "
                        "shares its table, and no other program would make them: quantize with --head int8,channel "
                        "too, or export the floats with --allow-inexact", m->path);
+    if (x->embedding_lost)
+        note(x, "the embedding is served quantized, from codes made at load; written are the floats of the head that "
+             "shares its table, for both");
     return param_table_build(&x->table, &x->config, m->packed ? &m->plan : NULL, err);
 }
 
-static void note(const Export *x, const char *text) {
-    if (x->o->note) x->o->note(x->o->ctx, text);
+// Whether the inputs of any linear are quantized.
+static bool quantizes_inputs(const Export *x) {
+    bool some = false;
+    for (int i = 0; i < x->table.n; i++) some = some || x->table.p[i].scheme.act.bits;
+    return some;
 }
 
 static void report(const Export *x, const ExportRow *row) {
@@ -143,30 +155,61 @@ static DType stored_dtype(const ModelFile *m, const Param *p) {
     return DT_F32;
 }
 
-// Largest error of a float tensor as bf16, with --dtype bf16 only.
-static int bf16_errors(const ModelFile *m, const Param *p, ExportRow *row, Err *err) {
-    int64_t tile = tile_rows(p, 1);
-    float *x = xmalloc((size_t)(tile * p->cols) * sizeof *x);
-    int rc = 0;
+// Rows as they are served where an embedding's floats are written for its codes; in place.
+static int fake_quantized(const ModelFile *m, float *x, int64_t rows, int64_t cols, Err *err) {
+    QuantSpec s = llama_embedding_spec(&m->plan, &m->config);
+    int64_t block[2];
+    int rc = quant_block_shape(&s, rows, cols, block, err);
+    if (rc) return rc;
+    int16_t *codes = xmalloc((size_t)(rows * cols) * sizeof *codes);
+    QParams *qp = xmalloc((size_t)(rows / block[0] * (cols / block[1])) * sizeof *qp);
+    for (int64_t i = 0; i < rows * cols; i++) x[i] = bf16_round(x[i]);
+    rc = quant_tensor(codes, qp, x, rows, cols, &s, QD_BF16, err);
+    for (int64_t i = 0; i < rows * cols && rc == 0; i++)
+        x[i] = quant_dequant((float)codes[i], qp[i / cols / block[0] * (cols / block[1]) + i % cols / block[1]], &s,
+                             QD_BF16);
+    free(codes);
+    free(qp);
+    return rc;
+}
+
+// Largest error of a tensor written as floats of a type.
+static int float_errors(const Export *x, const Param *p, DType dtype, ExportRow *row, Err *err) {
+    bool lost = x->embedding_lost && p->role == ROLE_EMBED;
+    int64_t unit = 1, block[2];
+    QuantSpec s = llama_embedding_spec(&x->m->plan, &x->m->config);
+    int rc = lost ? quant_block_shape(&s, p->rows, p->cols, block, err) : 0;
+    if (rc) return rc;
+    if (lost) unit = block[0];
+    int64_t tile = tile_rows(p, unit);
+    float *v = xmalloc((size_t)(tile * p->cols) * sizeof *v), *served = xmalloc((size_t)(tile * p->cols) * sizeof *v);
     for (int64_t r = 0; r < p->rows && rc == 0; r += tile) {
         int64_t n = p->rows - r < tile ? p->rows - r : tile;
-        rc = model_read_rows(m, p, r, n, x, err);
+        rc = model_read_rows(x->m, p, r, n, v, err);
+        memcpy(served, v, (size_t)(n * p->cols) * sizeof *v);
+        if (rc == 0 && lost) rc = fake_quantized(x->m, served, n, p->cols, err);
         for (int64_t i = 0; i < n * p->cols && rc == 0; i++) {
-            double e = fabs((double)bf16_round(x[i]) - (double)x[i]), v = fabs((double)x[i]);
-            if (e > row->max_err) row->max_err = e;
-            if (v > row->amax) row->amax = v;
+            double written = dtype == DT_BF16 ? bf16_round(v[i]) : v[i], is = served[i];
+            if (fabs(written - is) > row->max_err) row->max_err = fabs(written - is);
+            if (fabs(is) > row->amax) row->amax = fabs(is);
         }
     }
-    free(x);
+    free(v);
+    free(served);
     row->exact = row->max_err == 0;
     return rc;
+}
+
+// Whether a tensor of this type in the model is not simply copied.
+static bool may_be_inexact(const Export *x, const Param *p, DType stored, DType dtype) {
+    return (dtype == DT_BF16 && stored != DT_BF16) || (x->embedding_lost && p->role == ROLE_EMBED);
 }
 
 static int plan_float(const Export *x, const Param *p, uint32_t *type, ExportRow *row, Err *err) {
     DType stored = stored_dtype(x->m, p), dtype = x->o->dtype < 0 ? stored : (DType)x->o->dtype;
     if (param_is_norm(p)) dtype = DT_F32;                    // the only type that llama.cpp has norms in
     *type = dtype == DT_BF16 ? GGML_BF16 : dtype == DT_F16 ? GGML_F16 : GGML_F32;
-    return dtype == DT_BF16 && stored != DT_BF16 ? bf16_errors(x->m, p, row, err) : 0;
+    return may_be_inexact(x, p, stored, dtype) ? float_errors(x, p, dtype, row, err) : 0;
 }
 
 static int plan_tensor(const Export *x, const Param *p, uint32_t *type, ExportRow *row, Err *err) {
@@ -193,23 +236,37 @@ static int plan_tensor(const Export *x, const Param *p, uint32_t *type, ExportRo
     return rc;
 }
 
-// Types of all tensors. Every one is reported before the first inexact one is refused.
-static int plan_tensors(const Export *x, uint32_t *type, Err *err) {
-    ExportRow worst = {0};
-    int inexact = 0, rc = 0;
-    for (int i = 0; i < x->table.n && rc == 0; i++) {
-        ExportRow row;
-        rc = plan_tensor(x, &x->table.p[i], &type[i], &row, err);
-        if (rc) break;
-        report(x, &row);
-        if (row.exact) continue;
-        if (!inexact++ || row.max_err * worst.amax > worst.max_err * row.amax) worst = row;
-    }
-    if (rc || !inexact || x->o->allow_inexact) return rc;
+// The tensors that are not exact: how many, and the worst of them.
+typedef struct { int n; char form[48]; ExportRow worst; } Inexact;
+
+// Reports a tensor, and remembers it where it is not exact.
+static void count_row(const Export *x, const ExportRow *row, Inexact *k) {
+    report(x, row);
+    if (row->exact) return;
+    if (k->n++ && row->max_err * k->worst.amax <= k->worst.max_err * row->amax) return;
+    k->worst = *row;
+    snprintf(k->form, sizeof k->form, "%s", row->form);
+}
+
+// Refuses what is not exact, once all of it has been reported.
+static int refuse_inexact(const Export *x, const Inexact *k, Err *err) {
+    if (!k->n || x->o->allow_inexact) return 0;
     return err_set(err, E_USAGE, "%d of %d tensors are not exactly representable: as %s, '%s' is off by up to %.3g, "
-                   "its largest value being %.3g; --allow-inexact writes the nearest, %s", inexact, x->table.n,
-                   worst.form, worst.name, worst.max_err, worst.amax,
+                   "its largest value being %.3g; --allow-inexact writes the nearest, %s", k->n, x->table.n, k->form,
+                   k->worst.name, k->worst.max_err, k->worst.amax,
                    x->m->packed ? WAYS_OUT : "--dtype auto keeps the stored type");
+}
+
+// Types of all tensors.
+static int plan_tensors(const Export *x, uint32_t *type, Err *err) {
+    Inexact inexact = {0};
+    for (int i = 0; i < x->table.n; i++) {
+        ExportRow row;
+        int rc = plan_tensor(x, &x->table.p[i], &type[i], &row, err);
+        if (rc) return rc;
+        count_row(x, &row, &inexact);
+    }
+    return refuse_inexact(x, &inexact, err);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -403,6 +460,7 @@ static int write_tensors(const Export *x, const uint32_t *type, GgufWriter *w, E
         rc = rc ? write_blocks(x, &x->table.p[i], type[i], &t, w, err) :
             write_floats(x, &x->table.p[i], type[i], w, err);
         packed_tensor_free(&t);
+        if (rc == 0) rc = model_unchanged(x->m, err);
     }
     return rc;
 }
@@ -430,7 +488,7 @@ int export_gguf(const char *path, const ModelFile *m, const ExportOptions *o, Er
     uint32_t *type = xcalloc((size_t)x.table.n, sizeof *type);
     rc = plan_tensors(&x, type, err);
     if (rc == 0) {
-        if (m->packed && m->plan.linear.act.bits)
+        if (m->packed && quantizes_inputs(&x))
             note(&x, "GGUF does not say how inputs of linears are quantized: llama.cpp rounds them in blocks of 32, in "
                  "its own way");
         GgufWriter *w = gguf_writer_new();
@@ -540,7 +598,7 @@ static cJSON *group_json(const Compressed *k, int g) {
     }
     if (k->n_groups == 1) cJSON_AddItemToArray(targets, cJSON_CreateString("Linear"));
     int64_t width = scale_width(&group->scheme.weight, first);
-    bool channel = width == first->cols && group->scheme.weight.gran != QG_GROUP;
+    bool channel = group->scheme.weight.gran == QG_CHANNEL || group->scheme.weight.gran == QG_TENSOR;
     cJSON_AddItemToObject(o, "weights", args_json(&group->scheme.weight, width, channel));
     if (group->scheme.act.bits) cJSON_AddItemToObject(o, "input_activations", args_json(&group->scheme.act, 0, false));
     else cJSON_AddNullToObject(o, "input_activations");
@@ -696,6 +754,8 @@ static int compressed_write(void *ctx, const Param *p, StWriter *w, Err *err) {
     Compressed *k = ctx;
     Layout l;
     PackedTensor t;
+    int changed = model_unchanged(k->x.m, err);
+    if (changed) return changed;
     if (!layout_of(k, p, &l)) return model_write_float(w, p, float_type(k, p), read_source, k, err);
     const QuantSpec *s = &l.g->scheme.weight;
     int64_t block[2], shape[2] = {p->rows, p->cols};
@@ -710,21 +770,38 @@ static int compressed_write(void *ctx, const Param *p, StWriter *w, Err *err) {
     return 0;
 }
 
-static void report_compressed(const Compressed *k) {
+static int report_compressed(const Compressed *k, Err *err) {
+    Inexact inexact = {0};
     for (int i = 0; i < k->x.table.n; i++) {
         const Param *p = &k->x.table.p[i];
         char form[48];
         Layout l;
-        if (layout_of(k, p, &l))
-            snprintf(form, sizeof form, "int%d%s", l.g->scheme.weight.bits, l.g->int8 ? "" : " packed");
-        else snprintf(form, sizeof form, "%s", dtype_name(float_type(k, p)));
         ExportRow row = {.name = p->name, .form = form, .rows = p->rows, .cols = p->cols, .exact = true,
                          .bytes = compressed_bytes((void *)k, p)};
-        report(&k->x, &row);
+        if (layout_of(k, p, &l)) {
+            snprintf(form, sizeof form, "int%d%s", l.g->scheme.weight.bits, l.g->int8 ? "" : " packed");
+        } else {
+            DType dtype = float_type(k, p);
+            QuantSpec s = model_packed_spec(k->x.m, p);          // an embedding's: it goes as what its codes decode to
+            bool is_bf16 = s.bits ? !quant_works_as_codes(&s) : stored_dtype(k->x.m, p) == DT_BF16;
+            snprintf(form, sizeof form, "%s", dtype_name(dtype));
+            if (may_be_inexact(&k->x, p, is_bf16 ? DT_BF16 : DT_F32, dtype)) {
+                int rc = float_errors(&k->x, p, dtype, &row, err);
+                if (rc) return rc;
+            }
+        }
+        count_row(&k->x, &row, &inexact);
     }
+    return refuse_inexact(&k->x, &inexact, err);
 }
 
 static void note_activations(const Compressed *k) {
+    for (int i = 0; i < k->x.table.n; i++) {
+        if (k->of[i] >= 0 || !k->x.table.p[i].scheme.act.bits) continue;
+        note(&k->x, "inputs of linears whose weights stay floats are quantized here; readers take those linears as they "
+             "are");
+        break;
+    }
     for (int g = 0; g < k->n_groups; g++) {
         const QuantSpec *a = &k->group[g].scheme.act;
         if (!a->bits || quant_has_zero(a)) continue;
@@ -742,8 +819,8 @@ int export_compressed(const char *dir, const ModelFile *m, const ExportOptions *
     if (rc) return rc;
     k.of = xmalloc((size_t)k.x.table.n * sizeof *k.of);
     rc = find_groups(&k, err);
+    if (rc == 0) rc = report_compressed(&k, err);
     if (rc == 0) {
-        report_compressed(&k);
         note_activations(&k);
         char *quantization = quantization_json(&k);
         FolderWeights from = {&k, compressed_bytes, compressed_declare, compressed_write};
@@ -769,14 +846,16 @@ static int report_floats(const Export *x, DType dtype, Err *err) {
                          .bytes = (size_t)p->rows * (size_t)p->cols * dtype_size(dtype)};
         // Working values are bf16 already, but those of codes that work as they are, times a row's scale.
         bool is_bf16 = s.bits ? !quant_works_as_codes(&s) : stored_dtype(x->m, p) == DT_BF16;
-        if (dtype == DT_BF16 && !is_bf16) rc = bf16_errors(x->m, p, &row, err);
+        if (may_be_inexact(x, p, is_bf16 ? DT_BF16 : DT_F32, dtype)) rc = float_errors(x, p, dtype, &row, err);
         if (rc == 0) report(x, &row);
     }
     return rc;
 }
 
 static int read_values(void *ctx, const Param *p, int64_t row0, int64_t n, float *out, Err *err) {
-    return model_read_rows(((const Export *)ctx)->m, p, row0, n, out, err);
+    const Export *x = ctx;
+    int rc = model_read_rows(x->m, p, row0, n, out, err);
+    return rc || row0 + n < p->rows ? rc : model_unchanged(x->m, err);       // once a tensor
 }
 
 int export_dequantized(const char *dir, const ModelFile *m, const ExportOptions *o, Err *err) {
@@ -784,6 +863,8 @@ int export_dequantized(const char *dir, const ModelFile *m, const ExportOptions 
     DType dtype = o->dtype < 0 ? DT_BF16 : (DType)o->dtype;
     int rc = export_begin(&x, m, o, err);
     if (rc) return rc;
+    if (m->packed && quantizes_inputs(&x))
+        note(&x, "inputs of linears are quantized here; a plain folder does not say so, and its readers do not");
     if (o->report) rc = report_floats(&x, dtype, err);
     if (rc == 0) rc = model_write_hf(dir, &x.config, &x.table, m->tokenizer, dtype, read_values, &x, err);
     param_table_free(&x.table);

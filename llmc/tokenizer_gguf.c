@@ -34,14 +34,18 @@ static const char *pre_name(const Tokenizer *t) {
 }
 
 // Does a SentencePiece style tokenizer split as GGUF's "llama" does: spaces become U+2581, with one more in front?
+// Characters that are no token go as their bytes there.
 static bool is_plain_spm(const Tokenizer *t, bool *prefix) {
     int n = t->n_norm;
-    *prefix = n == 2 && t->norm[0].kind == NORM_PREPEND;
+    if (!(t->options & OPT_BYTE_FALLBACK)) return false;
+    *prefix = n == 2 && t->norm[0].kind == NORM_PREPEND && t->norm[0].a_len == strlen(SPACE_MARK) &&
+        !memcmp(t->norm[0].a, SPACE_MARK, t->norm[0].a_len);
     const Step *last = n ? &t->norm[n - 1] : NULL;
     bool replaces = last && last->kind == NORM_REPLACE && last->a_len == 1 && last->a[0] == ' ' &&
         last->b_len == strlen(SPACE_MARK) && !memcmp(last->b, SPACE_MARK, last->b_len);
     if (replaces && t->n_pre == 0) return n == 1 || *prefix;
     if (n || t->n_pre != 1 || t->pre[0].kind != PRE_METASPACE || t->pre[0].flags & STEP_SPLIT) return false;
+    if (t->pre[0].a_len != strlen(SPACE_MARK) || memcmp(t->pre[0].a, SPACE_MARK, t->pre[0].a_len)) return false;
     *prefix = t->pre[0].flags & STEP_PREFIX;
     return true;
 }

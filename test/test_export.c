@@ -2,6 +2,7 @@
 // hold is refused by name or off by no more than it says, and refused exports leave nothing behind.
 #include "test_common.h"
 #include <dirent.h>
+#include <sys/stat.h>
 #include "export.h"
 #include "gguf_write.h"
 #include "json.h"
@@ -41,6 +42,8 @@ static int random_rows(void *ctx, const Param *p, int64_t row0, int64_t n, float
     return 0;
 }
 
+static DType floats_as = DT_BF16;                // what floats of packed models are kept as
+
 // A packed model of the plan that the options say, opened.
 static void make_packed(ModelFile *m, LlamaConfig *c, const char *scheme, const char *weight, const char *embedding,
                         const char *head, const char *rule, Tokenizer *tok) {
@@ -50,7 +53,7 @@ static void make_packed(ModelFile *m, LlamaConfig *c, const char *scheme, const 
     const char *rules[] = {rule};
     if (quant_plan_from_options(&plan, NULL, scheme, weight, NULL, embedding, head, rules, rule ? 1 : 0, &err) ||
         param_table_build(&table, c, &plan, &err) ||
-        model_write_packed(temp("packed.bin"), c, &plan, &table, tok, DT_BF16, random_rows, c, NULL, NULL, &err) ||
+        model_write_packed(temp("packed.bin"), c, &plan, &table, tok, floats_as, random_rows, c, NULL, NULL, &err) ||
         model_open(m, temp("packed.bin"), &err))
         fail_msg("%s", err.text);
     param_table_free(&table);
@@ -411,6 +414,7 @@ static void compressed_packed(void **state) {
         {NULL, "int4,group=64,asymmetric", "group", 4, false, false},
         {NULL, "uint5,channel,asymmetric", "channel", 5, false, false},
         {NULL, "int4,block=2x32", "group", 4, true, false},
+        {NULL, "int4,block=1x64", "group", 4, true, false},
         {NULL, "int4,tensor", "channel", 4, true, false},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -442,6 +446,14 @@ static void compressed_packed(void **state) {
         assert_string_equal(cJSON_GetArrayItem(cJSON_GetObjectItem(g, "targets"), 0)->valuestring, "Linear");
         assert_string_equal(cJSON_GetArrayItem(cJSON_GetObjectItem(q, "ignore"), 0)->valuestring, "lm_head");
         assert_string_equal(json_string(w, "strategy"), cases[i].strategy);
+        // As many scales a row as the strategy says.
+        const cJSON *size = cJSON_GetObjectItem(w, "group_size");
+        assert_int_equal(cJSON_IsNull(size), !strcmp(cases[i].strategy, "channel"));
+        if (!cJSON_IsNull(size)) {
+            if (safetensors_open(&st, path, &err)) fail_msg("%s", err.text);
+            tensor(&st, "model.layers.0.mlp.down_proj.weight_scale", DT_BF16, c.C, c.FF / size->valueint);
+            safetensors_close(&st);
+        }
         assert_int_equal(cJSON_GetObjectItem(w, "num_bits")->valueint, cases[i].bits);
         assert_int_equal(cJSON_IsTrue(cJSON_GetObjectItem(w, "symmetric")), cases[i].symmetric);
         assert_int_equal(cJSON_IsObject(a), cases[i].act);
@@ -523,6 +535,95 @@ static void dequantized(void **state) {
     }
 }
 
+// Largest distance of the embedding's floats from symmetric four bits in groups of 32 (spec: amax / 7.5, all in bf16).
+static double int4_error(const ModelFile *in) {
+    ParamTable table;
+    Err err = {0};
+    if (param_table_build(&table, &in->config, NULL, &err)) fail_msg("%s", err.text);
+    const Param *p = param_find(&table, "model.embed_tokens.weight");
+    size_t n = (size_t)(p->rows * p->cols);
+    float *x = malloc(n * sizeof *x);
+    if (model_read_rows(in, p, 0, p->rows, x, &err)) fail_msg("%s", err.text);
+    double worst = 0;
+    for (size_t g = 0; g < n; g += 32) {
+        float amax = 0;
+        for (size_t i = g; i < g + 32; i++) amax = fmaxf(amax, fabsf(x[i]));
+        float scale = bf16_round(amax / 7.5f);
+        for (size_t i = g; i < g + 32 && scale > 0; i++) {
+            float q = fminf(7.0f, fmaxf(-8.0f, rintf(x[i] * (1.0f / scale))));
+            worst = fmax(worst, fabs((double)bf16_round(q * scale) - (double)x[i]));
+        }
+    }
+    free(x);
+    param_table_free(&table);
+    return worst;
+}
+
+// What is not said by a format is noted, and what is rounded is not called exact: inputs that rules quantize, floats
+// that become bf16, and an embedding that is served in codes of its own.
+static void what_is_left_out(void **state) {
+    (void)state;
+    LlamaConfig c = small_config(true);
+    ModelFile in;
+    Seen s;
+    Err err = {0};
+    make_packed(&in, &c, "none", NULL, NULL, NULL, "*.mlp.*=8da4w-32", NULL);
+    ExportOptions o = watch(&s, true);
+    if (export_gguf(temp("rules.gguf"), &in, &o, &err)) fail_msg("%s", err.text);
+    assert_int_equal(s.notes, 2);                            // inputs of linears; no tokenizer
+    o = watch(&s, false);
+    if (export_dequantized(temp("rules"), &in, &o, &err)) fail_msg("%s", err.text);
+    assert_int_equal(s.notes, 1);
+    model_close(&in);
+    // A pipe is no place for a file, and stays one.
+    make_packed(&in, &c, "int8wo", NULL, NULL, NULL, NULL, NULL);
+    struct stat st;
+    assert_int_equal(mkfifo(temp("pipe"), 0600), 0);
+    assert_int_equal(export_gguf(temp("pipe"), &in, &o, &err), E_USAGE);
+    if (!strstr(err.text, "a device or a pipe")) fail_msg("%s", err.text);
+    assert_true(stat(temp("pipe"), &st) == 0 && S_ISFIFO(st.st_mode));
+    model_close(&in);
+
+    make_packed(&in, &c, "8da4w-32", NULL, NULL, NULL, "*.down_proj.weight=none;int8,token,asymmetric", NULL);
+    o = watch(&s, false);
+    if (export_compressed(temp("acts"), &in, &o, &err)) fail_msg("%s", err.text);
+    assert_int_equal(s.notes, 1);
+    model_close(&in);
+
+    make_packed(&in, &c, "int8-32", NULL, "int4,group=32", NULL, NULL, NULL);
+    for (int k = 0; k < 3; k++) {
+        o = watch(&s, false);
+        const char *path = temp(k == 0 ? "lost.gguf" : k == 1 ? "lost16" : "lost32");
+        int (*export[3])(const char *, const ModelFile *, const ExportOptions *, Err *) = {export_gguf, export_compressed,
+                                                                                           export_dequantized};
+        assert_int_equal(export[k](path, &in, &o, &err), E_USAGE);
+        o = watch(&s, true);
+        if (k == 2) o.dtype = DT_F32;
+        if (export[k](path, &in, &o, &err)) fail_msg("%s", err.text);
+        assert_true(s.notes >= 1);
+        int e = seen(&s, "model.embed_tokens.weight");
+        assert_false(s.exact[e]);
+        if (fabs(s.max_err[e] - int4_error(&in)) > 0) fail_msg("off by %g, not %g", s.max_err[e], int4_error(&in));
+    }
+    model_close(&in);
+
+    floats_as = DT_F32;
+    make_packed(&in, &c, "int8-32", NULL, NULL, NULL, NULL, NULL);
+    floats_as = DT_BF16;
+    o = watch(&s, false);
+    if (export_compressed(temp("f32"), &in, &o, &err)) fail_msg("%s", err.text);
+    assert_int_equal(s.inexact, 0);
+    o.dtype = DT_BF16;
+    assert_int_equal(export_compressed(temp("f32as16"), &in, &o, &err), E_USAGE);
+    if (!strstr(err.text, "not exactly representable")) fail_msg("%s", err.text);
+    assert_false(path_exists(temp("f32as16")));
+    o = watch(&s, true);
+    o.dtype = DT_BF16;
+    if (export_compressed(temp("f32as16"), &in, &o, &err)) fail_msg("%s", err.text);
+    assert_int_equal(s.exact[seen(&s, "model.embed_tokens.weight")], 0);
+    model_close(&in);
+}
+
 static const struct CMUnitTest tests[] = {
     cmocka_unit_test(gguf_of_packed),
     cmocka_unit_test(gguf_of_floats),
@@ -532,6 +633,7 @@ static const struct CMUnitTest tests[] = {
     cmocka_unit_test(compressed_packed),
     cmocka_unit_test(compressed_mixed),
     cmocka_unit_test(dequantized),
+    cmocka_unit_test(what_is_left_out),
 };
 
 TEST_MAIN(tests)
