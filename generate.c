@@ -7,6 +7,7 @@
 // The text goes to stdout as it is made, the figures to stderr: the columns of torchao's table of Llama speeds
 // (tokens a second, memory bandwidth, peak memory, model size), and the prompt's own speed before them. With
 // --format json stdout has one JSON line a result and nothing else.
+#include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -140,6 +141,23 @@ static void text_end(TextOut *t) {
     text_send(t, t->len);
     if (!t->quiet) fputc('\n', stdout);
     if (!t->quiet) fflush(stdout);
+}
+
+// The text from `begin` on as a C string of UTF-8 (malloc'ed): a model may end within a character, and says any byte.
+// What is no character, and NUL, becomes U+FFFD.
+static char *text_said(const TextOut *t, size_t begin) {
+    static const char mark[] = "\xef\xbf\xbd";
+    char *said = xmalloc(3 * (t->len - begin) + 1), *to = said;
+    for (size_t i = begin; i < t->len; i++) {
+        size_t good = utf8_valid_prefix(t->all + i, t->len - i);
+        for (; good > 0; good--, i++) {
+            if (t->all[i]) *to++ = t->all[i];
+            else to = mempcpy(to, mark, 3);
+        }
+        if (i < t->len) to = mempcpy(to, mark, 3);
+    }
+    *to = 0;
+    return said;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -433,6 +451,15 @@ static int encode(Tokens *out, const ModelFile *m, const char *text, size_t len,
     int rc = tokenizer_encode(m->tokenizer, text, len, true, &body, &n, err);
     if (rc < 0) return rc;
     int bos = tokenizer_bos(m->tokenizer);
+    int last = m->config.V - 1;
+    for (size_t i = 0; i < n; i++) {
+        if (body[i] <= last) continue;
+        rc = err_set(err, E_FORMAT, "token %zu of the prompt is %d, but the model has ids 0 to %d: its tokenizer is another "
+                                    "model's, or has tokens added that were never trained", i, body[i], last);
+        free(body);
+        return rc;
+    }
+    if (bos > last) bos = -1;
     // A prompt that spells bos out itself does not get a second one.
     if (bos < 0 || (n > 0 && body[0] == bos)) bos_first = false;
     if (n > INT32_MAX - 1) {
@@ -594,7 +621,9 @@ static int run_prompt(Session *g, Err *err) {
                         t.n_prompt, f.prefill, 1e3 * f.first_token, t.n_new);
                 print_row(stderr, scheme_name(g->m), f.decode, f.bandwidth, &f);
             }
-            log_text(g, &f, &t, 0, text, out.all + begin);
+            char *said = text_said(&out, begin);
+            log_text(g, &f, &t, 0, text, said);
+            free(said);
         }
     }
     conversation_end(&c);
@@ -617,6 +646,11 @@ static bool read_line(char **line, size_t *room, size_t *len) {
     return true;
 }
 
+// Why there are no more lines: the end of stdin, or an error of reading it.
+static int lines_ended(Err *err) {
+    return feof(stdin) ? 0 : err_set(err, E_FAIL, "stdin cannot be read: %s", strerror(errno));
+}
+
 static int open_for_many(Session *g, Err *err) {
     int most = (int)(g->m->config.max_T < CTX_OF_MANY ? g->m->config.max_T : CTX_OF_MANY);
     return session_open(g, run.ctx ? run.ctx : most, run.ctx ? run.ctx : most, err);
@@ -637,8 +671,10 @@ static int turn(Session *g, Conversation *c, Err *err) {
     }
     if (rc == 0) {
         Figures f = figures_of(g, &t);
-        log_text(g, &f, &t, 0, c->m[c->n - 1].content, out.all);
-        say(c, "assistant", out.all);
+        char *said = text_said(&out, 0);
+        log_text(g, &f, &t, 0, c->m[c->n - 1].content, said);
+        say(c, "assistant", said);
+        free(said);
     }
     free(out.all);
     free(prompt.ids);
@@ -654,7 +690,10 @@ static int run_chat(Session *g, Err *err) {
     int rc = open_for_many(g, err);
     while (rc == 0) {
         if (person) fprintf(stderr, "> ");
-        if (!read_line(&line, &room, &len)) break;
+        if (!read_line(&line, &room, &len)) {
+            rc = lines_ended(err);
+            break;
+        }
         if (len == 0) continue;
         rc = check_text("this line", line, len, err);
         if (rc == 0) {
@@ -668,10 +707,12 @@ static int run_chat(Session *g, Err *err) {
     return rc;
 }
 
-// {"role": ..., "content": ...} in a list.
+// {"role": ..., "content": ...} in a list. --system is put in front of those that do not begin with a system message.
 static int read_messages(Conversation *c, const cJSON *list, Err *err) {
     const cJSON *k;
     if (!cJSON_IsArray(list)) return err_set(err, E_USAGE, "\"messages\" is not a list");
+    const char *begins = json_string(cJSON_GetArrayItem(list, 0), "role");
+    if (run.system && begins && strcmp(begins, "system") != 0) say(c, "system", run.system);
     cJSON_ArrayForEach(k, list) {
         const char *role = json_string(k, "role"), *content = json_string(k, "content");
         if (!role || !content)
@@ -687,7 +728,8 @@ static int line_prompt(Tokens *prompt, char **shown, const Session *g, const cha
     Conversation c = {0};
     int rc = len ? check_text("the line", line, len, err) : err_set(err, E_USAGE, "the prompt is empty");
     if (rc == 0 && line[0] == '{' && !(json = json_parse(line, len, "the line", err))) rc = E_FORMAT;
-    const cJSON *messages = json && g->chat ? cJSON_GetObjectItemCaseSensitive(json, "messages") : NULL;
+    const cJSON *messages = json ? cJSON_GetObjectItemCaseSensitive(json, "messages") : NULL;
+    if (rc == 0 && messages && !g->chat) rc = err_set(err, E_USAGE, "\"messages\" are for --chat");
     const char *text = json ? json_string(json, "prompt") : line;
     if (rc == 0 && !messages && (!text || !*text))
         rc = err_set(err, E_USAGE, "%s", text ? "the prompt is empty" : "the JSON has no string \"prompt\"");
@@ -720,7 +762,11 @@ static int run_many(Session *g, Err *err) {
     size_t room = 0, len;
     int refused = 0, first_code = 0, first_line = 0;
     int rc = open_for_many(g, err);
-    for (int index = 1; rc == 0 && read_line(&line, &room, &len); index++) {
+    for (int index = 1; rc == 0; index++) {
+        if (!read_line(&line, &room, &len)) {
+            rc = lines_ended(err);
+            break;
+        }
         Tokens prompt = {0};
         TextOut out = {.quiet = run.format == FORMAT_JSON, .begins = g->chat != NULL};
         Timing t;
@@ -735,7 +781,9 @@ static int run_many(Session *g, Err *err) {
             rc = answer(g, &prompt, 0, &out, &t, err);
             if (rc == 0) {
                 Figures f = figures_of(g, &t);
-                log_text(g, &f, &t, index, text, out.all);
+                char *said = text_said(&out, 0);
+                log_text(g, &f, &t, index, text, said);
+                free(said);
             }
         }
         free(text);
@@ -759,6 +807,9 @@ static int check_options(Err *err) {
     if (run.benchmark && (run.many || run.chat || prompt))
         return err_set(err, E_USAGE, "--benchmark has a prompt of its own: give no --prompt, --prompt-file, --stdin or "
                                      "--chat with it");
+    if (run.benchmark && (run.ctx || run.ignore_eos || run.stop.n))
+        return err_set(err, E_USAGE, "--benchmark runs --bench-prompt and --bench-new tokens, whatever they are: leave out "
+                                     "--ctx, --ignore-eos and --stop");
     if (!run.chat && (run.template || run.system))
         return err_set(err, E_USAGE, "%s is for --chat", run.template ? "--template" : "--system");
     for (int i = 0; i < run.stop.n; i++) {
@@ -810,9 +861,10 @@ int main(int argc, char **argv) {
     int rc = run_session(&g, &err);
     if ((fflush(stdout) != 0 || ferror(stdout)) && rc == 0)
         rc = err_set(&err, E_FAIL, "the output could not be written; is the disk full or the pipe closed?");
+    if (jsonlog_close(&logs[0]) != 0 && rc == 0)
+        rc = err_set(&err, E_FAIL, "--json %s: results could not be written", run.json);
     if (rc < 0) die(&err);
     session_close(&g);
-    jsonlog_close(&logs[0]);
     model_close(&m);
     return 0;
 }

@@ -787,7 +787,10 @@ static Node *set_statement(Parser *s, int line) {
         return done(s, n);
     }
     end_tag(s);
+    int loops = s->loops;
+    s->loops = 0;                                    // a loop around it cannot be left from within
     n->list = statements(s, endset, line, "set");
+    s->loops = loops;
     next(s);
     end_tag(s);
     return done(s, n);

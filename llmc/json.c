@@ -1,9 +1,21 @@
 #include "json.h"
+#include <ctype.h>
 #include <stdlib.h>
 
 #define JSON_MAX_DEPTH 64
 
-// cJSON recurses, so nesting is counted before it runs; it also stops at NUL bytes, which are refused here.
+// Whether text begins with four hexadecimal digits that are not 0000.
+static bool is_character(const char *text, size_t len) {
+    bool some = false;
+    for (int i = 0; i < 4; i++) {
+        if (len < 4 || !isxdigit((unsigned char)text[i])) return false;
+        some = some || text[i] != '0';
+    }
+    return some;
+}
+
+// cJSON recurses, so nesting is counted before it runs; NUL bytes, spelled as \\u0000 too, and what is no \\u it would
+// take for the end of a text: they are refused here.
 static int check_depth(const char *text, size_t len, const char *what, Err *err) {
     int depth = 0;
     bool in_string = false;
@@ -11,6 +23,9 @@ static int check_depth(const char *text, size_t len, const char *what, Err *err)
         char c = text[i];
         if (c == 0) return err_set(err, E_FORMAT, "%s: NUL byte in JSON at byte %zu", what, i);
         if (in_string) {
+            if (c == '\\' && i + 1 < len && text[i + 1] == 'u' && !is_character(text + i + 2, len - i - 2))
+                return err_set(err, E_FORMAT, "%s: \\u is not followed by four hexadecimal digits of a character other "
+                                              "than NUL, at byte %zu", what, i);
             if (c == '\\') i++;
             else if (c == '"') in_string = false;
         } else if (c == '"') {

@@ -99,6 +99,7 @@ static void test_refused(void **u) {
         {"{# open", "a comment is not closed"},
         {"{% set x.y = 1 %}", "x is not a namespace"},
         {"{% break %}", "outside of a loop"},
+        {"{% for i in [1] %}{% set x %}{% break %}{% endset %}{% endfor %}", "outside of a loop"},
         {"{{ messages }}", "a list cannot be written as text"},
         {"{% for a, b in [1] %}{% endfor %}", "unpacks two values"},
         {"{{ '\\ud800' }}", "is no character"},

@@ -80,6 +80,49 @@ many_prompts() {
  cou" ] || { cat "$tmp/out"; return 1; }
 }
 
+# JSON that spells a NUL or no character at all is refused, not cut; messages want --chat, and get --system's in front.
+json_lines() {
+    printf '%s\n' '{"prompt": "abc\u0000def"}' '{"prompt": "xy\uZZZZ"}' '{"prompt": "x", "messages": []}' '{"prompt": "caf\u00e9"}' >"$tmp/lines"
+    gen "$model" --stdin --format json --temperature 0 --max-new-tokens 4 <"$tmp/lines" >"$tmp/out"
+    [ $? = 1 ] && grep -q '3 prompts were refused, the first in line 1' "$tmp/err" || { cat "$tmp/err"; return 1; }
+    [ "$(grep -c 'u is not followed by four hexadecimal digits' "$tmp/out")" = 2 ] && grep -q 'messages.* are for --chat' "$tmp/out" &&
+        [ "$(grep -c '"event": "generate"' "$tmp/out")" = 1 ] || { cat "$tmp/out"; return 1; }
+    printf '%s\n' '{"prompt": "the quay"}' '{"messages": [{"role": "user", "content": "the quay"}]}' >"$tmp/lines"
+    gen "$model" --chat --template chatml --system "Be brief." --stdin --format json --temperature 0 --max-new-tokens 4 <"$tmp/lines" >"$tmp/out" ||
+        { cat "$tmp/err"; return 1; }
+    [ "$(sed -n 's/.*"prompt_tokens": \([0-9]*\),.*/\1/p' "$tmp/out" | uniq | wc -l)" = 1 ] || { cat "$tmp/out"; return 1; }
+    gen "$model" --stdin <"$tmp" >"$tmp/out"
+    [ $? = 1 ] && grep -q 'stdin cannot be read' "$tmp/err" || { cat "$tmp/err"; return 1; }
+}
+
+# A model may say any byte, and end within a character: a conversation goes on, and JSON holds all of the text.
+any_bytes() {
+    for seed in 1 2 3 4; do
+        set -- --temperature 80 --top-k 0 --seed $seed --max-new-tokens 40
+        printf 'hello\nagain\nand again\n' | gen "$model" --chat --template chatml --format json "$@" >"$tmp/turns" || { cat "$tmp/err"; return 1; }
+        [ "$(wc -l <"$tmp/turns")" = 3 ] || { cat "$tmp/turns"; return 1; }
+    done
+    seed=1
+    while gen "$model" --prompt The --temperature 80 --top-k 0 --seed $seed --max-new-tokens 400 >"$tmp/out" &&
+        [ "$(tr -d '\000' <"$tmp/out" | wc -c)" = "$(wc -c <"$tmp/out")" ] && [ $seed -lt 40 ]; do seed=$((seed + 1)); done
+    [ $seed -lt 40 ] || { echo "no seed says a NUL"; return 1; }
+    gen "$model" --prompt The --temperature 80 --top-k 0 --seed $seed --max-new-tokens 400 --format json >"$tmp/json" || { cat "$tmp/err"; return 1; }
+    text_of "$tmp/json" | LC_ALL=C sed 's/\\\\/ /g; s/\\u[0-9a-f]\{4\}//g; s/\\[a-z]//g' | LC_ALL=C tr -dc 'a-zA-Z' >"$tmp/letters"
+    tail -c +4 "$tmp/out" | LC_ALL=C tr -dc 'a-zA-Z' | cmp - "$tmp/letters"
+}
+
+# A token that the tokenizer has and the model does not is an error of its prompt alone.
+unknown_token() {
+    mkdir -p "$tmp/pad" && "$bin/quantize" "$model" --scheme int8wo --out "$tmp/q.bin" --hf-out "$tmp/pad" --quiet >"$tmp/log" 2>&1 ||
+        { cat "$tmp/log"; return 1; }
+    pad='{"id": 258, "content": "[PAD]", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}'
+    sed -i "s/\"added_tokens\": \[/&$pad,/" "$tmp/pad/tokenizer.json"
+    printf 'hello\nuse [PAD] here\nthird\n' | gen "$tmp/pad" --stdin --format json --max-new-tokens 4 >"$tmp/out"
+    [ $? = 1 ] && [ "$(grep -c '"event": "generate"' "$tmp/out")" = 2 ] &&
+        grep -q '"index": 2, "error": "token 4 of the prompt is 258, but the model has ids 0 to 257' "$tmp/out" ||
+        { cat "$tmp/out" "$tmp/err"; return 1; }
+}
+
 number_of() { sed -n "s/.*\"$2\": \([0-9]*\),.*/\1/p" "$1" | tail -n 1; }
 # The second turn says what it says when the whole conversation is given at once, though the first was in the cache; also
 # where the first was cut by a stop string, of which the cache holds the beginning.
@@ -139,6 +182,7 @@ bad_input() {
         fails 2 'is for --chat' "$model" --template llama3 --prompt x &&
         fails 2 '--stdin reads the prompts' "$model" --stdin --prompt x &&
         fails 2 'a prompt of its own' "$model" --benchmark --chat &&
+        fails 2 'leave out --ctx' "$model" --benchmark --ctx 8 &&
         fails 2 'INT8 cache' "$model" --prompt x --kv int8 --arithmetic trained || return 1
     # Weights without a tokenizer.
     mkdir -p "$tmp/hf" && "$bin/quantize" "$model" --scheme int8wo --out "$tmp/q.bin" --hf-out "$tmp/hf" --quiet >"$tmp/log" 2>&1
@@ -160,6 +204,9 @@ verify() {
 check stored_text stored_text
 check stop_strings stop_strings
 check many_prompts many_prompts
+check json_lines json_lines
+check any_bytes any_bytes
+check unknown_token unknown_token
 check chat_turns chat_turns
 check template_file template_file
 check benchmark_output benchmark_output
