@@ -831,6 +831,8 @@ static int eval_all(Eval *e, Err *err) {
     if (!text && !run.val_data && !run.tokens)
         return err_set(err, E_USAGE, "nothing to score: give --wikitext FILE, --hellaswag FILE, --text FILE, "
                                      "--val-data FILE or --tokens IDS");
+    if (run.json && !text && !run.val_data)
+        return err_set(err, E_USAGE, "--json is for scores, and --tokens has none; --logits-out keeps its logits");
     if (run.logits_out && !run.tokens) return err_set(err, E_USAGE, "--logits-out needs --tokens");
     if (run.tokens && comm_size() > 1)
         return err_set(err, E_USAGE, "--tokens is one sequence, which %d ranks cannot share: start eval without mpirun",
@@ -892,7 +894,7 @@ static int eval_models(const char *path, Err *err) {
         e.ref_scheme = scheme_name(&ref, !ref.packed);
     }
     rc = eval_all(&e, err);
-    jsonlog_close(&log);
+    if (jsonlog_close(&log) != 0 && rc == 0) rc = err_set(err, E_FAIL, "--json %s: results could not be written", run.json);
     model_close(&m);
     if (run.reference) model_close(&ref);
     if (rc == 0 && (fflush(stdout) != 0 || ferror(stdout)))

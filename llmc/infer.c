@@ -526,6 +526,10 @@ int infer_new(Infer **out, const ModelFile *m, const InferOptions *o, Err *err) 
     if (o->cache_path && known && o->arith == ARITH_SERVED && device_is_host() && m->packed) {
         s->cache_path = o->cache_path;
         if (!served_cache_open(&s->kept, o->cache_path, m)) s->kept = (Safetensors){0};
+    } else if (o->cache_path && o->cache_err) {
+        err_set(o->cache_err, E_USAGE, "%s", !m->packed ? "the model is not packed: its floats are read as they are" :
+                o->arith != ARITH_SERVED ? "only served arithmetic reads weights in an order of its own" :
+                !known ? "a kept file knows its model by the checksum" : "a GPU's order is not kept");
     }
     if (rc == 0) rc = load_weights(s, m, err);
     free_stage(s);

@@ -136,12 +136,16 @@ void jsonlog_end(JsonLog *l) {
     fprintf(stderr, "warning: %s: cannot write the log (%s); going on without it\n", l->path, strerror(errno));
     fclose(l->f);
     l->f = NULL;
+    l->failed = true;
 }
 
-void jsonlog_close(JsonLog *l) {
-    if (l->f && fclose(l->f) != 0)
+int jsonlog_close(JsonLog *l) {
+    if (l->f && fclose(l->f) != 0) {
         fprintf(stderr, "warning: %s: the log's end is lost (%s)\n", l->path, strerror(errno));
+        l->failed = true;
+    }
     l->f = NULL;
+    return l->failed ? -1 : 0;
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ void json_write_double(FILE *f, double v);
 
 // JSON lines: {"event": "step", "time": 1700000000.123, ...}, flushed at each end. A line that cannot be written (no
 // space left) is reported on stderr once and ends the log: a run of days does not die for its diary.
-typedef struct { FILE *f; char path[1024]; } JsonLog;
+typedef struct { FILE *f; bool failed; char path[1024]; } JsonLog;
 // path NULL: a log that writes nothing. Appending first removes a half line that a killed run left at the end.
 int jsonlog_open(JsonLog *l, const char *path, bool append, Err *err);
 void jsonlog_begin(JsonLog *l, const char *event);                       // {"event": "...", "time": ...
@@ -20,7 +20,7 @@ void jsonlog_int(JsonLog *l, const char *key, long long v);
 void jsonlog_str(JsonLog *l, const char *key, const char *v);            // escaped
 void jsonlog_raw(JsonLog *l, const char *key, const char *json);         // already JSON
 void jsonlog_end(JsonLog *l);
-void jsonlog_close(JsonLog *l);
+int jsonlog_close(JsonLog *l);                                           // 0, or -1: something was not written
 
 // "12.3 MB" (powers of 1000), "39.7k", "1h02m": into buf, which is returned. "?" for NaN, infinite or negative values.
 const char *fmt_bytes(char buf[32], double bytes);

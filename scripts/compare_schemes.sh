@@ -24,15 +24,16 @@ fi
 echo "$asked" > "$out/asked"
 
 start() { if [ "${RANKS:-1}" -gt 1 ]; then MPI_TIMEOUT=${MPI_TIMEOUT:-7200} mpi_run "$RANKS" "$@"; else "$@"; fi; }
+reference=()
 # score NAME MODEL ARGUMENTS...: two calls, so that each has its own limit
 score() {
     local name=$1 file=$2 json=$out/$1.json
     shift 2
     [ ! -e "$json" ] || return 0
     rm -f "$json.part"
-    run "$out/$name-wikitext.txt" start "$bin/eval" "$file" "$@" --wikitext "$wiki" --limit "${PAGES:-0}" \
+    run "$out/$name-wikitext.txt" start "$bin/eval" "$file" "$@" "${reference[@]}" --wikitext "$wiki" --limit "${PAGES:-0}" \
         "${threads[@]}" --json "$json.part"
-    run "$out/$name-hellaswag.txt" start "$bin/eval" "$file" "${@:1:2}" --hellaswag "$hellaswag" \
+    run "$out/$name-hellaswag.txt" start "$bin/eval" "$file" "$@" --hellaswag "$hellaswag" \
         --limit "${TASKS:-400}" "${threads[@]}" --json "$json.part"
     mv "$json.part" "$json"
 }
@@ -53,11 +54,13 @@ row() {
             size / 1e6, ws, wp, hs, hp }'
 }
 
-score float "$model" --arithmetic trained
+# A trained model.bin is its scheme's: --float takes what is compared with.
+score float "$model" --float --arithmetic trained
+reference=(--reference "$model")
 for scheme in ${SCHEMES:-int8wo int8dq int4wo-32 8da4w-32}; do
     [ -e "$out/$scheme.bin" ] || run "$out/$scheme-quantize.txt" "$bin/quantize" "$model" --scheme "$scheme" \
         --out "$out/$scheme.bin"
-    score "$scheme" "$out/$scheme.bin" --arithmetic served --reference "$model"
+    score "$scheme" "$out/$scheme.bin" --arithmetic served
 done
 say "$model: wikitext, and HellaSwag with ${TASKS:-400} tasks"
 {

@@ -155,6 +155,9 @@ bad_input_is_named() {
     refused 1 "nowhere" "$model" --text "$tmp/val.txt" --reference "$tmp/nowhere" || return 1
     refused 2 "INT8 cache" "$model" --text "$tmp/val.txt" --kv int8 || return 1
     refused 2 "nothing to score" "$model" || return 1
+    refused 1 "results could not be written" "$model" --text "$tmp/val.txt" --json /dev/full || return 1
+    refused 2 "json is for scores" "$model" --tokens 1,2 --json "$tmp/none.json" || return 1
+    refused 0 "not kept: only served arithmetic" "$tmp/q.bin" --text "$tmp/val.txt" --served-cache || return 1
     refused 2 "no text in it" "$model" --wikitext "$tmp/empty" || return 1
     refused 2 "two at least" "$model" --text "$tmp/empty" || return 1
     refused 1 "middle of a task" "$model" --hellaswag "$tmp/cut.txt" || return 1
