@@ -171,16 +171,19 @@ int trainer_prepare(Trainer *t, ParamFormat others, bool gather_quantized, bool 
 static const char *const param_names[] = {"fp32", "bf16", "INT8"};
 static const char *const state_names[] = {"fp32", "bf16", "int8", "int4", "fp8"};
 
-// What a GPU's INT8 linears take beside: the largest weight as X or transposed, and 64 MiB of sums. (The CPU goes through
-// pieces that fit its caches.)
+// What a GPU's INT8 linears take beside: the largest weight as X or transposed, or the codes of both sides of a weight's
+// gradient, and 64 MiB of sums. (The CPU goes through pieces that fit its caches.)
 static double linears_take(const Trainer *t) {
     const LlamaConfig *c = &t->c;
     double rows = 2.0 * c->FF, qkv = (double)(c->NH + 2 * c->NKV) * c->HS;
-    bool int8 = false;
+    bool int8 = false, int8_gradients = t->products && strstr(t->products, "grad_weight");
     for (int i = 0; i < t->table.n; i++) int8 = int8 || t->table.p[i].format == PARAM_INT8;
     if (qkv > rows) rows = qkv;
+    double codes = int8_gradients ? (double)t->o->B * t->o->T * (rows + c->C) : 0;
     if (c->V > rows) rows = c->V;
-    return int8 && !device_is_host() ? rows * c->C * sizeof(floatX) + (64 << 20) : 0;
+    double weight = int8 ? rows * c->C * sizeof(floatX) : 0;
+    if (device_is_host() || !(int8 || int8_gradients)) return 0;
+    return (weight > codes ? weight : codes) + (64 << 20);
 }
 
 // Prints the memory plan. Activations are counted by the function that allocates them, for one sequence and for two.
